@@ -1,0 +1,49 @@
+# make demo and make test need git, make and Python >= 3.11, and nothing else: the first run sets up .venv.
+# The interpreter is python3 if it is new enough, else the newest of those below; choose by hand with PYTHON=/path/to/python.
+
+PYTHON ?=
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.ready
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## */  make \1	/p' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP)  ## the environment alone (.venv)
+
+$(STAMP): pyproject.toml
+	@set -eu; \
+	usable() { "$$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }; \
+	python=; \
+	for candidate in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
+	  if usable "$$candidate"; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "error: no Python >= 3.11 found; install one and say make PYTHON=/path/to/python3.11" >&2; exit 2; fi; \
+	if ! "$$python" -c 'import ensurepip, venv' >/dev/null 2>&1; then \
+	  echo "error: $$python cannot make environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; fi; \
+	echo "setting up $(VENV) with $$("$$python" --version) (one to several minutes, once)"; \
+	"$$python" -m venv "$(VENV)"; \
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## the main job on generated data: train, evaluate, one picture
+	@$(BIN)/rplib demo
+
+# One thread a worker: two workers that each start a thread per core only wait for one another.
+test: $(STAMP)  ## the whole test suite
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:  ## remove the environment, caches and builds
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
