@@ -1,0 +1,25 @@
+"""Reliable-pseudo-label mutual learning for semi-supervised segmentation (Su et al., Medical Image Analysis 2024).
+
+>>> import rplib
+>>> rplib.ReliableMutualLoss()
+ReliableMutualLoss(confidence='entropy', weighting='similarity', cross_entropy_on='logits', eps=1e-06, impl='auto', check_finite=False)
+"""
+
+from rplib import functional
+from rplib.functional import reliability
+from rplib.losses import MutualObjective, ObjectiveTerms, ReliableMutualLoss
+from rplib.maps import Reliability
+from rplib.ramps import ramp
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MutualObjective",
+    "ObjectiveTerms",
+    "Reliability",
+    "ReliableMutualLoss",
+    "__version__",
+    "functional",
+    "ramp",
+    "reliability",
+]

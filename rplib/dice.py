@@ -1,0 +1,46 @@
+"""The supervised term of the training objective."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_SMOOTH = 1e-8
+
+
+def dice_loss(logits: Tensor, target: Tensor, classes: Sequence[int] | None = None) -> Tensor:
+    """Soft Dice loss of one network over all samples together, mean over classes.
+
+        Dice = 1 - (2 sum_v p(c,v) g(c,v) + 1e-8) / (sum_v p(c,v) + sum_v g(c,v) + 1e-8)
+
+    Args:
+        logits: (B, C, *spatial), any floating dtype; computed in float32 or better.
+        target: (B, *spatial) or (B, 1, *spatial), class indices as integer, bool or float.
+        classes: the classes in the mean; None is 1..C-1.
+
+    Returns:
+        0-dim, float32 (float64 for float64 logits); 0 (connected to the graph) for B = 0.
+
+    Source: Su et al., Medical Image Analysis 94 (2024) 103111, and its code (class 1 only there).
+
+    Example:
+        >>> import torch
+        >>> from rplib.dice import dice_loss
+        >>> target = torch.tensor([[0, 1, 1]])
+        >>> logits = torch.tensor([[[20.0, -20.0, -20.0], [-20.0, 20.0, 20.0]]])
+        >>> abs(round(dice_loss(logits, target).item(), 6))
+        0.0
+    """
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    if logits.shape[0] == 0:
+        return logits.to(dtype).sum()
+    if target.ndim == logits.ndim:
+        target = target.squeeze(1)
+    p = torch.softmax(logits.to(dtype), dim=1).flatten(2)  # (B, C, V)
+    truth = target.flatten(1)  # (B, V)
+    terms = []
+    for c in range(1, logits.shape[1]) if classes is None else classes:
+        g = (truth == c).to(dtype)
+        overlap = (p[:, c] * g).sum()
+        terms.append(1 - (2 * overlap + _SMOOTH) / (p[:, c].sum() + g.sum() + _SMOOTH))
+    return torch.stack(terms).mean()

@@ -1,0 +1,96 @@
+"""Which implementation serves a call, and why."""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rplib.options import Implementation
+
+Form = Literal["triton", "torch", "naive"]
+
+# Triton's own floor; older GPUs take the lean form.
+_OLDEST_COMPUTE_CAPABILITY = (7, 5)
+# Tiles hold all classes (and a slice of the features) of a block of voxels in registers.
+MOST_CLASSES = 64
+MOST_FEATURES = 1024
+
+
+def choose(impl: Implementation, logits: Sequence[Tensor], features: Sequence[Tensor] | None) -> Form:
+    """The form that computes this call.
+
+    Raises:
+        ValueError: ``impl="triton"`` cannot be met; says why and what to use instead.
+    """
+    if impl == "naive" or impl == "torch":
+        return impl
+    obstacle = triton_obstacle(logits, features, explicit=impl == "triton")
+    if impl == "triton" and obstacle:
+        raise ValueError(f'impl="triton" is impossible here: {obstacle}; use impl="torch" or impl="auto".')
+    return "torch" if obstacle else "triton"
+
+
+def triton_obstacle(
+    logits: Sequence[Tensor], features: Sequence[Tensor] | None, *, explicit: bool = False
+) -> str | None:
+    """Why the kernels cannot compute this call, or None.
+
+    Args:
+        explicit: the kernels were asked for by name, so that Triton's interpreter will do on a CPU.
+    """
+    everything = [*logits, *(features or ())]
+    if len(logits) != 2:
+        return f"the kernels take K = 2 networks, got {len(logits)}"
+    for tensor in everything:
+        if tensor.dtype == torch.float64:
+            return "the kernels compute in float32 and the input is float64"
+        if type(tensor).__name__ == "DTensor":
+            return "the input is a DTensor and the kernels take local tensors (tensor.to_local())"
+    if logits[0].shape[1] > MOST_CLASSES:
+        return f"the kernels take up to {MOST_CLASSES} classes, got {logits[0].shape[1]}"
+    if any(f.shape[1] > MOST_FEATURES for f in features or ()):
+        return f"the kernels take up to {MOST_FEATURES} feature channels"
+    return device_obstacle(logits[0].device, explicit=explicit)
+
+
+def device_obstacle(device: torch.device, *, explicit: bool = False) -> str | None:
+    """Why the kernels cannot run on this device at all, or None."""
+    if not triton_installed():
+        return 'Triton is not installed (GPU builds of torch bring it; else pip install "rplib[triton]", Linux)'
+    if device.type == "cuda":
+        return _cuda_obstacle(device.index)
+    if device.type == "xpu":
+        return None
+    if device.type == "cpu":
+        if not interpreting():
+            return "the tensors are on the CPU and TRITON_INTERPRET=1 is not set"
+        return None if explicit else "Triton's interpreter is for debugging (it is slow)"
+    return f"there are no Triton kernels for device {device.type!r}"
+
+
+@cache
+def triton_installed() -> bool:
+    """True where ``import triton`` would find a package."""
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def interpreting() -> bool:
+    """True where Triton runs its kernels in its interpreter (set before Triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@cache
+def _cuda_obstacle(index: int | None) -> str | None:
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _OLDEST_COMPUTE_CAPABILITY:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, Triton needs 7.5"
+    return None

@@ -1,0 +1,45 @@
+"""The keywords of the loss, checked once."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Confidence = Literal["entropy", "max_probability"]
+Weighting = Literal["similarity"]
+CrossEntropyOn = Literal["logits", "probabilities"]
+Implementation = Literal["auto", "triton", "torch", "naive"]
+
+_ALLOWED: dict[str, tuple[str | None, ...]] = {
+    "confidence": ("entropy", "max_probability", None),
+    "weighting": ("similarity", None),
+    "cross_entropy_on": ("logits", "probabilities"),
+    "impl": ("auto", "triton", "torch", "naive"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Keywords of `rplib.functional.reliable_mutual_loss`, where they are documented.
+
+    Raises:
+        ValueError: a keyword has a value that it does not know.
+    """
+
+    confidence: Confidence | None = "entropy"
+    weighting: Weighting | None = "similarity"
+    cross_entropy_on: CrossEntropyOn = "logits"
+    eps: float = 1e-6
+    impl: Implementation = "auto"
+    check_finite: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in _ALLOWED.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}.")
+        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)):
+            raise ValueError(f"eps is {self.eps!r}; expected a positive number such as 1e-6.")
+        if not (self.eps > 0 and math.isfinite(self.eps)):
+            raise ValueError(f"eps is {self.eps!r}; expected a positive finite number such as 1e-6.")
+        if not isinstance(self.check_finite, bool):
+            raise ValueError(f"check_finite is {self.check_finite!r}; expected True or False.")
