@@ -1,0 +1,130 @@
+"""Segmentation of whole images by overlapping windows, as in the paper's evaluation.
+
+MONAI cuts the windows and averages them; this module fixes its settings to the paper's windows, turns logits into
+probabilities window by window, and takes the paper's decision.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rplib.errors import UserError
+
+DECODER_1 = "decoder 1"
+MEAN = "mean of both"
+OUTPUTS = (DECODER_1, MEAN)
+
+
+class Segmentation(NamedTuple):
+    """What one output of the network says about one image."""
+
+    label: NDArray[np.uint8]  # (*spatial): class of every voxel
+    score: NDArray[np.float32]  # (*spatial): probability of not being background, averaged over the windows
+
+
+def segment(
+    network: nn.Module,
+    image: NDArray[np.float32],
+    patch: Sequence[int],
+    stride: Sequence[int],
+    batch: int = 4,
+    device: str | torch.device = "cpu",
+    output: str = DECODER_1,
+) -> Segmentation:
+    """Segments one image with one output of a two-decoder network.
+
+    Args:
+        network: in eval mode; maps (N, channels, *patch) to a pair (logits, features), a list of two tensors each.
+        image: (*spatial) or (channels, *spatial), normalised as in training. Axes shorter than the patch are padded
+            with zeros on both sides (the odd voxel behind) and the result is cropped back.
+        patch: voxels of a window per axis.
+        stride: voxels between windows per axis; the last window is moved back to end with the image.
+        batch: windows per forward pass; changes time and memory, not the result (up to rounding).
+        device: where the windows are computed and the averages are summed.
+        output: ``"decoder 1"``, the network that the paper reports, or ``"mean of both"`` decoders' probabilities.
+
+    Returns:
+        (label, score): ``label`` (*spatial) uint8 is 1 where the mean foreground probability is above 0.5, with more
+        than two classes the class of the largest mean probability; ``score`` (*spatial) float32 is 1 - p(background).
+
+    Raises:
+        UserError: a stride below 1 or above the patch, axes that do not match.
+
+    Source: Su et al. 2024, doi 10.1016/j.media.2024.103111, evaluation of the authors' code.
+    """
+    return segment_outputs(network, image, patch, stride, batch, device, (output,))[output]
+
+
+@torch.inference_mode()
+def segment_outputs(
+    network: nn.Module,
+    image: NDArray[np.float32],
+    patch: Sequence[int],
+    stride: Sequence[int],
+    batch: int = 4,
+    device: str | torch.device = "cpu",
+    outputs: Sequence[str] = OUTPUTS,
+) -> dict[str, Segmentation]:
+    """As `segment`, for several outputs from the same forward passes; the network must be on `device`."""
+    patch = tuple(int(size) for size in patch)
+    overlap = window_overlap(patch, stride)
+    unknown = [output for output in outputs if output not in OUTPUTS]
+    if unknown:
+        raise ValueError(f"outputs must be of {OUTPUTS}, got {unknown}")
+
+    volume = torch.as_tensor(np.ascontiguousarray(image))
+    if volume.ndim == len(patch):
+        volume = volume[None]
+    if volume.ndim != len(patch) + 1:
+        raise UserError(
+            f"the image has shape {tuple(image.shape)}, the patch {patch}; give the patch one size per axis."
+        )
+    volume = volume[None].to(device, next(network.parameters()).dtype)  # (1, channels, *spatial)
+
+    def probabilities(windows: Tensor) -> tuple[Tensor, ...]:
+        logits, _ = network(windows)
+        first = logits[0].softmax(1)  # (N, C, *patch)
+        found = {DECODER_1: first}
+        if MEAN in outputs:
+            found[MEAN] = torch.stack([first, *(other.softmax(1) for other in logits[1:])]).mean(0)
+        return tuple(found[output] for output in outputs)
+
+    averages = sliding_window_inference(
+        volume, roi_size=patch, sw_batch_size=batch, predictor=probabilities, overlap=overlap, mode="constant", cval=0.0
+    )
+    if isinstance(averages, Tensor):  # MONAI hands a single output back bare
+        averages = (averages,)
+    return {output: _decide(average[0]) for output, average in zip(outputs, averages, strict=True)}
+
+
+def window_overlap(patch: Sequence[int], stride: Sequence[int]) -> tuple[float, ...]:
+    """The share of a window that makes MONAI step by exactly `stride` voxels.
+
+    MONAI takes int(patch * (1 - overlap)) as the step; the half voxel keeps rounding from losing one.
+
+    >>> [int(96 * (1 - share)) for share in window_overlap((96, 96), (16, 96))]
+    [16, 96]
+    """
+    patch, stride = tuple(patch), tuple(stride)
+    if len(patch) != len(stride) or not all(1 <= step <= size for step, size in zip(stride, patch, strict=True)):
+        raise UserError(f"the stride {stride} does not fit the patch {patch}; give each axis 1 up to the patch's size.")
+    # At stride = patch the half voxel would ask for a negative overlap, and none is needed.
+    return tuple(max(0.0, 1 - (step + 0.5) / size) for size, step in zip(patch, stride, strict=True))
+
+
+def _decide(probability: Tensor) -> Segmentation:
+    """Class and foreground score from averaged probabilities (C, *spatial)."""
+    classes = probability.shape[0]
+    if classes == 2:
+        # The foreground itself, not 1 - background: it is what the paper's threshold looks at.
+        score = probability[1]
+        label = score > 0.5
+    else:
+        score = 1 - probability[0]
+        label = probability.argmax(0)
+    return Segmentation(label.to(torch.uint8).cpu().numpy(), score.float().cpu().numpy())
