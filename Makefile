@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml
 	  echo "error: $$python cannot make environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; fi; \
 	echo "setting up $(VENV) with $$("$$python" --version) (one to several minutes, once)"; \
 	"$$python" -m venv "$(VENV)"; \
-	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	"$(BIN)/python" -m pip install -qq --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP)  ## the main job on generated data: train, evaluate, one picture

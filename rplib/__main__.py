@@ -1,0 +1,8 @@
+"""`python -m rplib` is the command `rplib`."""
+
+import sys
+
+from rplib.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""The command `rplib`: finds the module of the command asked for, runs it, and turns mistakes into one line."""
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+from rplib import __version__
+from rplib.errors import UserError
+
+
+class Command(NamedTuple):
+    """A word of the command line: the module behind it has `add_arguments(parser)` and `run(args) -> exit code`."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "check": Command("rplib.check", "compare the implementations with the naive form in float64 on this machine"),
+    "info": Command("rplib.info", "versions, devices, and which implementation `auto` takes; for bug reports"),
+    "data": Command("rplib.reference.data", "write a generated data set, or check the one you have"),
+    "train": Command("rplib.reference.train", "train the two-decoder V-Net by a recipe"),
+    "evaluate": Command("rplib.reference.evaluate", "score a trained run: CSV, NIfTI and a picture sheet"),
+    "demo": Command("rplib.reference.demo", "the whole job on generated data in a minute or two"),
+}
+
+# Import names that come with an extra, so that a missing one is told as such and not as a traceback.
+EXTRAS = {
+    "triton": ("triton",),
+    "reference": ("h5py", "matplotlib", "monai", "nibabel", "numpy", "rich", "scipy", "tensorboard", "tqdm"),
+}
+
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+# What the machine may answer to any write or read: the user can mend it, and a traceback adds nothing.
+_MENDABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with mistakes as one line, like every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `rplib` with these words (default: the process's own) and returns the exit code.
+
+    A user's mistake gives one line on stderr and 2, Ctrl-C gives 130, a reader that left (`rplib info | head`) 141.
+    """
+    code = _explained(list(sys.argv[1:] if argv is None else argv))
+    try:
+        sys.stdout.flush()  # a closed pipe or a full disk shows here, and not at interpreter exit
+    except OSError as error:
+        # Python flushes once more at exit, where what is left in the buffer would fail again, with a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return EXIT_BROKEN_PIPE
+        return code or _mistake(f"writing to standard output failed: {error.strerror}")
+    return code
+
+
+def _explained(words: list[str]) -> int:
+    try:
+        return _run(words)
+    except SystemExit as leaving:  # --help and --version
+        if not isinstance(leaving.code, int):
+            raise
+        return leaving.code
+    except UserError as error:
+        return _mistake(str(error))
+    except ModuleNotFoundError as error:
+        extra = _extra_of(error.name)
+        if extra is None:
+            raise
+        return _mistake(f'{error.name} is not installed; install it with: pip install "rplib[{extra}]"')
+    except BrokenPipeError:
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in _MENDABLE:
+            raise
+        return _mistake(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror))
+    except KeyboardInterrupt:
+        print("rplib: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run(words: list[str]) -> int:
+    top = Parser(
+        prog="rplib",
+        description="Mutual learning with reliable pseudo-labels for semi-supervised segmentation.",
+        epilog=_command_list(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"rplib {__version__}")
+    top.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the commands below")
+    name = top.parse_args(words[:1]).command  # the rest is the command's own
+
+    module = importlib.import_module(COMMANDS[name].module)
+    parser = Parser(
+        prog=f"rplib {name}",
+        description=(module.__doc__ or "").strip() or None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args(words[1:])))
+
+
+def _command_list() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(["commands:", *lines, "", "`rplib COMMAND --help` tells what a command takes."])
+
+
+def _extra_of(module: str | None) -> str | None:
+    root = (module or "").partition(".")[0]
+    return next((extra for extra, modules in EXTRAS.items() if root in modules), None)
+
+
+def _mistake(message: str) -> int:
+    print(f"rplib: error: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_MISTAKE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""`rplib`: every command is there, and every mistake is one line on stderr with exit code 2."""
+
+import importlib
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from package_tools import ROOT, run_python
+
+import rplib
+from rplib import cli
+from rplib.errors import UserError
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Puts a module with the given `run` behind the command `check`."""
+
+    def put(run, add_arguments=lambda parser: None):
+        module = SimpleNamespace(__doc__="A stand-in.", add_arguments=add_arguments, run=run)
+        monkeypatch.setitem(sys.modules, "stand_in_command", module)
+        monkeypatch.setitem(cli.COMMANDS, "check", cli.Command("stand_in_command", "stand-in"))
+
+    return put
+
+
+def raising(error):
+    def run(args):
+        raise error
+
+    return run
+
+
+def mistake(capsys, *words) -> str:
+    """The one line that these words give, without its `rplib: error: `."""
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("rplib: error: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    return err.removeprefix("rplib: error: ").strip()
+
+
+def test_no_command(capsys):
+    assert "rplib --help" in mistake(capsys)
+
+
+@pytest.mark.parametrize("word", ["trian", "--recipe", "predict", ""])
+def test_unknown_command(capsys, word):
+    message = mistake(capsys, word, "--out", "somewhere")
+    assert "rplib --help" in message
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"rplib {rplib.__version__}\n"
+
+
+def test_help_lists_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name} " in out
+        assert command.summary in out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_explains_itself(capsys, name):
+    assert cli.main([name, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"usage: rplib {name}")
+    assert err == ""
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_refuses_an_unknown_option(capsys, name):
+    assert "--help" in mistake(capsys, name, "--no-such-option")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_modules_keep_the_contract(name):
+    module = importlib.import_module(cli.COMMANDS[name].module)
+    assert callable(module.add_arguments)
+    assert callable(module.run)
+    assert (module.__doc__ or "").strip()
+
+
+def test_exit_code_is_the_commands(stand_in):
+    stand_in(lambda args: 3)
+    assert cli.main(["check"]) == 3
+
+
+def test_words_reach_the_command(stand_in):
+    seen = []
+    stand_in(lambda args: seen.append(args.set) or 0, lambda parser: parser.add_argument("--set", action="append"))
+    assert cli.main(["check", "--set", "a=1", "--set", "b=-2"]) == 0
+    assert seen == [["a=1", "b=-2"]]
+
+
+def test_mistake_of_several_lines_becomes_one(stand_in, capsys):
+    stand_in(raising(UserError("case A has no key `label`;\n  add it")))
+    assert mistake(capsys, "check") == "case A has no key `label`; add it"
+
+
+def test_denied_file_is_one_line(stand_in, capsys):
+    stand_in(raising(PermissionError(13, "Permission denied", "/some/run/last.pt")))
+    assert mistake(capsys, "check") == "Permission denied: /some/run/last.pt"
+
+
+def test_interruption(stand_in, capsys):
+    stand_in(raising(KeyboardInterrupt()))
+    assert cli.main(["check"]) == 130
+    assert capsys.readouterr().err == "rplib: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("a bug"), OSError("no errno"), ModuleNotFoundError(name="rplib.gone")]
+)
+def test_bugs_are_not_dressed_up_as_mistakes(stand_in, error):
+    stand_in(raising(error))
+    with pytest.raises(type(error)):
+        cli.main(["check"])
+
+
+@pytest.mark.parametrize("name", ["data", "train", "evaluate", "demo"])
+def test_missing_extra_is_one_line_with_the_remedy(name, tmp_path):
+    """As after `pip install rplib`: whichever package of the extra is asked for first."""
+    code = f"from rplib.cli import main; sys.exit(main([{name!r}, '--help']))"
+    done = run_python(code, cwd=tmp_path, path=[ROOT], blocked=cli.EXTRAS["reference"])
+    if done.returncode == 0:  # nothing needed to explain itself
+        return
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert 'pip install "rplib[reference]"' in done.stderr
+
+
+@pytest.mark.parametrize("name", ["check", "info"])
+def test_core_commands_need_no_extra(name, tmp_path):
+    code = f"from rplib.cli import main; sys.exit(main([{name!r}, '--help']))"
+    done = run_python(code, cwd=tmp_path, path=[ROOT], blocked=[*cli.EXTRAS["reference"], *cli.EXTRAS["triton"]])
+    assert done.returncode == 0, done.stderr
+
+
+def test_missing_module_inside_a_command_names_its_extra(stand_in, capsys):
+    stand_in(raising(ModuleNotFoundError(name="monai.transforms")))
+    assert 'pip install "rplib[reference]"' in mistake(capsys, "check")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
+@pytest.mark.parametrize("words", [["--help"], ["info"]])
+def test_reader_that_leaves_early(words):
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    words = [sys.executable, "-m", "rplib", *words]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=buffered)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+    process.stderr.close()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /dev/full")
+def test_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "rplib", "info"], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "No space left on device" in done.stderr
