@@ -62,8 +62,8 @@ def test_import_has_no_side_effect_on_torch(tmp_path):
 import torch
 def state():
     random = (torch.initial_seed(), torch.get_rng_state().sum().item())
-    modes = (torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision())
-    return (torch.get_default_dtype(), torch.get_num_threads(), *random, *modes)
+    modes = (torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled())
+    return (torch.get_default_dtype(), torch.get_num_threads(), torch.get_float32_matmul_precision(), *random, *modes)
 before = state()
 import rplib
 assert state() == before, (before, state())
