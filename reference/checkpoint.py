@@ -1,0 +1,125 @@
+"""Checkpoints that are whole or not there, and weights for everybody else."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import torch
+
+from rplib.errors import UserError
+from rplib.reference.config import Config, load_config, load_recipe, parse
+from rplib.reference.network import MutualVNet
+
+LAST, BEST, CONFIG = "last.pt", "best.pt", "config.toml"
+_TEMPORARY = ".tmp"
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file so that at every moment, a kill or a power cut included, the path holds the old content or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the rename itself reaches the disk with the folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()) and None)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Delete temporary files of writes that a kill interrupted."""
+    for path in run.glob(f".*{_TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint atomically. It holds tensors, numbers, text, lists and dicts only."""
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, with ``weights_only=True``.
+
+    Raises:
+        UserError: missing, half-written, damaged, or not a checkpoint.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage sizes
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is not a readable checkpoint ({reason}); use another one or train again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; expected a checkpoint of `rplib train` or a state dict.")
+    return content
+
+
+def load_network(run: str | Path, which: Literal["best", "last"] | None = None) -> tuple[MutualVNet, Config]:
+    """The network of a run, in evaluation mode on the CPU, and its settings.
+
+    Args:
+        run: a run folder, one of its checkpoints, or a state dict of the authors' `mine3d_v1` (then the network's size is
+            read off its weights and the other settings are those of the recipe la-8).
+        which: ``"best"`` or ``"last"``; None takes best.pt where it exists, else last.pt.
+
+    Raises:
+        UserError: no such run or checkpoint, a damaged one, or weights that do not fit the network.
+    """
+    run = Path(run)
+    if run.is_dir():
+        path = run / {"best": BEST, "last": LAST, None: BEST if (run / BEST).is_file() else LAST}[which]
+        if not path.is_file():
+            raise UserError(f"{run} holds no {path.name}; is it a run folder of `rplib train`, and has it got that far?")
+    else:
+        path = run
+    content = load(path)
+    if "network" in content:
+        weights = content["network"]
+        config = load_config(run / CONFIG) if run.is_dir() else parse(content["config"], str(path))
+    else:
+        weights = {key.removeprefix("module."): value for key, value in content.items()}
+        config = _config_of(weights, path)
+    network = build_network(config)
+    load_weights(network, weights, path)
+    return network.eval(), config
+
+
+def build_network(config: Config) -> MutualVNet:
+    """The untrained network of a configuration; draws its weights from torch's global generator."""
+    return MutualVNet(config.in_channels, config.classes, config.filters, config.dropout)
+
+
+def load_weights(network: MutualVNet, weights: dict[str, Any], path: Path) -> None:
+    """Put a state dict into a network.
+
+    Raises:
+        UserError: the keys or the shapes are another network's.
+    """
+    try:
+        network.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise UserError(f"the weights in {path} do not fit the network: {' '.join(lines[1:2])[:200]}") from error
+
+
+def _config_of(weights: dict[str, Any], path: Path) -> Config:
+    first, last = weights.get("encoder.block_one.conv.0.weight"), weights.get("decoder1.out_conv.weight")
+    if not isinstance(first, torch.Tensor) or not isinstance(last, torch.Tensor):
+        raise UserError(f"{path} is neither a checkpoint of `rplib train` nor a state dict of the authors' mine3d_v1.")
+    return load_recipe("la-8").replace(
+        name=path.stem, filters=first.shape[0], in_channels=first.shape[1], classes=last.shape[0]
+    )

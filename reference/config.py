@@ -1,0 +1,291 @@
+"""Settings of a training: recipes, overrides, and the resolved `config.toml` of a run.
+
+One flat table. The fields below are its keys, their defaults are the paper's settings on the Left Atrium data, and their
+comments go into every file that is written.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rplib.errors import UserError
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+DEPTH = 16  # the network halves each axis four times
+
+
+def _key(default: Any, comment: str, *, least: float | None = None, above: float | None = None, most: float | None = None,
+         choices: Sequence[str] = (), section: str = "") -> Any:
+    metadata = {"comment": comment, "least": least, "above": above, "most": most, "choices": choices, "section": section}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run; checked on creation.
+
+    Raises:
+        UserError: a value of the wrong type, outside its range, or at odds with another one.
+
+    Example:
+        >>> from rplib.reference.config import load_recipe
+        >>> config = load_recipe("la-8", ["filters=4", "patch=32,32,32"])
+        >>> config.labelled, config.filters, config.patch
+        (8, 4, (32, 32, 32))
+    """
+
+    name: str = _key("la-8", "what to call it", section="recipe")
+
+    dataset: str = _key("left-atrium", "layout on disk", choices=("left-atrium",), section="data")
+    classes: int = _key(2, "background included", least=2, most=255)
+    labelled: int = _key(8, "the first so many cases of train.list are labelled, the rest unlabelled", least=1)
+    validation: int = _key(0, "so many of the labelled cases (the last) are moved out to choose the best weights by", least=0)
+    patch: tuple[int, ...] = _key((112, 112, 80), "voxels; multiples of 16", least=DEPTH)
+    batch_size: int = _key(4, "labelled and unlabelled together", least=1)
+    labelled_per_batch: int = _key(2, "equal to batch_size: labelled only, unlabelled cases are not even read", least=1)
+    augmentation: str = _key("mirror-rotate", "in the first two axes; 'none' crops only", choices=("mirror-rotate", "none"))
+
+    in_channels: int = _key(1, "channels of the image", least=1, most=1, section="network")
+    filters: int = _key(16, "channels at full resolution; 16 gives 12,347,716 parameters", least=1)
+    dropout: float = _key(0.5, "after the deepest block and before each output convolution", least=0.0, most=0.99)
+
+    dice_weight: float = _key(0.5, "times the sum of both decoders' Dice losses", least=0.0, section="objective")
+    consistency: float = _key(1.0, "maximum weight of the mutual loss; 0 trains on labels alone", least=0.0)
+    ramp_length: int = _key(40, "steps of the ramp-up of that weight; 0: maximum from the start", least=0)
+    ramp_every: int = _key(150, "iterations per step", least=1)
+    confidence: str = _key("entropy", "which network teaches", choices=("entropy", "max_probability", "none"))
+    weighting: str = _key("similarity", "how reliable its pseudo-label is", choices=("similarity", "none"))
+    cross_entropy_on: str = _key("logits", "'probabilities' is the authors' upload of January 2024",
+                                 choices=("logits", "probabilities"))
+    impl: str = _key("auto", "implementation of the loss", choices=("auto", "triton", "torch", "naive"))
+
+    iterations: int = _key(15000, "optimiser steps", least=1, section="optimisation")
+    learning_rate: float = _key(0.01, "of SGD", above=0.0)
+    momentum: float = _key(0.9, "of SGD", least=0.0, most=0.9999)
+    weight_decay: float = _key(0.0001, "of SGD", least=0.0)
+    schedule: str = _key("constant", "'polynomial': times (1 - t/iterations)^0.9", choices=("constant", "polynomial"))
+    seed: int = _key(1337, "of weights, dropout, order of cases, crops", least=0, most=2**63 - 1)
+    amp: str = _key("off", "mixed precision of the network", choices=("off", "bfloat16"))
+    channels_last: bool = _key(False, "memory layout; faster convolutions on most devices, last bits differ")
+
+    protocol: str = _key("held-out", "'paper' chooses the weights on the TEST list, as the published numbers did",
+                         choices=("held-out", "paper"), section="evaluation")
+    validate_from: int = _key(800, "first iteration to validate at", least=1)
+    validate_every: int = _key(200, "iterations", least=1)
+    stride: tuple[int, ...] = _key((18, 18, 4), "of the sliding windows, voxels", least=1)
+    window_batch: int = _key(4, "windows in one forward pass", least=1)
+
+    checkpoint_every: int = _key(200, "iterations between writes of last.pt", least=1, section="run folder")
+    log_every: int = _key(10, "iterations between looks at the losses (each waits for the device once)", least=1)
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        for axis in self.patch:
+            if axis % DEPTH:
+                raise UserError(f"patch is {list(self.patch)}; each axis must be a multiple of {DEPTH}.")
+        if any(s > p for s, p in zip(self.stride, self.patch, strict=True)):
+            raise UserError(f"stride {list(self.stride)} is larger than patch {list(self.patch)}; voxels between windows "
+                            "would stay unseen: set stride.")
+        if self.labelled_per_batch > self.batch_size:
+            raise UserError(f"labelled_per_batch is {self.labelled_per_batch} of batch_size {self.batch_size}; "
+                            "lower it or raise batch_size.")
+        if self.validation >= self.labelled:
+            raise UserError(f"validation={self.validation} leaves none of the {self.labelled} labelled cases for training; "
+                            "lower validation or raise labelled.")
+        if self.protocol == "paper" and self.validation:
+            raise UserError(f"protocol 'paper' chooses by the test list, so validation={self.validation} has no use; "
+                            "set validation=0 or protocol=held-out.")
+        if self.batch_size * math.prod(axis // DEPTH for axis in self.patch) < 2:
+            raise UserError(f"batch_size {self.batch_size} with patch {list(self.patch)} leaves one value per channel at "
+                            "the deepest level, too few for batch normalisation; raise either.")
+
+    @property
+    def labelled_only(self) -> bool:
+        """No unlabelled sample in any batch."""
+        return self.labelled_per_batch == self.batch_size
+
+    @property
+    def loss_keywords(self) -> dict[str, Any]:
+        """Keywords for `rplib.MutualObjective`."""
+        return {
+            "dice_weight": self.dice_weight,
+            "confidence": None if self.confidence == "none" else self.confidence,
+            "weighting": None if self.weighting == "none" else self.weighting,
+            "cross_entropy_on": self.cross_entropy_on,
+            "impl": self.impl,
+        }
+
+    def replace(self, **changes: Any) -> "Config":
+        """A copy with some settings changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_toml(self) -> str:
+        """The complete file, with comments; `parse` reads it back to an equal object."""
+        lines: list[str] = []
+        for f in dataclasses.fields(self):
+            if f.metadata["section"]:
+                lines += ["", f"# ---- {f.metadata['section']}"]
+            lines.append(f"{f.name + ' = ' + _toml(getattr(self, f.name)):36}  # {_comment(f)}")
+        return "\n".join(lines).strip() + "\n"
+
+
+KEYS = {f.name: f for f in dataclasses.fields(Config)}
+
+
+def parse(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
+    """Settings from TOML text; keys that it lacks take the paper's values.
+
+    Args:
+        source: what to call the text in an error.
+        overrides: `key=value` words, as after `--set`.
+
+    Raises:
+        UserError: bad TOML, unknown key (with the nearest known one), or a value that does not fit.
+    """
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{source} is not valid TOML: {error}.") from error
+    for key in table:
+        _known(key, source)
+    return Config(**{**table, **parse_overrides(overrides)})
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """`["filters=4", "patch=32,32,32"]` as a table; values are written as in TOML, text without quotes, lists without brackets.
+
+    Raises:
+        UserError: no `=`, or an unknown key.
+    """
+    table: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        key, text = key.strip(), text.strip()
+        if not equals:
+            raise UserError(f"--set {word}: expected key=value, for example --set filters=4.")
+        _known(key, "--set")
+        if KEYS[key].type is str:
+            table[key] = text.strip("\"'")
+            continue
+        for written in (text, f"[{text}]"):
+            try:
+                value = tomllib.loads(f"v = {written}")["v"]
+                break
+            except tomllib.TOMLDecodeError:
+                value = text
+        table[key] = value
+    return table
+
+
+def recipe_names() -> list[str]:
+    """Names that `--recipe` knows."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """A recipe by its name or by the path of a TOML file.
+
+    Raises:
+        UserError: no such recipe or file, or something in it does not fit.
+    """
+    path = Path(recipe)
+    if path.suffix != ".toml":
+        path = RECIPES / f"{recipe}.toml"
+        if str(recipe) not in recipe_names():
+            near = difflib.get_close_matches(str(recipe), recipe_names(), n=2, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise UserError(f"no recipe named {recipe}; {hint}known: {', '.join(recipe_names())}; or give a FILE.toml.")
+    return load_config(path, overrides)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Settings from a TOML file, such as the `config.toml` of a run.
+
+    Raises:
+        UserError: the file is missing or unreadable, or something in it does not fit.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"settings {path} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+    return parse(text, str(path), overrides)
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """Keys in which two configurations differ.
+
+    >>> differences(Config(), Config(seed=1, filters=4))
+    ['filters', 'seed']
+    """
+    return [key for key in KEYS if getattr(a, key) != getattr(b, key)]
+
+
+def _known(key: str, source: str) -> None:
+    if key in KEYS:
+        return
+    near = difflib.get_close_matches(key, KEYS, n=3, cutoff=0.5) or [k for k in KEYS if key in k]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(KEYS)}."
+    raise UserError(f"{source}: unknown setting {key!r}; {hint}")
+
+
+def _checked(f: "dataclasses.Field[Any]", value: Any) -> Any:
+    """The value in its declared type, or a UserError that names the key."""
+    if f.type == tuple[int, ...]:
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 3 or not all(map(_is_int, value)):
+            raise UserError(f"{f.name} is {value!r}; expected three whole numbers such as {f.name}=32,32,32.")
+        for axis in value:
+            _check_range(f, axis, value)
+        return tuple(int(axis) for axis in value)
+    if f.type is float and _is_int(value):
+        value = float(value)
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[f.type]  # type: ignore[index]
+    fits = _is_int(value) if f.type is int else isinstance(value, f.type)  # type: ignore[arg-type]
+    if not fits or (isinstance(value, float) and not math.isfinite(value)):
+        raise UserError(f"{f.name} is {value!r}; expected {expected}, such as {f.name}={_toml(f.default)}.")
+    choices = f.metadata["choices"]
+    if choices and value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"{f.name} is {value!r}; expected one of: {', '.join(choices)}{hint}.")
+    if not isinstance(value, (str, bool)):
+        _check_range(f, value, value)
+    return value
+
+
+def _check_range(f: "dataclasses.Field[Any]", number: float, shown: Any) -> None:
+    least, above, most = f.metadata["least"], f.metadata["above"], f.metadata["most"]
+    if least is not None and number < least:
+        raise UserError(f"{f.name} is {shown}; expected at least {least}.")
+    if above is not None and number <= above:
+        raise UserError(f"{f.name} is {shown}; expected more than {above}.")
+    if most is not None and number > most:
+        raise UserError(f"{f.name} is {shown}; expected at most {most}.")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _comment(f: "dataclasses.Field[Any]") -> str:
+    choices = f.metadata["choices"]
+    return f.metadata["comment"] + (f" ({' | '.join(choices)})" if len(choices) > 1 else "")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return repr(value)

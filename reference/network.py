@@ -1,0 +1,121 @@
+"""The V-Net of the paper: one encoder, two decoders that differ only in how they upsample.
+
+Milletari et al., "V-Net", 3DV 2016, without its residual sums; Su et al., Medical Image Analysis 94 (2024) 103111, for the
+two decoders. Module names are those of the authors' `mine3d_v1`, so that their checkpoints load.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+_ENCODER = (("one", 1), ("two", 2), ("three", 3), ("four", 3), ("five", 3))  # block and its convolutions, downwards
+_DECODER = (("six", "five", 3), ("seven", "six", 3), ("eight", "seven", 2), ("nine", "eight", 1))  # block, upsampled from
+
+
+class MutualVNet(nn.Module):
+    """One encoder, decoder 1 with transposed convolutions, decoder 2 with nearest upsampling and 3x3x3 convolutions.
+
+    Args:
+        in_channels: channels of the image.
+        classes: C, background included.
+        filters: channels at full resolution; they double at each of the four halvings.
+        dropout: probability of Dropout3d after the deepest block and before each output convolution, in training mode.
+
+    Shapes:
+        image (B, in_channels, X, Y, Z), each axis a multiple of 16, to a pair of lists with one entry per decoder:
+        logits (B, C, X, Y, Z) and features (B, filters, X, Y, Z). The features are what the last 1x1x1 convolution reads,
+        after dropout.
+
+    Example:
+        >>> import torch
+        >>> from rplib.reference.network import MutualVNet
+        >>> logits, features = MutualVNet(filters=2)(torch.zeros(2, 1, 32, 16, 16))
+        >>> [tuple(z.shape) for z in logits], tuple(features[0].shape)
+        ([(2, 2, 32, 16, 16), (2, 2, 32, 16, 16)], (2, 2, 32, 16, 16))
+    """
+
+    def __init__(self, in_channels: int = 1, classes: int = 2, filters: int = 16, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.encoder = _Encoder(in_channels, filters, dropout)
+        self.decoder1 = _Decoder(classes, filters, dropout, _transposed)
+        self.decoder2 = _Decoder(classes, filters, dropout, _nearest)
+
+    def forward(self, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        scales = self.encoder(image)
+        (logits1, features1), (logits2, features2) = self.decoder1(scales), self.decoder2(scales)
+        return [logits1, logits2], [features1, features2]
+
+
+class _Encoder(nn.Module):
+    def __init__(self, in_channels: int, filters: int, dropout: float) -> None:
+        super().__init__()
+        width = filters
+        for name, convolutions in _ENCODER:
+            self.add_module(f"block_{name}", _Block(*_convolutions(in_channels, width, convolutions)))
+            if name != "five":
+                self.add_module(f"block_{name}_dw", _Block(*_normalised(nn.Conv3d(width, 2 * width, 2, stride=2))))
+                width *= 2
+            in_channels = width
+        self.dropout = nn.Dropout3d(dropout)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Five tensors, full resolution first: (B, filters * 2^s, X / 2^s, ...)."""
+        scales = []
+        for name, _ in _ENCODER:
+            x = getattr(self, f"block_{name}")(x)
+            scales.append(x)
+            if name != "five":
+                x = getattr(self, f"block_{name}_dw")(x)
+        scales[-1] = self.dropout(scales[-1])
+        return scales
+
+
+class _Decoder(nn.Module):
+    def __init__(self, classes: int, filters: int, dropout: float, upsampling: "_Upsampling") -> None:
+        super().__init__()
+        width = 16 * filters
+        for name, below, convolutions in _DECODER:
+            self.add_module(f"block_{below}_up", _Block(*upsampling(width, width // 2)))
+            width //= 2
+            self.add_module(f"block_{name}", _Block(*_convolutions(width, width, convolutions)))
+        self.dropout = nn.Dropout3d(dropout)
+        self.out_conv = nn.Conv3d(filters, classes, 1)
+
+    def forward(self, scales: list[Tensor]) -> tuple[Tensor, Tensor]:
+        *skips, x = scales
+        for name, below, _ in _DECODER:
+            x = getattr(self, f"block_{below}_up")(x) + skips.pop()
+            x = getattr(self, f"block_{name}")(x)
+        features = self.dropout(x)
+        return self.out_conv(features), features
+
+
+_Upsampling = Callable[[int, int], list[nn.Module]]
+
+
+class _Block(nn.Module):
+    """Layers in a row under the name `conv`, which the authors' checkpoints have."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+def _normalised(convolution: nn.Conv3d | nn.ConvTranspose3d) -> list[nn.Module]:
+    return [convolution, nn.BatchNorm3d(convolution.out_channels), nn.ReLU(inplace=True)]
+
+
+def _convolutions(channels: int, width: int, number: int) -> list[nn.Module]:
+    widths = [channels] + [width] * number
+    return [layer for i in range(number) for layer in _normalised(nn.Conv3d(widths[i], width, 3, padding=1))]
+
+
+def _transposed(channels: int, width: int) -> list[nn.Module]:
+    return _normalised(nn.ConvTranspose3d(channels, width, 2, stride=2))
+
+
+def _nearest(channels: int, width: int) -> list[nn.Module]:
+    return [nn.Upsample(scale_factor=2, mode="nearest"), *_normalised(nn.Conv3d(channels, width, 3, padding=1))]

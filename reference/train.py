@@ -1,0 +1,55 @@
+"""Train the two-decoder V-Net by a recipe.
+
+examples:
+  rplib train --recipe la-8 --data DIR --out RUN
+  rplib train --recipe la-8-supervised --data DIR --out RUN --set filters=4 --set patch=64,64,48 --set iterations=1000
+  rplib train --resume --out RUN                       goes on after a kill, with the same numbers
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The words of `rplib train`."""
+    parser.add_argument("--recipe", metavar="NAME|FILE.toml", help="settings: la-4, la-8, la-16, each also with -supervised, or a file")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with train.list, test.list and the cases")
+    parser.add_argument("--out", type=Path, metavar="RUN", required=True, help="run folder; new or empty unless --resume")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", nargs="+", default=[], dest="overrides",
+                        help="change settings of the recipe; may be repeated")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in RUN")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--deterministic", action="store_true", help="deterministic algorithms on the GPU too (slower)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains and returns the exit code; mistakes raise `rplib.errors.UserError`."""
+    from rplib.reference.trainer import start
+
+    start(
+        recipe=args.recipe,
+        data=args.data,
+        out=args.out,
+        overrides=[word for words in args.overrides for word in words],
+        resume=args.resume,
+        device=args.device,
+        deterministic=args.deterministic,
+    )
+    return 0
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """`rplib train` with these words (default: the process's own)."""
+    from rplib.cli import main as rplib
+
+    return rplib(["train", *(sys.argv[1:] if words is None else words)])
+
+
+if __name__ == "__main__":
+    # `python reference/train.py` finds rplib in the checkout that it lies in, installed or not.
+    root = Path(__file__).resolve().parent.parent
+    if (root / "rplib" / "__init__.py").is_file():
+        sys.path[0] = str(root)
+    sys.exit(main())
