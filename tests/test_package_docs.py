@@ -1,0 +1,98 @@
+"""The front page keeps its word: its examples run as written, and its names, commands, keywords and links exist."""
+
+import inspect
+import re
+import subprocess
+import sys
+from ast import literal_eval
+
+import pytest
+from package_tools import PYPROJECT, ROOT
+
+import rplib
+from rplib import cli, options
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+EXAMPLES = [text for language, text in BLOCKS if language == "python"]
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) == 3
+    first = [line for line in EXAMPLES[0].splitlines() if line.strip()]
+    assert len(first) <= 12, "the drop-in example is to be taken in at a glance"
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["drop-in", "monai", "reliability"])
+def test_example_runs_as_written(example, tmp_path):
+    script = tmp_path / "example.py"
+    script.write_text(example, encoding="utf-8")
+    code = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(script)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert "nan" not in done.stdout
+
+
+def rows(*header: str) -> list[list[str]]:
+    """Cells of the table whose header starts with these words."""
+    lines = README.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| " + " | ".join(header) + " |"))
+    table = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        table.append([cell.strip().replace("\\*", "*") for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return table
+
+
+def test_options_table_is_the_signature():
+    signature = inspect.signature(rplib.functional.reliable_mutual_loss).parameters
+    keywords = {name: p.default for name, p in signature.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    table = {row[0].strip("`"): [value.strip("` ") for value in row[1].split(",")] for row in rows("keyword", "values")}
+    assert list(table) == list(keywords)
+    for name, values in table.items():
+        assert literal_eval(values[0]) == keywords[name], f"{name}: the default comes first"
+        if name in options._ALLOWED:
+            assert sorted(map(str, map(literal_eval, values))) == sorted(map(str, options._ALLOWED[name]))
+
+
+def test_every_implementation_is_in_the_table():
+    named = {row[0].strip('`"') for row in rows("`impl`", "is")}
+    assert named == set(options._ALLOWED["impl"])
+
+
+def test_reliability_table_is_the_tuple():
+    assert [row[0].strip("`") for row in rows("field", "shape")] == [
+        name for name in rplib.Reliability._fields if name not in ("student", "teacher")
+    ]
+
+
+def test_commands_exist():
+    code = "\n".join([text for language, text in BLOCKS if language == "sh"] + re.findall(r"`([^`\n]+)`", README))
+    named = set(re.findall(r"^rplib ([a-z]+)", code, flags=re.MULTILINE))
+    assert named == set(cli.COMMANDS)
+    targets = set(re.findall(r"^make ([a-z]+)", code, flags=re.MULTILINE))
+    assert {"demo", "test"} <= targets
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
+
+
+def test_extras_exist():
+    named = set(re.findall(r"\.\[([a-z]+)\]", README))
+    assert named == set(PYPROJECT["project"]["optional-dependencies"])
+
+
+def test_recipes_exist():
+    on_disk = {file.stem for file in (ROOT / "reference" / "recipes").glob("*.toml")}
+    named = set(re.findall(r"`(la-\d+)`", README))
+    assert named == {name for name in on_disk if not name.endswith("-supervised")}
+    assert {f"{name}-supervised" for name in named} <= on_disk
+
+
+def test_links_lead_somewhere():
+    targets = re.findall(r"\]\(([^)#]+)", README)
+    local = [target for target in targets if "://" not in target]
+    assert "LICENSE" in local
+    missing = [target for target in local if not (ROOT / target).exists()]
+    assert not missing
