@@ -15,8 +15,8 @@ LAST, BEST, CONFIG = "last.pt", "best.pt", "config.toml"
 _TEMPORARY = ".tmp"
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file so that at every moment, a kill or a power cut included, the path holds the old content or the new."""
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that at every moment, a kill included, the path holds the old content or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
@@ -36,7 +36,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()) and None)
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def remove_leftovers(run: Path) -> None:
@@ -64,7 +64,9 @@ def load(path: Path) -> dict[str, Any]:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is not a readable checkpoint ({reason}); use another one or train again.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}; expected a checkpoint of `rplib train` or a state dict.")
+        raise UserError(
+            f"{path} holds a {type(content).__name__}; expected a checkpoint of `rplib train` or a state dict."
+        )
     return content
 
 
@@ -72,8 +74,8 @@ def load_network(run: str | Path, which: Literal["best", "last"] | None = None) 
     """The network of a run, in evaluation mode on the CPU, and its settings.
 
     Args:
-        run: a run folder, one of its checkpoints, or a state dict of the authors' `mine3d_v1` (then the network's size is
-            read off its weights and the other settings are those of the recipe la-8).
+        run: a run folder, one of its checkpoints, or a state dict of the authors' `mine3d_v1` (then the network's
+            size is read off its weights and the other settings are those of the recipe la-8).
         which: ``"best"`` or ``"last"``; None takes best.pt where it exists, else last.pt.
 
     Raises:
@@ -83,7 +85,9 @@ def load_network(run: str | Path, which: Literal["best", "last"] | None = None) 
     if run.is_dir():
         path = run / {"best": BEST, "last": LAST, None: BEST if (run / BEST).is_file() else LAST}[which]
         if not path.is_file():
-            raise UserError(f"{run} holds no {path.name}; is it a run folder of `rplib train`, and has it got that far?")
+            raise UserError(
+                f"{run} holds no {path.name}; is it a run folder of `rplib train`, and has it got that far?"
+            )
     else:
         path = run
     content = load(path)

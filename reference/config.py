@@ -1,14 +1,14 @@
 """Settings of a training: recipes, overrides, and the resolved `config.toml` of a run.
 
-One flat table. The fields below are its keys, their defaults are the paper's settings on the Left Atrium data, and their
-comments go into every file that is written.
+One flat table. The fields below are its keys, their defaults are the paper's settings on the Left Atrium data, and
+their comments go into every file that is written.
 """
 
 import dataclasses
 import difflib
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,24 @@ RECIPES = Path(__file__).resolve().parent / "recipes"
 DEPTH = 16  # the network halves each axis four times
 
 
-def _key(default: Any, comment: str, *, least: float | None = None, above: float | None = None, most: float | None = None,
-         choices: Sequence[str] = (), section: str = "") -> Any:
-    metadata = {"comment": comment, "least": least, "above": above, "most": most, "choices": choices, "section": section}
+def _key(
+    default: Any,
+    comment: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    choices: Sequence[str] = (),
+    section: str = "",
+) -> Any:
+    metadata = {
+        "comment": comment,
+        "least": least,
+        "above": above,
+        "most": most,
+        "choices": choices,
+        "section": section,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -44,11 +59,15 @@ class Config:
     dataset: str = _key("left-atrium", "layout on disk", choices=("left-atrium",), section="data")
     classes: int = _key(2, "background included", least=2, most=255)
     labelled: int = _key(8, "the first so many cases of train.list are labelled, the rest unlabelled", least=1)
-    validation: int = _key(0, "so many of the labelled cases (the last) are moved out to choose the best weights by", least=0)
+    validation: int = _key(
+        0, "so many of the labelled cases (the last) are moved out to choose the best weights by", least=0
+    )
     patch: tuple[int, ...] = _key((112, 112, 80), "voxels; multiples of 16", least=DEPTH)
     batch_size: int = _key(4, "labelled and unlabelled together", least=1)
     labelled_per_batch: int = _key(2, "equal to batch_size: labelled only, unlabelled cases are not even read", least=1)
-    augmentation: str = _key("mirror-rotate", "in the first two axes; 'none' crops only", choices=("mirror-rotate", "none"))
+    augmentation: str = _key(
+        "mirror-rotate", "in the first two axes; 'none' crops only", choices=("mirror-rotate", "none")
+    )
 
     in_channels: int = _key(1, "channels of the image", least=1, most=1, section="network")
     filters: int = _key(16, "channels at full resolution; 16 gives 12,347,716 parameters", least=1)
@@ -60,8 +79,9 @@ class Config:
     ramp_every: int = _key(150, "iterations per step", least=1)
     confidence: str = _key("entropy", "which network teaches", choices=("entropy", "max_probability", "none"))
     weighting: str = _key("similarity", "how reliable its pseudo-label is", choices=("similarity", "none"))
-    cross_entropy_on: str = _key("logits", "'probabilities' is the authors' upload of January 2024",
-                                 choices=("logits", "probabilities"))
+    cross_entropy_on: str = _key(
+        "logits", "'probabilities' is the authors' upload of January 2024", choices=("logits", "probabilities")
+    )
     impl: str = _key("auto", "implementation of the loss", choices=("auto", "triton", "torch", "naive"))
 
     iterations: int = _key(15000, "optimiser steps", least=1, section="optimisation")
@@ -73,8 +93,12 @@ class Config:
     amp: str = _key("off", "mixed precision of the network", choices=("off", "bfloat16"))
     channels_last: bool = _key(False, "memory layout; faster convolutions on most devices, last bits differ")
 
-    protocol: str = _key("held-out", "'paper' chooses the weights on the TEST list, as the published numbers did",
-                         choices=("held-out", "paper"), section="evaluation")
+    protocol: str = _key(
+        "held-out",
+        "'paper' chooses the weights on the TEST list, as the published numbers did",
+        choices=("held-out", "paper"),
+        section="evaluation",
+    )
     validate_from: int = _key(800, "first iteration to validate at", least=1)
     validate_every: int = _key(200, "iterations", least=1)
     stride: tuple[int, ...] = _key((18, 18, 4), "of the sliding windows, voxels", least=1)
@@ -93,20 +117,30 @@ class Config:
             if axis % DEPTH:
                 raise UserError(f"patch is {list(self.patch)}; each axis must be a multiple of {DEPTH}.")
         if any(s > p for s, p in zip(self.stride, self.patch, strict=True)):
-            raise UserError(f"stride {list(self.stride)} is larger than patch {list(self.patch)}; voxels between windows "
-                            "would stay unseen: set stride.")
+            raise UserError(
+                f"stride {list(self.stride)} is larger than patch {list(self.patch)}; voxels between windows "
+                "would stay unseen: set stride."
+            )
         if self.labelled_per_batch > self.batch_size:
-            raise UserError(f"labelled_per_batch is {self.labelled_per_batch} of batch_size {self.batch_size}; "
-                            "lower it or raise batch_size.")
+            raise UserError(
+                f"labelled_per_batch is {self.labelled_per_batch} of batch_size {self.batch_size}; "
+                "lower it or raise batch_size."
+            )
         if self.validation >= self.labelled:
-            raise UserError(f"validation={self.validation} leaves none of the {self.labelled} labelled cases for training; "
-                            "lower validation or raise labelled.")
+            raise UserError(
+                f"validation={self.validation} leaves none of the {self.labelled} labelled cases for training; "
+                "lower validation or raise labelled."
+            )
         if self.protocol == "paper" and self.validation:
-            raise UserError(f"protocol 'paper' chooses by the test list, so validation={self.validation} has no use; "
-                            "set validation=0 or protocol=held-out.")
+            raise UserError(
+                f"protocol 'paper' chooses by the test list, so validation={self.validation} has no use; "
+                "set validation=0 or protocol=held-out."
+            )
         if self.batch_size * math.prod(axis // DEPTH for axis in self.patch) < 2:
-            raise UserError(f"batch_size {self.batch_size} with patch {list(self.patch)} leaves one value per channel at "
-                            "the deepest level, too few for batch normalisation; raise either.")
+            raise UserError(
+                f"batch_size {self.batch_size} with patch {list(self.patch)} leaves one value per channel at "
+                "the deepest level, too few for batch normalisation; raise either."
+            )
 
     @property
     def labelled_only(self) -> bool:
@@ -161,7 +195,9 @@ def parse(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """`["filters=4", "patch=32,32,32"]` as a table; values are written as in TOML, text without quotes, lists without brackets.
+    """`["filters=4", "patch=32,32,32"]` as a table.
+
+    Values are written as in TOML; text needs no quotes and lists no brackets.
 
     Raises:
         UserError: no `=`, or an unknown key.

@@ -1,7 +1,7 @@
 """The V-Net of the paper: one encoder, two decoders that differ only in how they upsample.
 
-Milletari et al., "V-Net", 3DV 2016, without its residual sums; Su et al., Medical Image Analysis 94 (2024) 103111, for the
-two decoders. Module names are those of the authors' `mine3d_v1`, so that their checkpoints load.
+Milletari et al., "V-Net", 3DV 2016, without its residual sums; Su et al., Medical Image Analysis 94 (2024) 103111, for
+the two decoders. Module names are those of the authors' `mine3d_v1`, so that their checkpoints load.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,12 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 _ENCODER = (("one", 1), ("two", 2), ("three", 3), ("four", 3), ("five", 3))  # block and its convolutions, downwards
-_DECODER = (("six", "five", 3), ("seven", "six", 3), ("eight", "seven", 2), ("nine", "eight", 1))  # block, upsampled from
+_DECODER = (
+    ("six", "five", 3),
+    ("seven", "six", 3),
+    ("eight", "seven", 2),
+    ("nine", "eight", 1),
+)  # block, upsampled from
 
 
 class MutualVNet(nn.Module):
@@ -23,8 +28,8 @@ class MutualVNet(nn.Module):
 
     Shapes:
         image (B, in_channels, X, Y, Z), each axis a multiple of 16, to a pair of lists with one entry per decoder:
-        logits (B, C, X, Y, Z) and features (B, filters, X, Y, Z). The features are what the last 1x1x1 convolution reads,
-        after dropout.
+        logits (B, C, X, Y, Z) and features (B, filters, X, Y, Z). The features are what the last 1x1x1 convolution
+        reads, after dropout.
 
     Example:
         >>> import torch

@@ -1,9 +1,9 @@
 """Generated volumes with an organ that cannot be found by its intensity.
 
-A case shows bright bodies on a darker, noisy ground under a smooth bias field. One of them is the organ: a body with two
-veins whose inside carries fine stripes of a random direction. The others (distractors) have its shape and its brightness, but
-their inside is mottled coarsely; and some dark bodies carry the organ's stripes. So neither intensity nor texture alone gives
-the organ away, both together do, and their strength and direction change from case to case.
+A case shows bright bodies on a darker, noisy ground under a smooth bias field. One of them is the organ: a body with
+two veins whose inside carries fine stripes of a random direction. The others (distractors) have its shape and its
+brightness, but their inside is mottled coarsely; and some dark bodies carry the organ's stripes. So neither intensity
+nor texture alone gives the organ away, both together do, and their strength and direction change from case to case.
 """
 
 from pathlib import Path
@@ -111,7 +111,11 @@ def _name(seed: int, index: int) -> str:
 
 
 def _draw(size: tuple[int, int, int], random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    shape = (size[0] + int(random.integers(size[0] // 4 + 1)), size[1] + int(random.integers(size[1] // 4 + 1)), size[2])
+    shape = (
+        size[0] + int(random.integers(size[0] // 4 + 1)),
+        size[1] + int(random.integers(size[1] // 4 + 1)),
+        size[2],
+    )
     grid = np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in shape), indexing="ij"))  # (3, X, Y, Z)
     scale = float(min(shape))
     taken = np.zeros(shape, bool)
@@ -134,7 +138,9 @@ def _draw(size: tuple[int, int, int], random: np.random.Generator) -> tuple[np.n
     return image.astype(np.float32), organ.astype(np.uint8)
 
 
-def _body(grid: np.ndarray, radius: float, random: np.random.Generator, taken: np.ndarray, margin: float = 0.1) -> np.ndarray:
+def _body(
+    grid: np.ndarray, radius: float, random: np.random.Generator, taken: np.ndarray, margin: float = 0.1
+) -> np.ndarray:
     """An ellipsoid with two veins, where nothing is yet if such a place turns up; marks it in `taken`."""
     shape = np.array(grid.shape[1:], np.float32)
     for _ in range(30):

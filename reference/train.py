@@ -14,11 +14,22 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The words of `rplib train`."""
-    parser.add_argument("--recipe", metavar="NAME|FILE.toml", help="settings: la-4, la-8, la-16, each also with -supervised, or a file")
+    parser.add_argument(
+        "--recipe", metavar="NAME|FILE.toml", help="settings: la-4, la-8, la-16, each also with -supervised, or a file"
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with train.list, test.list and the cases")
-    parser.add_argument("--out", type=Path, metavar="RUN", required=True, help="run folder; new or empty unless --resume")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", nargs="+", default=[], dest="overrides",
-                        help="change settings of the recipe; may be repeated")
+    parser.add_argument(
+        "--out", type=Path, metavar="RUN", required=True, help="run folder; new or empty unless --resume"
+    )
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        nargs="+",
+        default=[],
+        dest="overrides",
+        help="change settings of the recipe; may be repeated",
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in RUN")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--deterministic", action="store_true", help="deterministic algorithms on the GPU too (slower)")
@@ -26,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains and returns the exit code; mistakes raise `rplib.errors.UserError`."""
-    from rplib.reference.trainer import start
+    from rplib.reference.launch import start
 
     start(
         recipe=args.recipe,

@@ -1,0 +1,69 @@
+"""`rplib train` from its words to the training: settings, data, and what a resumption may change."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from rplib.errors import UserError
+from rplib.reference.checkpoint import CONFIG
+from rplib.reference.config import Config, differences, load_config, load_recipe, parse
+from rplib.reference.runlog import read_sessions
+from rplib.reference.trainer import train
+
+# What may change between a run and its resumption: nothing that the numbers of an iteration depend on.
+FREE_ON_RESUME = {"iterations", "checkpoint_every", "log_every"}
+
+
+def start(
+    recipe: str | None,
+    data: Path | None,
+    out: Path,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    device: str | None = None,
+    deterministic: bool = False,
+) -> None:
+    """`rplib train`: finds settings, data and device, then trains.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    saved = load_config(out / CONFIG) if resume and (out / CONFIG).is_file() else None
+    if recipe is None and saved is None:
+        missing = f"{out} holds no run to resume" if resume else "--recipe is missing"
+        raise UserError(f"{missing}; name a recipe, for example: rplib train --recipe la-8 --data DIR --out {out}.")
+    if recipe is not None:
+        config = load_recipe(recipe, overrides)
+    else:
+        assert saved is not None
+        config = parse(saved.to_toml(), str(out / CONFIG), overrides)
+    if saved is not None:
+        _check_resumable(saved, config, out)
+    if data is None:
+        sessions = read_sessions(out) if resume else []
+        if not sessions:
+            raise UserError("--data is missing: the folder with train.list, test.list and the cases.")
+        data = Path(sessions[-1]["data"])
+    try:
+        train(config, data, out, resume=resume, device=device, deterministic=deterministic)
+    except KeyboardInterrupt:
+        print(f"stopped; go on with: rplib train --resume --out {out}", file=sys.stderr)
+        raise
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory is full with batch_size={config.batch_size}, patch={list(config.patch)}, "
+            f"filters={config.filters}; lower one of them or set amp=bfloat16."
+        ) from error
+
+
+def _check_resumable(saved: Config, wanted: Config, out: Path) -> None:
+    free = FREE_ON_RESUME if saved.schedule == "constant" else FREE_ON_RESUME - {"iterations"}
+    changed = [key for key in differences(saved, wanted) if key not in free]
+    if changed:
+        shown = ", ".join(f"{key} {getattr(saved, key)} -> {getattr(wanted, key)}" for key in changed[:3])
+        raise UserError(
+            f"--resume would change settings of {out}: {shown}; leave --recipe and --set out (only "
+            f"{', '.join(sorted(free))} may change), or train in a new folder."
+        )

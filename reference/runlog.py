@@ -1,0 +1,192 @@
+"""What a run folder tells: metrics.csv, TensorBoard events, curves.png, environment.json."""
+
+import csv
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import rplib
+from rplib.errors import UserError
+from rplib.reference.checkpoint import write_atomically, write_text_atomically
+
+METRICS, CURVES, ENVIRONMENT = "metrics.csv", "curves.png", "environment.json"
+
+
+class Row(NamedTuple):
+    """One iteration in metrics.csv.
+
+    Attributes:
+        iteration: counted from 1.
+        total, dice, mutual: the loss terms of `rplib.MutualObjective`; dice is the sum over both decoders.
+        consistency_weight: factor of `mutual` in `total`.
+        learning_rate: of this step.
+        seconds: wall time per iteration, averaged since the last look at the losses.
+        validation_dice: mean decoder-1 Dice, where a validation followed this iteration.
+    """
+
+    iteration: int
+    total: float
+    dice: float
+    mutual: float
+    consistency_weight: float
+    learning_rate: float
+    seconds: float
+    validation_dice: float | None = None
+
+
+class RunLog:
+    """Appends rows to metrics.csv and to TensorBoard events.
+
+    Args:
+        run: the run folder.
+        done: the last iteration of the checkpoint that the run goes on from; later rows are removed. 0 begins anew.
+    """
+
+    def __init__(self, run: Path, done: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = run / METRICS
+        kept = [row for row in read_metrics(path) if row.iteration <= done] if path.is_file() else []
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([Row._fields, *map(_cells, kept)])
+        write_text_atomically(path, text.getvalue())
+        self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        self._events = SummaryWriter(str(run), purge_step=done + 1 if done else None)
+
+    def add(self, rows: list[Row]) -> None:
+        """Write rows through to the disk."""
+        self._writer.writerows(map(_cells, rows))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for row in rows:
+            for name in ("total", "dice", "mutual"):
+                self._events.add_scalar(f"loss/{name}", getattr(row, name), row.iteration)
+            self._events.add_scalar("schedule/consistency_weight", row.consistency_weight, row.iteration)
+            self._events.add_scalar("schedule/learning_rate", row.learning_rate, row.iteration)
+            if row.validation_dice is not None:
+                self._events.add_scalar("validation/dice", row.validation_dice, row.iteration)
+        self._events.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """Rows of a metrics.csv; a last line that a kill cut short is left out.
+
+    Raises:
+        UserError: not a metrics.csv of this program.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        header, *lines = list(csv.reader(file)) or [[]]
+    if tuple(header) != Row._fields:
+        raise UserError(f"{path} has the columns {', '.join(header) or 'none'}; expected {', '.join(Row._fields)}.")
+    rows = []
+    for cells in lines:
+        try:
+            iteration, *numbers, validated = cells
+            total, dice, mutual, weight, rate, seconds = map(float, numbers)
+            validation = float(validated) if validated else None
+            rows.append(Row(int(iteration), total, dice, mutual, weight, rate, seconds, validation))
+        except ValueError:
+            continue
+    return rows
+
+
+def write_curves(run: Path) -> None:
+    """curves.png: the loss terms, and the validation Dice where there is one, over the iterations of metrics.csv."""
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(run / METRICS)
+    validated = [(row.iteration, row.validation_dice) for row in rows if row.validation_dice is not None]
+    iterations = [row.iteration for row in rows]
+    figure = Figure(figsize=(11, 3.6 if not validated else 6.4), layout="constrained")
+    axes = figure.subplots(2 if validated else 1, 2, squeeze=False)
+    for axis, name, label in (
+        (axes[0, 0], "dice", "Dice loss, sum of both decoders"),
+        (axes[0, 1], "mutual", "mutual loss"),
+    ):
+        values = [getattr(row, name) for row in rows]
+        axis.plot(iterations, values, color="0.8", linewidth=0.8)
+        axis.plot(iterations, _smooth(values), linewidth=1.5, label="moving average")
+        axis.set(title=label, xlabel="iteration")
+    weight = axes[0, 1].twinx()
+    weight.plot(iterations, [row.consistency_weight for row in rows], color="tab:green", linewidth=1)
+    weight.set_ylabel("weight of the mutual loss", color="tab:green")
+    weight.set_ylim(0, None)
+    axes[0, 0].legend(frameon=False)
+    if validated:
+        axes[1, 0].plot(*zip(*validated, strict=True), marker="o", markersize=3)
+        axes[1, 0].set(title="validation Dice, decoder 1", xlabel="iteration", ylim=(0, 1))
+        axes[1, 1].plot(iterations, [row.total for row in rows], color="0.6", linewidth=0.8)
+        axes[1, 1].set(title="total loss", xlabel="iteration")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    write_atomically(run / CURVES, lambda file: file.write(picture.getvalue()))
+
+
+def record_session(run: Path, device: torch.device, data: Path, done: int, deterministic: bool) -> None:
+    """environment.json: versions and hardware, and one entry per start or resumption."""
+    path = run / ENVIRONMENT
+    sessions = read_sessions(run)
+    sessions.append(
+        {
+            "command": sys.argv,
+            "data": str(data.resolve()),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "from_iteration": done,
+            "deterministic": deterministic,
+            "device": str(device),
+            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+            "threads": torch.get_num_threads(),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "rplib": rplib.__version__,
+            **{name: _version(name) for name in ("torch", "triton", "numpy", "monai", "h5py")},
+        }
+    )
+    write_text_atomically(path, json.dumps({"sessions": sessions}, indent=2) + "\n")
+
+
+def read_sessions(run: Path) -> list[dict[str, Any]]:
+    """Entries of environment.json, oldest first; none where the file is missing or damaged."""
+    try:
+        return list(json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))["sessions"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _cells(row: Row) -> list[str]:
+    # repr of a float reads back to the same bits
+    return [
+        "" if value is None else repr(round(value, 6) if name == "seconds" else value)
+        for name, value in row._asdict().items()
+    ]
+
+
+def _smooth(values: list[float]) -> list[float]:
+    width, smooth, window = max(1, len(values) // 50), [], 0.0
+    for i, value in enumerate(values):
+        window += value if math.isfinite(value) else 0.0
+        window -= values[i - width] if i >= width and math.isfinite(values[i - width]) else 0.0
+        smooth.append(window / min(i + 1, width))
+    return smooth
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
