@@ -1,0 +1,126 @@
+"""Score a trained run on its test cases: Dice, Jaccard, 95HD and ASD per case and on average, beside a fixed box.
+
+examples:
+  rplib evaluate RUN --data DIR                         all test cases, into RUN/evaluation-test
+  rplib evaluate RUN --data DIR --cases 4 --stride 32 32 16     quick look: few cases, few windows
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The words of `rplib evaluate`."""
+    parser.add_argument(
+        "run_folder", type=Path, metavar="RUN", help="run folder of `rplib train`, or a checkpoint (*.pt, *.pth)"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", required=True, help="folder with train.list, test.list and the cases"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: RUN/evaluation-SPLIT)")
+    parser.add_argument(
+        "--weights",
+        choices=("best", "last"),
+        help="checkpoint of the run (default: best where it was written, else last)",
+    )
+    parser.add_argument("--split", choices=("test", "train"), default="test", help="which list (default: %(default)s)")
+    parser.add_argument("--cases", type=_positive, metavar="N", help="only the first N cases of the list")
+    parser.add_argument(
+        "--stride",
+        type=_positive,
+        nargs=3,
+        metavar=("X", "Y", "Z"),
+        help="voxels between windows (default: the run's setting)",
+    )
+    parser.add_argument(
+        "--batch", type=_positive, metavar="N", help="windows per forward pass (default: the run's setting)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument(
+        "--spacing", type=_length, nargs=3, metavar=("X", "Y", "Z"),
+        help="voxel size in mm, for distances in mm too and for the NIfTI header (the h5 files do not hold it; "
+        "Left Atrium: 0.625 0.625 0.625)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--largest-component", action="store_true", help="keep the largest part of each class (the paper: no)"
+    )
+    parser.add_argument(
+        "--nifti", choices=("prediction", "all", "none"), default="prediction",
+        help="what to write as NIfTI: labels of decoder 1; image, truth and score too; nothing (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pictures",
+        type=_count,
+        default=6,
+        metavar="N",
+        help="worst cases on the picture sheet (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluates and returns the exit code; mistakes raise `rplib.errors.UserError`."""
+    from rplib.errors import UserError
+    from rplib.reference.evaluation import evaluate
+    from rplib.reference.report import VOLUMES, nifti_writer, write
+
+    run_folder = args.run_folder if args.run_folder.is_dir() else args.run_folder.parent
+    out = args.out or run_folder / f"evaluation-{args.split}"
+    if not args.run_folder.exists():
+        raise UserError(f"no run folder {args.run_folder}; make one with `rplib train --out {args.run_folder}`.")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; choose a folder.")
+    volumes = None if args.nifti == "none" else nifti_writer(out / VOLUMES, args.spacing, args.nifti == "all")
+    report = evaluate(
+        args.run_folder,
+        args.data,
+        weights=args.weights,
+        split=args.split,
+        cases=args.cases,
+        stride=args.stride,
+        batch=args.batch,
+        device=args.device,
+        spacing=args.spacing,
+        keep_largest=args.largest_component,
+        on_case=volumes,
+    )
+    write(report, out, args.pictures, args.spacing)
+    return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
+    return int(text)
+
+
+def _length(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no length; expected millimetres above 0")
+    return number
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """`rplib evaluate` with these words (default: the process's own)."""
+    from rplib.cli import main as rplib
+
+    return rplib(["evaluate", *(sys.argv[1:] if words is None else words)])
+
+
+if __name__ == "__main__":
+    # `python reference/evaluate.py` finds rplib in the checkout that it lies in, installed or not.
+    root = Path(__file__).resolve().parent.parent
+    if (root / "rplib" / "__init__.py").is_file():
+        sys.path[0] = str(root)
+    sys.exit(main())
