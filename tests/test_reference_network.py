@@ -44,7 +44,7 @@ def test_the_authors_checkpoint_gives_their_logits_in_eval_mode(dtype, tolerance
 
 
 def test_the_authors_checkpoint_gives_their_logits_and_features_in_train_mode():
-    """float64: the deepest level has 4 values per channel, so batch statistics in float32 are good to about 1e-3 only."""
+    """float64: the deepest level has 4 values per channel, so float32 statistics are good to 1e-3 only."""
     stored, network = golden("mutual_vnet"), without_dropout(golden_network().double()).train()
     logits, features = network(torch.from_numpy(stored["image"]).double())
     for k in range(2):

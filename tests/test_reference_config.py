@@ -1,0 +1,141 @@
+"""Recipes, `--set`, and config.toml."""
+
+import tomllib
+
+import pytest
+
+from rplib.errors import UserError
+from rplib.reference.config import KEYS, RECIPES, Config, load_config, load_recipe, parse, recipe_names
+
+LABELLED = (4, 8, 16)
+
+
+def test_the_recipes_are_there():
+    assert recipe_names() == sorted([f"la-{n}{rest}" for n in LABELLED for rest in ("", "-supervised")])
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_complete_and_carries_its_name(name):
+    table = tomllib.loads((RECIPES / f"{name}.toml").read_text())
+    assert table.keys() == KEYS.keys()
+    assert table["name"] == name
+    assert load_recipe(name).labelled == int(name.split("-")[1])
+
+
+@pytest.mark.parametrize("labelled", LABELLED)
+def test_recipes_have_the_paper_settings(labelled):
+    config = load_recipe(f"la-{labelled}")
+    expected = {
+        "patch": (112, 112, 80),
+        "batch_size": 4,
+        "labelled_per_batch": 2,
+        "iterations": 15000,
+        "learning_rate": 0.01,
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "schedule": "constant",
+        "dice_weight": 0.5,
+        "consistency": 1.0,
+        "ramp_length": 40,
+        "ramp_every": 150,
+        "stride": (18, 18, 4),
+        "filters": 16,
+        "dropout": 0.5,
+        "seed": 1337,
+        "protocol": "held-out",
+        "validation": 0,
+        "validate_from": 800,
+        "validate_every": 200,
+        "confidence": "entropy",
+        "weighting": "similarity",
+        "cross_entropy_on": "logits",
+    }
+    assert {key: getattr(config, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("labelled", LABELLED)
+def test_a_baseline_differs_from_its_recipe_in_the_unlabelled_half_alone(labelled):
+    mutual, baseline = load_recipe(f"la-{labelled}"), load_recipe(f"la-{labelled}-supervised")
+    assert baseline == mutual.replace(name=baseline.name, batch_size=2, consistency=0.0)
+    assert baseline.labelled_only
+    assert not mutual.labelled_only
+
+
+def test_config_toml_reads_back_equal(tmp_path):
+    config = load_recipe(
+        "la-4", ["filters=3", 'name=with "quotes" and \\', "learning_rate=1e-05", "channels_last=true"]
+    )
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    assert load_config(tmp_path / "config.toml") == config
+    assert tomllib.loads(config.to_toml()).keys() == KEYS.keys()
+
+
+def test_values_are_written_as_people_write_them():
+    config = load_recipe(
+        "la-8",
+        ["patch=32,32,16", "stride = [8, 8, 4]", "consistency=0", "amp=bfloat16", "protocol='paper'", "weighting=none"],
+    )
+    assert (config.patch, config.stride, config.consistency) == ((32, 32, 16), (8, 8, 4), 0.0)
+    assert (config.amp, config.protocol) == ("bfloat16", "paper")
+    assert config.loss_keywords["weighting"] is None
+    assert config.loss_keywords["confidence"] == "entropy"
+
+
+def test_a_recipe_may_be_a_file_with_some_keys(tmp_path):
+    (tmp_path / "mine.toml").write_text("labelled = 5\nfilters = 4\n")
+    config = load_recipe(tmp_path / "mine.toml", ["filters=6"])
+    assert (config.labelled, config.filters, config.iterations) == (5, 6, 15000)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("filter=4", "unknown setting 'filter'; did you mean filters"),
+        ("labeled=4", "did you mean labelled"),
+        ("lr=0.1", "unknown setting 'lr'; known: name, dataset"),
+        ("filters", "expected key=value"),
+        ("filters=four", "filters is 'four'; expected a whole number, such as filters=16"),
+        ("filters=4.0", "filters is 4.0; expected a whole number"),
+        ("filters=true", "filters is True; expected a whole number"),
+        ("filters=0", "filters is 0; expected at least 1"),
+        ("filters=", "expected a whole number"),
+        ("learning_rate=0", "learning_rate is 0.0; expected more than 0.0"),
+        ("learning_rate=nan", "expected a number"),
+        ("momentum=1", "expected at most 0.9999"),
+        ("channels_last=yes", "expected true or false"),
+        ("patch=32,32", "expected three whole numbers such as patch=32,32,32"),
+        ("patch=32", "expected three whole numbers"),
+        ("patch=32,32,30", "each axis must be a multiple of 16"),
+        ("patch=112,112,0", "expected at least 16"),
+        ("stride=18,18,96", "stride [18, 18, 96] is larger than patch"),
+        ("protocol=papers", "expected one of: held-out, paper (did you mean paper?)"),
+        ("impl=cuda", "expected one of: auto, triton, torch, naive"),
+        ("labelled_per_batch=5", "labelled_per_batch is 5 of batch_size 4"),
+        ("validation=8", "leaves none of the 8 labelled cases"),
+        ("dataset=acdc", "expected one of: left-atrium"),
+    ],
+)
+def test_mistakes_are_one_sentence(word, message):
+    with pytest.raises(UserError) as caught:
+        load_recipe("la-8", [word])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_at_odds():
+    with pytest.raises(UserError, match="validation=2 has no use"):
+        Config(protocol="paper", validation=2)
+    with pytest.raises(UserError, match="too few for batch normalisation"):
+        Config(batch_size=1, labelled_per_batch=1, patch=(16, 16, 16), stride=(16, 16, 16))
+
+
+def test_unreadable_recipes(tmp_path):
+    with pytest.raises(UserError, match="no recipe named la8; did you mean la-8"):
+        load_recipe("la8")
+    with pytest.raises(UserError, match=r"nowhere\.toml cannot be read \(No such file"):
+        load_recipe(tmp_path / "nowhere.toml")
+    (tmp_path / "broken.toml").write_text("filters = = 4")
+    with pytest.raises(UserError, match=r"broken\.toml is not valid TOML"):
+        load_recipe(tmp_path / "broken.toml")
+    with pytest.raises(UserError, match="here: unknown setting 'filtres'; did you mean filters"):
+        parse("filtres = 4", "here")
