@@ -125,16 +125,40 @@ def test_bugs_are_not_dressed_up_as_mistakes(stand_in, error):
         cli.main(["check"])
 
 
-@pytest.mark.parametrize("name", ["data", "train", "evaluate", "demo"])
-def test_missing_extra_is_one_line_with_the_remedy(name, tmp_path):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data", "phantom", "set"],
+        ["data", "check", "set"],
+        ["train", "--recipe", "la-8", "--data", "set", "--out", "run"],
+        ["evaluate", "run", "--data", "set"],
+        ["demo"],
+    ],
+    ids=" ".join,
+)
+def test_missing_extra_is_one_line_with_the_remedy(words, tmp_path):
     """As after `pip install rplib`: whichever package of the extra is asked for first."""
-    code = f"from rplib.cli import main; sys.exit(main([{name!r}, '--help']))"
+    code = f"from rplib.cli import main; sys.exit(main({words!r}))"
     done = run_python(code, cwd=tmp_path, path=[ROOT], blocked=cli.EXTRAS["reference"])
-    if done.returncode == 0:  # nothing needed to explain itself
-        return
     assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]  # above it torch itself may warn that NumPy is missing
+    assert last.startswith("rplib: error: ")
+    assert 'pip install "rplib[reference]"' in last
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_scripts_of_a_checkout_take_the_same_words(name, tmp_path):
+    """`python reference/train.py` from anywhere, with nothing installed and no PYTHONPATH."""
+    script = ROOT / "reference" / f"{name}.py"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    words = [sys.executable, str(script)]
+    done = subprocess.run([*words, "--help"], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.stdout.startswith(f"usage: rplib {name}"), done.stderr
+    done = subprocess.run([*words, "--no-such"], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("rplib: error: ")
     assert done.stderr.count("\n") == 1
-    assert 'pip install "rplib[reference]"' in done.stderr
 
 
 @pytest.mark.parametrize("name", ["check", "info"])
