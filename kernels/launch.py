@@ -1,9 +1,9 @@
 """From tensors to launches: strides, grids, outputs. Nothing here copies, synchronises or looks at values."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +59,8 @@ def statistics(
     poison = new((batch, programs, feature_blocks), dtype=torch.float32)
     fa, fb = features if features else (za, zb)  # not read without features
     with _on(za):
-        statistics_kernel[(programs, batch, feature_blocks)](
+        _launch(
+            statistics_kernel, (programs, batch, feature_blocks),
             za, zb, fa, fb, sums_a, sums_b, members, counts, poison,
             voxels, size1, size2, *_strides(za, flat), *_strides(zb, flat), *_strides(fa, flat), *_strides(fb, flat), per_program,
             EPS=eps, CLASSES=classes, CLASSES_PAD=tiles.classes_pad, CLASSES_DOT=tiles.classes_dot,
@@ -73,7 +74,8 @@ def statistics(
         all_poison = new((), dtype=torch.float32)
         features_pad = tiling.power_of_two(max(f_a, f_b, 1))
         grid = (2 * batch * classes + 1,) if features else (1,)
-        prototypes_kernel[grid](
+        _launch(
+            prototypes_kernel, grid,
             sums_a, sums_b, members, counts, poison, prototypes_a, prototypes_b, total, all_poison,
             batch, programs, poison.numel(),
             EPS=eps, CLASSES=classes, FEATURES_A=f_a, FEATURES_B=f_b, FEATURES_PAD=features_pad,
@@ -99,7 +101,8 @@ def weighting(
     numerators = _weight(logits, features, known, confidence, on_logits, eps, record=record, maps=None)
     loss = za.new_empty((), dtype=torch.float32)
     with _on(za):
-        loss_kernel[(1,)](
+        _launch(
+            loss_kernel, (1,),
             numerators, known.counts, known.poison, loss, numerators[0].numel(), EPS=eps, BLOCK=1024, num_warps=4
         )
     return loss, record
@@ -145,7 +148,9 @@ def _weight(
     flat, wide = _addressing([*logits, *(features or [])], voxels)
     f_a, f_b = _channels(features)
     fa, fb = features if features else (za, zb)
-    tiles = tiling.weighting_tiles(classes, max(f_a, f_b), max(fa.element_size(), fb.element_size()))
+    tiles = tiling.weighting_tiles(
+        classes, max(f_a, f_b), max(fa.element_size(), fb.element_size()), channels_last=fa.stride(1) == 1
+    )
     programs, per_program = _split(voxels, tiles.groups * tiles.group, batch, za.device)
     numerators = za.new_empty((2, batch, programs), dtype=torch.float32)
     # Pointers that a variant of the kernel does not touch still need a tensor.
@@ -153,7 +158,8 @@ def _weight(
     with_record = record is not None and record.numel() > 0
     record_stride = record.shape[2] if record is not None else 0
     with _on(za):
-        weighting_kernel[(programs, batch)](
+        _launch(
+            weighting_kernel, (programs, batch),
             za, zb, fa, fb, known.prototypes_a, known.prototypes_b,
             numerators, record if with_record else numerators, weights, masks,
             voxels, record_stride, size1, size2,
@@ -162,7 +168,7 @@ def _weight(
             FEATURES_A=f_a, FEATURES_B=f_b, FEATURE_BLOCK=tiles.feature_block,
             GROUPS=tiles.groups, GROUP=tiles.group, CONFIDENCE=confidence or "none",
             WITH_FEATURES=features is not None, ON_LOGITS=on_logits, WITH_RECORD=with_record, WITH_MAPS=maps is not None,
-            DOT=tiles.dot, FLAT=flat, WIDE=wide,
+            UNROLL=tiles.unroll, FLAT=flat, WIDE=wide,
             num_warps=tiles.warps,
         )  # fmt: skip
     return numerators
@@ -185,7 +191,8 @@ def gradient(
     flat, wide = _addressing([*logits, *grads], voxels)
     tiles = tiling.gradient_tiles(classes)
     with _on(za):
-        gradient_kernel[(-(-voxels // tiles.block), batch)](
+        _launch(
+            gradient_kernel, (-(-voxels // tiles.block), batch),
             upstream, known_counts, poison, record, za, zb, *grads,
             voxels, record.shape[2], size1, size2,
             *_strides(za, flat), *_strides(zb, flat), *_strides(grads[0], flat), *_strides(grads[1], flat),
@@ -194,6 +201,37 @@ def gradient(
             num_warps=tiles.warps,
         )  # fmt: skip
     return grads
+
+
+class Launch(NamedTuple):
+    """One launch: kernel[grid](*arguments, **constants)."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+_observers: list[Callable[[Launch], bool]] = []
+
+
+@contextmanager
+def observed(observer: Callable[[Launch], bool]) -> Iterator[None]:
+    """Show every launch to ``observer`` first; where it returns False the kernel is not run.
+
+    For instruments: counting launches, and compiling for a GPU that is not there.
+    """
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    launch = Launch(kernel, grid, arguments, constants)
+    if all([observer(launch) for observer in _observers]):
+        kernel[grid](*arguments, **constants)
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[object]:

@@ -12,13 +12,13 @@ from rplib.kernels.voxels import channel_offsets, less_confident, load, softmax_
 
 @triton.jit
 def _add_features(
-    total_0, total_1, base, offsets, stride_c, f, label, valid,
-    FEATURES: tl.constexpr, FEATURE_BLOCK: tl.constexpr, CLASSES_DOT: tl.constexpr,
+    total, base, offsets, stride_c, f, label, valid,
+    FEATURES: tl.constexpr, CLASSES_PAD: tl.constexpr, CLASSES_DOT: tl.constexpr,
     DOT: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Add one block of features to the sums per class.
 
-    Two classes: two tiles (FEATURE_BLOCK, BLOCK), reduced over voxels only once at the end. More: one tile
+    Few classes: a tile (CLASSES_PAD, FEATURE_BLOCK, BLOCK), reduced over voxels only once at the end of the program. Many:
     (CLASSES_DOT, FEATURE_BLOCK), a product with the one-hot labels.
     """
     pointers = base + channel_offsets(f, stride_c, WIDE)[:, None] + offsets[None, :]
@@ -27,18 +27,17 @@ def _add_features(
         inside = inside & valid[None, :]
     x = load(pointers, inside, MASKED or RAGGED)  # (FEATURE_BLOCK, BLOCK)
     if DOT:
-        cls = tl.arange(0, CLASSES_DOT)
-        one_hot = ((cls[:, None] == label[None, :]) & valid[None, :]).to(tl.float32)  # (CLASSES_DOT, BLOCK)
-        total_0 += tl.dot(one_hot, tl.trans(x), input_precision="ieee")
+        one_hot = (tl.arange(0, CLASSES_DOT)[:, None] == label[None, :]).to(tl.float32)  # (CLASSES_DOT, BLOCK)
+        total += tl.dot(one_hot, tl.trans(x), input_precision="ieee")
     else:
-        total_0 += tl.where((label == 0)[None, :], x, 0.0)
-        total_1 += tl.where((label == 1)[None, :], x, 0.0)
-    return total_0, total_1
+        cls = tl.arange(0, CLASSES_PAD)[:, None, None]
+        total += tl.where(cls == label[None, None, :], x[None, :, :], 0.0)
+    return total
 
 
 @triton.jit
 def _block(
-    start, totals, counts, poison, members_a, members_b,
+    start, total_a, total_b, count_ab, count_ba, poison, members_a, members_b,
     za, zb, fa, fb,
     voxels, size1, size2, za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2, fa_c, fa_0, fa_1, fa_2, fb_c, fb_0, fb_1, fb_2,
     first_feature, eps,
@@ -66,49 +65,46 @@ def _block(
     p_b = e_b / (1.0 + rest_b)[None, :]
     m_ab, m_ba = less_confident(a, b, p_a, p_b, rest_a, rest_b, column, eps, CLASSES, CONFIDENCE)
 
-    count_ab, count_ba = counts
-    count_ab += (m_ab & valid).to(tl.int32)
-    count_ba += (m_ba & valid).to(tl.int32)
+    if MASKED:  # no class counts a voxel beyond the end
+        m_ab = m_ab & valid
+        m_ba = m_ba & valid
+        label_a = tl.where(valid, label_a, CLASSES_DOT)
+        label_b = tl.where(valid, label_b, CLASSES_DOT)
+    count_ab += m_ab.to(tl.int32)
+    count_ba += m_ba.to(tl.int32)
     poison += (top_a + rest_a + top_b + rest_b) * 0.0  # 0, or NaN where a logit is NaN or +inf
-    a_0, a_1, b_0, b_1 = totals
     if WITH_FEATURES:
-        if DOT:
-            row = tl.arange(0, CLASSES_DOT)[:, None]
-            members_a += tl.sum(((row == label_a[None, :]) & valid[None, :]).to(tl.int32), axis=1)
-            members_b += tl.sum(((row == label_b[None, :]) & valid[None, :]).to(tl.int32), axis=1)
-        else:
-            members_a += ((label_a == 1) & valid).to(tl.int32)
-            members_b += ((label_b == 1) & valid).to(tl.int32)
+        members_a += (column == label_a[None, :]).to(tl.int32)
+        members_b += (column == label_b[None, :]).to(tl.int32)
         f = first_feature + tl.arange(0, FEATURE_BLOCK)
         fa_v = voxel_offsets(v, size1, size2, fa_0, fa_1, fa_2, FLAT, WIDE)
         fb_v = voxel_offsets(v, size1, size2, fb_0, fb_1, fb_2, FLAT, WIDE)
-        a_0, a_1 = _add_features(
-            a_0, a_1, fa, fa_v, fa_c, f, label_a, valid, FEATURES_A, FEATURE_BLOCK, CLASSES_DOT,
+        total_a = _add_features(
+            total_a, fa, fa_v, fa_c, f, label_a, valid, FEATURES_A, CLASSES_PAD, CLASSES_DOT,
             DOT, WIDE, MASKED, FEATURES_A % FEATURE_BLOCK != 0 or FEATURES_A != FEATURES_B,
         )  # fmt: skip
-        b_0, b_1 = _add_features(
-            b_0, b_1, fb, fb_v, fb_c, f, label_b, valid, FEATURES_B, FEATURE_BLOCK, CLASSES_DOT,
+        total_b = _add_features(
+            total_b, fb, fb_v, fb_c, f, label_b, valid, FEATURES_B, CLASSES_PAD, CLASSES_DOT,
             DOT, WIDE, MASKED, FEATURES_B % FEATURE_BLOCK != 0 or FEATURES_A != FEATURES_B,
         )  # fmt: skip
-    return (a_0, a_1, b_0, b_1), (count_ab, count_ba), poison, members_a, members_b
+    return total_a, total_b, count_ab, count_ba, poison, members_a, members_b
 
 
 @triton.jit
 def _store_sums(
-    out, total_0, total_1, f,
-    FEATURES: tl.constexpr, CLASSES: tl.constexpr, CLASSES_DOT: tl.constexpr, DOT: tl.constexpr,
+    out, total, f, FEATURES: tl.constexpr, CLASSES: tl.constexpr,
+    CLASSES_PAD: tl.constexpr, CLASSES_DOT: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Write one network's sums (C, F) of this program; returns 0, or NaN where one of them is not finite."""
     if DOT:
         cls = tl.arange(0, CLASSES_DOT)
-        inside = (cls < CLASSES)[:, None] & (f < FEATURES)[None, :]
-        tl.store(out + cls[:, None] * FEATURES + f[None, :], total_0, mask=inside)
-        return tl.sum(tl.sum(total_0 * 0.0, axis=0), axis=0)
-    s_0 = tl.sum(total_0, axis=1)  # (FEATURE_BLOCK,)
-    s_1 = tl.sum(total_1, axis=1)
-    tl.store(out + f, s_0, mask=f < FEATURES)
-    tl.store(out + FEATURES + f, s_1, mask=f < FEATURES)
-    return tl.sum((s_0 + s_1) * 0.0, axis=0)
+        sums = total
+    else:
+        cls = tl.arange(0, CLASSES_PAD)
+        sums = tl.sum(total, axis=2)
+    inside = (cls < CLASSES)[:, None] & (f < FEATURES)[None, :]
+    tl.store(out + cls[:, None] * FEATURES + f[None, :], sums, mask=inside)
+    return tl.sum(tl.sum(sums * 0.0, axis=0), axis=0)
 
 
 @triton.jit
@@ -140,35 +136,31 @@ def statistics_kernel(
         fa += wide_sample * fa_b
         fb += wide_sample * fb_b
 
-    lanes = tl.zeros((BLOCK,), tl.int32)
-    count = (lanes, lanes)
+    count_ab = tl.zeros((BLOCK,), tl.int32)
+    count_ba = tl.zeros((BLOCK,), tl.int32)
     bad = tl.zeros((BLOCK,), tl.float32)
-    if WITH_FEATURES and DOT:
-        tile = tl.zeros((CLASSES_DOT, FEATURE_BLOCK), tl.float32)
-        per_class = tl.zeros((CLASSES_DOT,), tl.int32)
-    elif WITH_FEATURES:
-        tile = tl.zeros((FEATURE_BLOCK, BLOCK), tl.float32)
-        per_class = lanes
+    members_a = tl.zeros((CLASSES_PAD, BLOCK), tl.int32)
+    members_b = tl.zeros((CLASSES_PAD, BLOCK), tl.int32)
+    if DOT:
+        total_a = tl.zeros((CLASSES_DOT, FEATURE_BLOCK), tl.float32)
+        total_b = tl.zeros((CLASSES_DOT, FEATURE_BLOCK), tl.float32)
     else:
-        tile = tl.zeros((1,), tl.float32)
-        per_class = lanes
-    total = (tile, tile, tile, tile)
-    member_a = per_class
-    member_b = per_class
+        total_a = tl.zeros((CLASSES_PAD, FEATURE_BLOCK, BLOCK), tl.float32)
+        total_b = tl.zeros((CLASSES_PAD, FEATURE_BLOCK, BLOCK), tl.float32)
 
     first = program * blocks_per_program
     whole = tl.minimum(first + blocks_per_program, voxels // BLOCK)
     for block in range(first, whole):
-        total, count, bad, member_a, member_b = _block(
-            block * BLOCK, total, count, bad, member_a, member_b, za, zb, fa, fb,
+        total_a, total_b, count_ab, count_ba, bad, members_a, members_b = _block(
+            block * BLOCK, total_a, total_b, count_ab, count_ba, bad, members_a, members_b, za, zb, fa, fb,
             voxels, size1, size2, za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2,
             fa_c, fa_0, fa_1, fa_2, fb_c, fb_0, fb_1, fb_2, first_feature, EPS,
             CLASSES, CLASSES_PAD, CLASSES_DOT, FEATURES_A, FEATURES_B, FEATURE_BLOCK, BLOCK,
             CONFIDENCE, WITH_FEATURES, DOT, FLAT, WIDE, False,
         )  # fmt: skip
     if (program == programs - 1) & (voxels % BLOCK != 0):
-        total, count, bad, member_a, member_b = _block(
-            voxels // BLOCK * BLOCK, total, count, bad, member_a, member_b, za, zb, fa, fb,
+        total_a, total_b, count_ab, count_ba, bad, members_a, members_b = _block(
+            voxels // BLOCK * BLOCK, total_a, total_b, count_ab, count_ba, bad, members_a, members_b, za, zb, fa, fb,
             voxels, size1, size2, za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2,
             fa_c, fa_0, fa_1, fa_2, fb_c, fb_0, fb_1, fb_2, first_feature, EPS,
             CLASSES, CLASSES_PAD, CLASSES_DOT, FEATURES_A, FEATURES_B, FEATURE_BLOCK, BLOCK,
@@ -176,34 +168,21 @@ def statistics_kernel(
         )  # fmt: skip
 
     here = sample * programs + program
-    count_ab, count_ba = count
     all_bad = tl.sum(bad, axis=0)
     if WITH_FEATURES:
         f = first_feature + tl.arange(0, FEATURE_BLOCK)
-        a_0, a_1, b_0, b_1 = total
-        row = here.to(tl.int64)
-        all_bad += _store_sums(sums_a + row * CLASSES * FEATURES_A, a_0, a_1, f, FEATURES_A, CLASSES, CLASSES_DOT, DOT)
-        all_bad += _store_sums(sums_b + row * CLASSES * FEATURES_B, b_0, b_1, f, FEATURES_B, CLASSES, CLASSES_DOT, DOT)
+        row = here.to(tl.int64) * CLASSES
+        all_bad += _store_sums(sums_a + row * FEATURES_A, total_a, f, FEATURES_A, CLASSES, CLASSES_PAD, CLASSES_DOT, DOT)
+        all_bad += _store_sums(sums_b + row * FEATURES_B, total_b, f, FEATURES_B, CLASSES, CLASSES_PAD, CLASSES_DOT, DOT)
     tl.store(poison + here * tl.num_programs(2) + feature_block, all_bad)
     if feature_block == 0:
         tl.store(counts + here, tl.sum(count_ab, axis=0))
         tl.store(counts + batch * programs + here, tl.sum(count_ba, axis=0))
         if WITH_FEATURES:
-            out_a = members + here * CLASSES
+            cls = tl.arange(0, CLASSES_PAD)
+            tl.store(members + here * CLASSES + cls, tl.sum(members_a, axis=1), mask=cls < CLASSES)
             out_b = members + (batch * programs + here) * CLASSES
-            if DOT:
-                cls = tl.arange(0, CLASSES_DOT)
-                tl.store(out_a + cls, member_a, mask=cls < CLASSES)
-                tl.store(out_b + cls, member_b, mask=cls < CLASSES)
-            else:
-                tail = tl.where(program == programs - 1, voxels % BLOCK, 0)
-                mine = tl.maximum(whole - first, 0) * BLOCK + tail  # voxels of this program
-                ones_a = tl.sum(member_a, axis=0)
-                ones_b = tl.sum(member_b, axis=0)
-                tl.store(out_a, mine - ones_a)
-                tl.store(out_a + 1, ones_a)
-                tl.store(out_b, mine - ones_b)
-                tl.store(out_b + 1, ones_b)
+            tl.store(out_b + cls, tl.sum(members_b, axis=1), mask=cls < CLASSES)
 
 
 @triton.jit

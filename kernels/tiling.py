@@ -31,13 +31,13 @@ class StatisticsTiles(NamedTuple):
 
 
 class WeightingTiles(NamedTuple):
-    """Tiles of weighting_kernel: groups x group voxels, a group being one sector of features."""
+    """Tiles of weighting_kernel: groups x group voxels, a group being one sector of features; unroll: the loop over classes."""
 
     groups: int
     group: int
     classes_pad: int
     feature_block: int
-    dot: bool
+    unroll: bool
     warps: int
 
 
@@ -53,27 +53,27 @@ def statistics_tiles(classes: int, features: int) -> StatisticsTiles:
     """Tiles for C classes and at most this many features per network (0: no features are read)."""
     pad = power_of_two(classes)
     widest = power_of_two(max(features, 1))
-    if classes == 2:
-        feature_block = min(widest, 64)
-        # 4 running tiles (2 networks x 2 classes) of 2048 values: 64 registers a thread
-        block = min(max(2048 // feature_block, 32), 512)
-        return StatisticsTiles(block, pad, 16, feature_block, False, 4)
-    feature_block = min(max(widest, 16), 64)
-    block = 128 if pad * feature_block <= 512 else 64
-    return StatisticsTiles(block, pad, max(pad, 16), feature_block, True, 4)
-
-
-def weighting_tiles(classes: int, features: int, itemsize: int) -> WeightingTiles:
-    """Tiles for features of ``itemsize`` bytes (the wider of the two networks' types)."""
-    group = SECTOR // itemsize
-    widest = power_of_two(max(features, 1))
     if classes <= 4:
-        pad = power_of_two(classes)
-        block = 1024 // pad
-        return WeightingTiles(block // group, group, pad, min(widest, 8), False, 4)
-    pad = max(power_of_two(classes), 16)
-    block = max(2048 // pad, 32)
-    return WeightingTiles(block // group, group, pad, min(max(widest, 16), 32), True, 4)
+        # Running sums of both networks: 2 tiles (pad, feature_block, block) of 4096 values, 64 registers a thread.
+        feature_block = min(widest, 32)
+        block = min(max(4096 // (pad * feature_block), 32), 512)
+        return StatisticsTiles(block, pad, 16, feature_block, False, 4)
+    return StatisticsTiles(64, pad, max(pad, 16), min(max(widest, 16), 32), True, 4)
+
+
+def weighting_tiles(classes: int, features: int, itemsize: int, channels_last: bool) -> WeightingTiles:
+    """Tiles for features of ``itemsize`` bytes (the wider of the two networks' types), channels next to each other or not."""
+    group = SECTOR // itemsize
+    pad = power_of_two(classes)
+    widest = power_of_two(max(features, 1))
+    if classes > 4:
+        block = max((1024 if channels_last else 2048) // pad, 32)
+        return WeightingTiles(max(block // group, 1), group, pad, min(widest, 32), False, 4)
+    if channels_last:  # a sector or two of every voxel
+        block = 512 // itemsize // pad
+        return WeightingTiles(block // group, group, pad, min(widest, 16), True, 4)
+    block = (1024 if itemsize == 4 else 512) // pad
+    return WeightingTiles(block // group, group, pad, min(widest, 8), True, 4)
 
 
 def gradient_tiles(classes: int) -> GradientTiles:

@@ -20,42 +20,57 @@ from rplib.kernels.voxels import (
     cross_entropy,
     less_confident,
     load,
+    pick,
     slope,
     softmax_parts,
-    pick,
     voxel_offsets,
 )
+
+
+@triton.jit
+def _load_features(
+    base, offsets, stride_c, use, f,
+    FEATURES: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Features of the voxels in use, zero elsewhere: (FEATURE_BLOCK, GROUPS, GROUP)."""
+    sector = tl.max(use.to(tl.int32), axis=1) > 0  # (GROUPS,): does any voxel of the sector want this network?
+    wanted = tl.broadcast_to(sector[:, None], (GROUPS, GROUP))[None, :, :]
+    if RAGGED:
+        wanted = wanted & (f < FEATURES)[:, None, None]
+    pointers = base + channel_offsets(f, stride_c, WIDE)[:, None, None] + offsets[None, :, :]
+    x = tl.load(pointers, mask=wanted, other=0.0).to(tl.float32)
+    return tl.where(use[None, :, :], x, 0.0)
+
+
+@triton.jit
+def _product(x, prototypes, c, f, FEATURES: tl.constexpr, RAGGED: tl.constexpr):
+    """<f, mu_c> over one block of features: (GROUPS, GROUP)."""
+    at = prototypes + c * FEATURES + f
+    if RAGGED:
+        mu = tl.load(at, mask=f < FEATURES, other=0.0)
+    else:
+        mu = tl.load(at)
+    return tl.sum(x * mu[:, None, None], axis=0)
 
 
 @triton.jit
 def _add_similarity(
     dots, square, base, prototypes, offsets, stride_c, use, first,
     FEATURES: tl.constexpr, FEATURE_BLOCK: tl.constexpr, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, UNROLL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Add one block of the teacher's features: products with its prototypes, and the square of the feature's length."""
+    RAGGED: tl.constexpr = FEATURES % FEATURE_BLOCK != 0
     f = first + tl.arange(0, FEATURE_BLOCK)
-    sector = tl.max(use.to(tl.int32), axis=1) > 0  # (GROUPS,): does any voxel of the sector want this network?
-    wanted = tl.broadcast_to(sector[:, None], (GROUPS, GROUP))[None, :, :]
-    if RAGGED:
-        wanted = wanted & (f < FEATURES)[:, None, None]
-    pointers = base + channel_offsets(f, stride_c, WIDE)[:, None, None] + offsets[None, :, :]
-    x = tl.load(pointers, mask=wanted, other=0.0).to(tl.float32)  # (FEATURE_BLOCK, GROUPS, GROUP)
-    x = tl.where(use[None, :, :], x, 0.0)
+    x = _load_features(base, offsets, stride_c, use, f, FEATURES, GROUPS, GROUP, WIDE, RAGGED)
     square += tl.sum(x * x, axis=0)
-    if DOT:
-        cls = tl.arange(0, CLASSES_PAD)
-        inside = (cls < CLASSES)[:, None] & (f < FEATURES)[None, :]
-        mu = tl.load(prototypes + cls[:, None] * FEATURES + f[None, :], mask=inside, other=0.0)
-        flat = tl.reshape(x, (FEATURE_BLOCK, GROUPS * GROUP))
-        product = tl.dot(mu, flat, input_precision="ieee")  # (CLASSES_PAD, BLOCK)
-        dots += tl.reshape(product, (CLASSES_PAD, GROUPS, GROUP))
-    else:
-        cls = tl.arange(0, CLASSES_PAD)[:, None, None]
+    cls = tl.arange(0, CLASSES_PAD)[:, None, None]
+    if UNROLL:
         for c in tl.static_range(CLASSES):
-            mu = tl.load(prototypes + c * FEATURES + f, mask=f < FEATURES, other=0.0)
-            product = tl.sum(x * mu[:, None, None], axis=0)  # (GROUPS, GROUP)
-            dots += tl.where(cls == c, product[None, :, :], 0.0)
+            dots += tl.where(cls == c, _product(x, prototypes, c, f, FEATURES, RAGGED)[None, :, :], 0.0)
+    else:  # one class's products live at a time
+        for c in range(CLASSES):
+            dots += tl.where(cls == c, _product(x, prototypes, c, f, FEATURES, RAGGED)[None, :, :], 0.0)
     return dots, square
 
 
@@ -65,7 +80,7 @@ def _reliability(
     READ_A: tl.constexpr, READ_B: tl.constexpr,
     FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr,
     CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
-    DOT: tl.constexpr, WIDE: tl.constexpr,
+    UNROLL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """r of the teacher with probabilities p: network a where use_a, network b where use_b: (GROUPS, GROUP)."""
     dots = tl.zeros((CLASSES_PAD, GROUPS, GROUP), tl.float32)
@@ -74,13 +89,13 @@ def _reliability(
         for first in tl.static_range(0, FEATURES_A, FEATURE_BLOCK):
             dots, square = _add_similarity(
                 dots, square, fa, prototypes_a, fa_v, fa_c, use_a, first, FEATURES_A, FEATURE_BLOCK,
-                CLASSES, CLASSES_PAD, GROUPS, GROUP, DOT, WIDE, FEATURES_A % FEATURE_BLOCK != 0,
+                CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE,
             )  # fmt: skip
     if READ_B:
         for first in tl.static_range(0, FEATURES_B, FEATURE_BLOCK):
             dots, square = _add_similarity(
                 dots, square, fb, prototypes_b, fb_v, fb_c, use_b, first, FEATURES_B, FEATURE_BLOCK,
-                CLASSES, CLASSES_PAD, GROUPS, GROUP, DOT, WIDE, FEATURES_B % FEATURE_BLOCK != 0,
+                CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE,
             )  # fmt: skip
     inverse = 1.0 / tl.maximum(tl.sqrt(square), 1e-8)
     difference = tl.where(cls < CLASSES, dots * inverse[None, :, :] - p, 0.0)
@@ -89,13 +104,11 @@ def _reliability(
 
 
 @triton.jit
-def _entry(
-    weight, p, rest, own, label, cls, CLASSES: tl.constexpr, ON_LOGITS: tl.constexpr
-):
-    """What the backward pass needs of a voxel (see the head of this file)."""
+def _entry(taught, p, rest, own, label, cls, CLASSES: tl.constexpr, ON_LOGITS: tl.constexpr):
+    """What the record holds besides the weight (see the head of this file): dCE/dz(0) for C = 2, else 1."""
     if CLASSES == 2:
-        return weight * pick(slope(p, rest, own, label, cls, ON_LOGITS, CLASSES), cls, 0)
-    return weight
+        return taught * pick(slope(p, rest, own, label, cls, ON_LOGITS, CLASSES), cls, 0)
+    return taught
 
 
 @triton.jit
@@ -113,7 +126,7 @@ def _block(
     CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr,
     FEATURE_BLOCK: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
     CONFIDENCE: tl.constexpr, WITH_FEATURES: tl.constexpr, ON_LOGITS: tl.constexpr, WITH_RECORD: tl.constexpr,
-    WITH_MAPS: tl.constexpr, DOT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    WITH_MAPS: tl.constexpr, UNROLL: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     v = start + tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (GROUPS, GROUP)
     valid = v < voxels
@@ -147,11 +160,11 @@ def _block(
         if WITH_FEATURES:
             r_b = _reliability(
                 p_b, m_ba, m_ab, fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls, False, True,
-                FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP, DOT, WIDE,
+                FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE,
             )  # fmt: skip
             r_a = _reliability(
                 p_a, m_ba, m_ab, fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls, True, False,
-                FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP, DOT, WIDE,
+                FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE,
             )  # fmt: skip
             w_ab = tl.where(m_ab, r_b, 0.0)
             w_ba = tl.where(m_ba, r_a, 0.0)
@@ -160,8 +173,8 @@ def _block(
         loss_ab += tl.where(m_ab, w_ab * ce_ab, 0.0)
         loss_ba += tl.where(m_ba, w_ba * ce_ba, 0.0)
         if WITH_RECORD:
-            entry_a = _entry(w_ab, p_a, rest_a, label_a, label_b, cls, CLASSES, ON_LOGITS)
-            entry_b = _entry(w_ba, p_b, rest_b, label_b, label_a, cls, CLASSES, ON_LOGITS)
+            entry_a = w_ab * _entry(m_ab.to(tl.float32), p_a, rest_a, label_a, label_b, cls, CLASSES, ON_LOGITS)
+            entry_b = w_ba * _entry(m_ba.to(tl.float32), p_b, rest_b, label_b, label_a, cls, CLASSES, ON_LOGITS)
             if MASKED:
                 tl.store(record + v, entry_a, mask=valid)
                 tl.store(record + plane + v, entry_b, mask=valid)
@@ -178,21 +191,21 @@ def _block(
         rest_s = tl.where(m_ab, rest_a, rest_b)
         own = tl.where(m_ab, label_a, label_b)
         label = tl.where(m_ab, label_b, label_a)  # the teacher's
+        ce = cross_entropy(z_s, p_s, top_s, rest_s, label, cls, ON_LOGITS, CLASSES)
+        entry = _entry(any_teacher.to(tl.float32), p_s, rest_s, own, label, cls, CLASSES, ON_LOGITS)
         weight = any_teacher.to(tl.float32)
         if WITH_FEATURES:
             r = _reliability(
                 p_t, m_ba, m_ab, fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls, True, True,
-                FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP, DOT, WIDE,
+                FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE,
             )  # fmt: skip
             weight = tl.where(any_teacher, r, 0.0)
-        ce = cross_entropy(z_s, p_s, top_s, rest_s, label, cls, ON_LOGITS, CLASSES)
         loss_ab += tl.where(m_ab, weight * ce, 0.0)
         loss_ba += tl.where(m_ba, weight * ce, 0.0)
         w_ab = tl.where(m_ab, weight, 0.0)
         w_ba = tl.where(m_ba, weight, 0.0)
         if WITH_RECORD:
-            entry = _entry(weight, p_s, rest_s, own, label, cls, CLASSES, ON_LOGITS)
-            entry = _with_student(tl.where(any_teacher, entry, 0.0), m_ba)
+            entry = _with_student(tl.where(any_teacher, weight * entry, 0.0), m_ba)
             if MASKED:
                 tl.store(record + v, entry, mask=valid)
             else:
@@ -220,7 +233,7 @@ def weighting_kernel(
     FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, CONFIDENCE: tl.constexpr, WITH_FEATURES: tl.constexpr,
     ON_LOGITS: tl.constexpr, WITH_RECORD: tl.constexpr, WITH_MAPS: tl.constexpr,
-    DOT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    UNROLL: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs, B)."""
     BLOCK: tl.constexpr = GROUPS * GROUP
@@ -254,7 +267,7 @@ def weighting_kernel(
             voxels, size1, size2, za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2,
             fa_c, fa_0, fa_1, fa_2, fb_c, fb_0, fb_1, fb_2, map_plane, EPS,
             CLASSES, CLASSES_PAD, FEATURES_A, FEATURES_B, FEATURE_BLOCK, GROUPS, GROUP,
-            CONFIDENCE, WITH_FEATURES, ON_LOGITS, WITH_RECORD, WITH_MAPS, DOT, FLAT, WIDE, False,
+            CONFIDENCE, WITH_FEATURES, ON_LOGITS, WITH_RECORD, WITH_MAPS, UNROLL, FLAT, WIDE, False,
         )  # fmt: skip
     if (program == programs - 1) & (voxels % BLOCK != 0):
         loss_ab, loss_ba = _block(
@@ -263,7 +276,7 @@ def weighting_kernel(
             voxels, size1, size2, za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2,
             fa_c, fa_0, fa_1, fa_2, fb_c, fb_0, fb_1, fb_2, map_plane, EPS,
             CLASSES, CLASSES_PAD, FEATURES_A, FEATURES_B, FEATURE_BLOCK, GROUPS, GROUP,
-            CONFIDENCE, WITH_FEATURES, ON_LOGITS, WITH_RECORD, WITH_MAPS, DOT, FLAT, WIDE, True,
+            CONFIDENCE, WITH_FEATURES, ON_LOGITS, WITH_RECORD, WITH_MAPS, UNROLL, FLAT, WIDE, True,
         )  # fmt: skip
     here = sample * programs + program
     tl.store(numerators + here, tl.sum(tl.sum(loss_ab, axis=1), axis=0))

@@ -1,0 +1,132 @@
+"""The kernels as an ahead-of-time compiler needs them, taken from the launches themselves.
+
+The launchers run on meta tensors (shapes and strides without values); every launch is recorded and none is run, so that what
+is compiled is what a GPU would be given.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rplib.kernels import launch
+
+_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+_OPTIONS = ("num_warps", "num_stages")
+
+
+class KernelSpec(NamedTuple):
+    """Arguments of ``triton.compiler.ASTSource`` for one launch.
+
+    name: of the kernel; fn: its JITFunction; signature: argument -> type, "constexpr" for constants; constexprs: argument ->
+    value; attrs: (position,) -> [["tt.divisibility", 16]]; num_warps: of the launch.
+    """
+
+    name: str
+    fn: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    attrs: dict[tuple[int], list[list[Any]]]
+    num_warps: int
+
+
+def iter_specs(
+    classes: int,
+    features: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+    *,
+    batch: int = 4,
+    spatial: tuple[int, ...] = (112, 112, 80),
+    confidence: str | None = "entropy",
+    weighted: bool = True,
+    on_logits: bool = True,
+) -> Iterator[KernelSpec]:
+    """Every kernel of one forward and backward pass, in the order of the launches.
+
+    Args:
+        classes: C. features: F of both networks. dtype: of logits and features. channels_last: their memory format.
+        batch: B. spatial: sizes of 1 to 3 spatial axes (the paper's Left Atrium patch).
+        confidence, weighted, on_logits: the loss's keywords.
+    """
+    for recorded in record_launches(
+        classes, features, dtype, channels_last,
+        batch=batch, spatial=spatial, confidence=confidence, weighted=weighted, on_logits=on_logits,
+    ):  # fmt: skip
+        yield _spec(recorded)
+
+
+def record_launches(
+    classes: int,
+    features: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+    *,
+    batch: int = 4,
+    spatial: tuple[int, ...] = (112, 112, 80),
+    confidence: str | None = "entropy",
+    weighted: bool = True,
+    on_logits: bool = True,
+) -> list[launch.Launch]:
+    """The launches themselves, arguments on the meta device; keywords as `iter_specs`."""
+    launches: list[launch.Launch] = []
+
+    def record(launched: launch.Launch) -> bool:
+        launches.append(launched)
+        return False
+
+    def tensors(channels: int) -> list[Tensor]:
+        shape = (batch, channels, *spatial)
+        made = [torch.empty(shape, dtype=dtype, device="meta") for _ in range(2)]
+        if channels_last:
+            made = [t.transpose(1, -1).contiguous().transpose(1, -1) for t in made]
+        return made
+
+    logits = tensors(classes)
+    read = tensors(features) if weighted else None
+    eps = 1e-6
+    with launch.observed(record):
+        known = launch.statistics(logits, read, confidence, eps)
+        _, kept = launch.weighting(logits, read, known, confidence, on_logits, eps, with_record=True)
+        upstream = torch.empty((), dtype=torch.float32, device="meta")
+        launch.gradient(upstream, known.counts, known.poison, kept, logits, on_logits, eps)
+    return launches
+
+
+def _spec(recorded: launch.Launch) -> KernelSpec:
+    kernel = recorded.kernel
+    names = list(kernel.arg_names)
+    signature: dict[str, str] = {}
+    constexprs: dict[str, Any] = {}
+    attrs: dict[tuple[int], list[list[Any]]] = {}
+    for position, (name, value) in enumerate(zip(names, recorded.arguments, strict=False)):
+        if isinstance(value, Tensor):
+            signature[name] = _TYPES[value.dtype]
+            attrs[(position,)] = [["tt.divisibility", 16]]  # allocators align to 256 bytes or more
+        elif value == 1:  # as at run time: strides of 1 are constants
+            signature[name] = "constexpr"
+            constexprs[name] = 1
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attrs[(position,)] = [["tt.divisibility", 16]]
+    for name, value in recorded.constants.items():
+        if name not in _OPTIONS:
+            signature[name] = "constexpr"
+            constexprs[name] = value
+    return KernelSpec(
+        name=kernel.fn.__name__,
+        fn=kernel,
+        signature={name: signature[name] for name in names},
+        constexprs=constexprs,
+        attrs=attrs,
+        num_warps=recorded.constants["num_warps"],
+    )
