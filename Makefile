@@ -41,7 +41,6 @@ test: $(STAMP)  ## the whole test suite
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
 clean:  ## remove the environment, caches and builds
