@@ -17,10 +17,11 @@ def _entries(record, plane, v, valid, BOTH: tl.constexpr, MASKED: tl.constexpr):
     first = load(record + v, valid, MASKED)
     if BOTH:
         return first, load(record + plane + v, valid, MASKED)
-    bits = first.to(tl.int32, bitcast=True)
-    value = (bits & -2).to(tl.float32, bitcast=True)
-    student_is_b = (bits & 1) != 0
-    return tl.where(student_is_b, 0.0, value), tl.where(student_is_b, value, 0.0)
+    else:
+        bits = first.to(tl.int32, bitcast=True)
+        value = (bits & -2).to(tl.float32, bitcast=True)
+        student_is_b = (bits & 1) != 0
+        return tl.where(student_is_b, 0.0, value), tl.where(student_is_b, value, 0.0)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,8 @@ def statistics(
         _launch(
             statistics_kernel, (programs, batch, feature_blocks),
             za, zb, fa, fb, sums_a, sums_b, members, counts, poison,
-            voxels, size1, size2, *_strides(za, flat), *_strides(zb, flat), *_strides(fa, flat), *_strides(fb, flat), per_program,
+            voxels, size1, size2, *_strides(za, flat), *_strides(zb, flat), *_strides(fa, flat), *_strides(fb, flat),
+            per_program,
             EPS=eps, CLASSES=classes, CLASSES_PAD=tiles.classes_pad, CLASSES_DOT=tiles.classes_dot,
             FEATURES_A=f_a, FEATURES_B=f_b, FEATURE_BLOCK=tiles.feature_block, BLOCK=tiles.block,
             CONFIDENCE=confidence or "none", WITH_FEATURES=features is not None, DOT=tiles.dot, FLAT=flat, WIDE=wide,
@@ -230,7 +232,10 @@ def observed(observer: Callable[[Launch], bool]) -> Iterator[None]:
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     launch = Launch(kernel, grid, arguments, constants)
-    if all([observer(launch) for observer in _observers]):
+    run = True
+    for observer in _observers:
+        run = observer(launch) and run
+    if run:
         kernel[grid](*arguments, **constants)
 
 
@@ -263,7 +268,7 @@ def _strides(t: Tensor, flat: bool) -> _Strides:
 def _is_flat(t: Tensor) -> bool:
     """True where the spatial axes collapse into one axis of constant stride."""
     axes = [(size, stride) for size, stride in zip(t.shape[2:], t.stride()[2:], strict=True) if size > 1]
-    return all(s == next_size * next_s for (_, s), (next_size, next_s) in zip(axes, axes[1:], strict=False))
+    return all(s == next_size * next_s for (_, s), (next_size, next_s) in pairwise(axes))
 
 
 def _flat_stride(t: Tensor) -> int:

@@ -20,6 +20,7 @@ def loss(logits: list[Tensor], features: list[Tensor] | None, options: Options) 
     fa, fb = _two(features)
     known = statistics(logits[0].detach(), logits[1].detach(), fa, fb, options.confidence, options.eps)
     wanted = torch.is_grad_enabled() and any(z.requires_grad for z in logits)
+    value: Tensor
     value, _ = weighting(
         logits[0], logits[1], fa, fb, *known,
         options.confidence, options.cross_entropy_on == "logits", options.eps, wanted,

@@ -42,8 +42,9 @@ def _block(
     voxels, size1, size2, za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2, fa_c, fa_0, fa_1, fa_2, fb_c, fb_0, fb_1, fb_2,
     first_feature, eps,
     CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, CLASSES_DOT: tl.constexpr,
-    FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, CONFIDENCE: tl.constexpr, WITH_FEATURES: tl.constexpr,
-    DOT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    CONFIDENCE: tl.constexpr, WITH_FEATURES: tl.constexpr, DOT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     v = start + tl.arange(0, BLOCK)
     valid = v < voxels

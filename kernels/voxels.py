@@ -19,8 +19,9 @@ def voxel_offsets(v, size1, size2, stride0, stride1, stride2, FLAT: tl.constexpr
         v = v.to(tl.int64)
     if FLAT:
         return v * stride2
-    row = v // size2
-    return (row // size1) * stride0 + (row % size1) * stride1 + (v % size2) * stride2
+    else:
+        row = v // size2
+        return (row // size1) * stride0 + (row % size1) * stride1 + (v % size2) * stride2
 
 
 @triton.jit
@@ -112,8 +113,9 @@ def cross_entropy(z, p, top, rest, label, cls, ON_LOGITS: tl.constexpr, CLASSES:
     target = tl.expand_dims(label, 0)
     if ON_LOGITS:
         return log1p(rest) + (top - pick(z, cls, target))
-    total = tl.sum(tl.where(cls < CLASSES, tl.exp(p), 0.0), axis=0)
-    return tl.log(total) - pick(p, cls, target)
+    else:
+        total = tl.sum(tl.where(cls < CLASSES, tl.exp(p), 0.0), axis=0)
+        return tl.log(total) - pick(p, cls, target)
 
 
 @triton.jit
@@ -125,8 +127,9 @@ def slope(p, rest, own, label, cls, ON_LOGITS: tl.constexpr, CLASSES: tl.constex
         # p - [c = own] without cancellation; then the one moves from own to the teacher's class.
         complement = tl.expand_dims(rest / (1.0 + rest), 0)
         return tl.where(is_own, -complement, p) + (is_own.to(tl.float32) - target.to(tl.float32))
-    # p(c) (D(c) - sum_q p(q) D(q)), D = d - d(own): a shift cancels in the formula, and D(own) = 0 keeps small numbers.
-    e = tl.where(cls < CLASSES, tl.exp(p), 0.0)
-    d = e / tl.expand_dims(tl.sum(e, axis=0), 0) - target.to(tl.float32)
-    shifted = tl.where(cls < CLASSES, d - tl.expand_dims(pick(d, cls, tl.expand_dims(own, 0)), 0), 0.0)
-    return p * (shifted - tl.expand_dims(tl.sum(p * shifted, axis=0), 0))
+    else:
+        # p(c) (D(c) - sum_q p(q) D(q)), D = d - d(own): a shift cancels in the formula, and D(own) = 0 keeps small numbers.
+        e = tl.where(cls < CLASSES, tl.exp(p), 0.0)
+        d = e / tl.expand_dims(tl.sum(e, axis=0), 0) - target.to(tl.float32)
+        shifted = tl.where(cls < CLASSES, d - tl.expand_dims(pick(d, cls, tl.expand_dims(own, 0)), 0), 0.0)
+        return p * (shifted - tl.expand_dims(tl.sum(p * shifted, axis=0), 0))

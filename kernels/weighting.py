@@ -108,7 +108,8 @@ def _entry(taught, p, rest, own, label, cls, CLASSES: tl.constexpr, ON_LOGITS: t
     """What the record holds besides the weight (see the head of this file): dCE/dz(0) for C = 2, else 1."""
     if CLASSES == 2:
         return taught * pick(slope(p, rest, own, label, cls, ON_LOGITS, CLASSES), cls, 0)
-    return taught
+    else:
+        return taught
 
 
 @triton.jit

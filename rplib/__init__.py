@@ -1,8 +1,8 @@
 """Reliable-pseudo-label mutual learning for semi-supervised segmentation (Su et al., Medical Image Analysis 2024).
 
 >>> import rplib
->>> rplib.ReliableMutualLoss()
-ReliableMutualLoss(confidence='entropy', weighting='similarity', cross_entropy_on='logits', eps=1e-06, impl='auto', check_finite=False)
+>>> rplib.ReliableMutualLoss().options.confidence
+'entropy'
 """
 
 from rplib import functional

@@ -67,9 +67,9 @@ def reliable_mutual_loss(
         return naive.loss(logits, features, options)
     if form == "torch":
         return lean.loss(logits, features, options)
-    from rplib.kernels import operators
+    from rplib.kernels.operators import loss as triton_loss  # here: Triton need not be installed
 
-    return operators.loss(logits, features, options)
+    return triton_loss(logits, features, options)
 
 
 def reliability(
@@ -116,9 +116,9 @@ def reliability(
         return naive.maps(logits, features, options)
     if form == "torch":
         return lean.maps(logits, features, options)
-    from rplib.kernels import operators
+    from rplib.kernels.operators import maps as triton_maps
 
-    return operators.maps(logits, features, options)
+    return triton_maps(logits, features, options)
 
 
 def _checked(

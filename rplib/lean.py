@@ -165,7 +165,7 @@ class _LeanLoss(torch.autograd.Function):
         return value + known.poison
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         poison, *gradients = ctx.saved_tensors
         upstream = upstream + poison
