@@ -59,15 +59,11 @@ class Config:
     dataset: str = _key("left-atrium", "layout on disk", choices=("left-atrium",), section="data")
     classes: int = _key(2, "background included", least=2, most=255)
     labelled: int = _key(8, "the first so many cases of train.list are labelled, the rest unlabelled", least=1)
-    validation: int = _key(
-        0, "so many of the labelled cases (the last) are moved out to choose the best weights by", least=0
-    )
+    validation: int = _key(0, "so many of the labelled cases (the last) are moved out to choose the best weights by", least=0)
     patch: tuple[int, ...] = _key((112, 112, 80), "voxels; multiples of 16", least=DEPTH)
     batch_size: int = _key(4, "labelled and unlabelled together", least=1)
     labelled_per_batch: int = _key(2, "equal to batch_size: labelled only, unlabelled cases are not even read", least=1)
-    augmentation: str = _key(
-        "mirror-rotate", "in the first two axes; 'none' crops only", choices=("mirror-rotate", "none")
-    )
+    augmentation: str = _key("mirror-rotate", "in the first two axes; 'none' crops only", choices=("mirror-rotate", "none"))
 
     in_channels: int = _key(1, "channels of the image", least=1, most=1, section="network")
     filters: int = _key(16, "channels at full resolution; 16 gives 12,347,716 parameters", least=1)
@@ -90,7 +86,7 @@ class Config:
     weight_decay: float = _key(0.0001, "of SGD", least=0.0)
     schedule: str = _key("constant", "'polynomial': times (1 - t/iterations)^0.9", choices=("constant", "polynomial"))
     seed: int = _key(1337, "of weights, dropout, order of cases, crops", least=0, most=2**63 - 1)
-    amp: str = _key("off", "mixed precision of the network", choices=("off", "bfloat16"))
+    amp: str = _key("off", "mixed precision of the network, on a GPU", choices=("off", "bfloat16"))
     channels_last: bool = _key(False, "memory layout; faster convolutions on most devices, last bits differ")
 
     protocol: str = _key(
@@ -123,8 +119,7 @@ class Config:
             )
         if self.labelled_per_batch > self.batch_size:
             raise UserError(
-                f"labelled_per_batch is {self.labelled_per_batch} of batch_size {self.batch_size}; "
-                "lower it or raise batch_size."
+                f"labelled_per_batch is {self.labelled_per_batch} of batch_size {self.batch_size}; lower it or raise batch_size."
             )
         if self.validation >= self.labelled:
             raise UserError(

@@ -107,8 +107,8 @@ def open_dataset(root: str | Path, layout: str = LeftAtrium.layout, classes: int
 
 def load_cases(dataset: LeftAtrium, names: Sequence[str], needs_label: bool, what: str = "cases") -> list[Case]:
     """Read cases once into memory, with a progress bar on stderr."""
-    shown = tqdm(names, desc=f"reading {what}", unit="case", leave=False, disable=not names)
-    return [dataset.load(name, needs_label) for name in shown]
+    with tqdm(names, desc=f"reading {what}", unit="case", leave=False, disable=not names) as shown:
+        return [dataset.load(name, needs_label) for name in shown]
 
 
 def read_h5_case(path: Path, name: str, classes: int, needs_label: bool) -> Case:
@@ -126,9 +126,7 @@ def read_h5_case(path: Path, name: str, classes: int, needs_label: bool) -> Case
     except (OSError, RuntimeError, KeyError) as error:  # h5py raises these for truncated and damaged files
         raise UserError(f"{path} is not a readable h5 file ({error}); copy it again from its source.") from error
     if "image" not in arrays:
-        raise UserError(
-            f"{path} lacks the key 'image' (keys found: {keys}); expected 'image' and, if labelled, 'label'."
-        )
+        raise UserError(f"{path} lacks the key 'image' (keys found: {keys}); expected 'image' and, if labelled, 'label'.")
     if needs_label and "label" not in arrays:
         raise UserError(f"{path} lacks the key 'label' (keys found: {keys}) but is used as a labelled case.")
     image = _checked_image(np.asarray(arrays["image"]), path)
@@ -144,9 +142,7 @@ def _checked_image(image: np.ndarray, path: Path) -> np.ndarray:
     image = np.ascontiguousarray(image, dtype=np.float32)
     bad = int(image.size - np.count_nonzero(np.isfinite(image)))
     if bad:
-        raise UserError(
-            f"{path}: 'image' holds {bad} values that are NaN or infinite; write the file again without them."
-        )
+        raise UserError(f"{path}: 'image' holds {bad} values that are NaN or infinite; write the file again without them.")
     return image
 
 

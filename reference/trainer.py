@@ -57,6 +57,13 @@ def train(
         UserError: a folder, list, case, checkpoint or setting that does not fit, or a loss that is not finite.
     """
     device = find_device(device)
+    if device.type == "cpu" and config.amp != "off":
+        # Seen with torch 2.13 on x86-64: the weight gradient of a 3x3x3 convolution over 2x2x2 voxels (the deepest block
+        # of a 32-voxel patch) holds uninitialised memory, now and then NaN.
+        raise UserError(
+            f"amp={config.amp} on a CPU: PyTorch's bfloat16 convolutions give wrong gradients on small volumes there; "
+            "set amp=off."
+        )
     _prepare_folder(out, resume)
     with _numerics(device, deterministic):
         trainer = _Trainer(config, data, out, device, deterministic, resume)
@@ -76,16 +83,12 @@ def find_device(device: str | torch.device | None) -> torch.device:
         torch.zeros(1, device=found)
     except Exception as error:  # torch raises RuntimeError, AssertionError, NotImplementedError, by device and build
         reason = str(error).strip().splitlines()[0][:120]
-        raise UserError(
-            f"--device {device} does not work on this machine ({reason}); use cpu, or leave it out."
-        ) from error
+        raise UserError(f"--device {device} does not work on this machine ({reason}); use cpu, or leave it out.") from error
     return found
 
 
 class _Trainer:
-    def __init__(
-        self, config: Config, data: Path, out: Path, device: torch.device, deterministic: bool, resume: bool
-    ) -> None:
+    def __init__(self, config: Config, data: Path, out: Path, device: torch.device, deterministic: bool, resume: bool) -> None:
         self.config, self.out, self.device = config, out, device
         self.objective = rplib.MutualObjective(**config.loss_keywords)
         _try_objective(self.objective, config, device)
@@ -164,11 +167,7 @@ class _Trainer:
         for (t, weight, rate, names, _), values in zip(pending, losses, strict=True):
             if not all(map(math.isfinite, values)):
                 self.log.add(rows)
-                kept = (
-                    f"the last good checkpoint is {self.out / LAST}"
-                    if (self.out / LAST).is_file()
-                    else "no checkpoint yet"
-                )
+                kept = f"the last good checkpoint is {self.out / LAST}" if (self.out / LAST).is_file() else "no checkpoint yet"
                 raise UserError(
                     f"the loss is not finite at iteration {t} (total {values[0]}, dice {values[1]}, mutual "
                     f"{values[2]}; cases {', '.join(names)}); {kept}; lower learning_rate, or look at the data "
@@ -259,9 +258,7 @@ def mean_dice(network: nn.Module, cases: Sequence[Case], config: Config, device:
 
     scores = []
     for case in tqdm(cases, desc="validating", unit="case", leave=False):
-        found = segment(
-            network, case.image, config.patch, config.stride, batch=config.window_batch, device=device
-        ).label
+        found = segment(network, case.image, config.patch, config.stride, batch=config.window_batch, device=device).label
         assert case.label is not None
         for c in range(1, config.classes):
             ours, truth = found == c, case.label == c
@@ -275,9 +272,7 @@ def _read_cases(config: Config, data: Path) -> tuple[list[Case], list[Case], lis
     dataset = open_dataset(data, config.dataset, config.classes)
     names = dataset.names("train")
     if config.labelled > len(names):
-        raise UserError(
-            f"labelled={config.labelled} but train.list in {data} names {len(names)} cases; lower labelled."
-        )
+        raise UserError(f"labelled={config.labelled} but train.list in {data} names {len(names)} cases; lower labelled.")
     if config.labelled == len(names) and not config.labelled_only:
         raise UserError(
             f"labelled={config.labelled} takes all cases of train.list in {data} and none is left unlabelled; lower "
@@ -336,13 +331,9 @@ def _check_checkpoint(saved: dict[str, Any], case_names: list[str], config: Conf
     if not needed <= saved.keys():
         raise UserError(f"{path} lacks {', '.join(sorted(needed - saved.keys()))}; it cannot be resumed from.")
     if saved["cases"] != case_names:
-        raise UserError(
-            f"{path} was trained on other cases than the lists name now; give --data of the original data set."
-        )
+        raise UserError(f"{path} was trained on other cases than the lists name now; give --data of the original data set.")
     if saved["iteration"] > config.iterations:
-        raise UserError(
-            f"{path} is at iteration {saved['iteration']}, past iterations={config.iterations}; raise iterations."
-        )
+        raise UserError(f"{path} is at iteration {saved['iteration']}, past iterations={config.iterations}; raise iterations.")
 
 
 def _warn_of_other_bits(out: Path, device: torch.device) -> None:

@@ -122,6 +122,25 @@ def test_the_step_never_asks_for_a_value(monkeypatch):
     assert all(torch.isfinite(x) and not x.requires_grad for x in terms)
 
 
+def test_autocast_holds_for_the_network_and_not_for_the_loss():
+    class Pointwise(torch.nn.Module):  # PyTorch's bfloat16 3x3x3 convolutions are not to be trusted on a CPU
+        def __init__(self):
+            super().__init__()
+            self.heads = torch.nn.ModuleList(torch.nn.Conv3d(1, 2, 1) for _ in range(2))
+
+        def forward(self, x):
+            self.logits = [head(x) for head in self.heads]
+            return self.logits, self.logits
+
+    images, labels = torch.randn(2, 1, 8, 8, 8), torch.ones(1, 8, 8, 8, dtype=torch.uint8)
+    for dtype, expected in ((torch.bfloat16, torch.bfloat16), (None, torch.float32)):
+        network = Pointwise()
+        optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
+        terms = training_step(network, rplib.MutualObjective(), optimiser, images, labels, 0.5, dtype)
+        assert {z.dtype for z in network.logits} == {expected}
+        assert {x.dtype for x in terms} == {torch.float32}
+
+
 def test_a_state_dict_of_another_network_is_refused(tmp_path):
     state = MutualVNet(filters=2).state_dict()
     state["decoder2.out_conv.weight"] = torch.zeros(2, 3, 1, 1, 1)
