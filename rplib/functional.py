@@ -60,9 +60,13 @@ def reliable_mutual_loss(
         >>> loss.shape, logits[0].grad.shape
         (torch.Size([]), torch.Size([2, 2, 8, 8, 8]))
     """
-    options = Options(confidence, weighting, cross_entropy_on, eps, impl, check_finite)
+    return loss_with(Options(confidence, weighting, cross_entropy_on, eps, impl, check_finite), logits, features)
+
+
+def loss_with(options: Options, logits: Sequence[Tensor], features: Sequence[Tensor] | None) -> Tensor:
+    """`reliable_mutual_loss` with keywords that were checked before: for modules that keep them."""
     logits, features = _checked(logits, features, options)
-    form = dispatch.choose(impl, logits, features)
+    form = dispatch.choose(options.impl, logits, features)
     if form == "naive":
         return naive.loss(logits, features, options)
     if form == "torch":

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rplib.maps import Reliability, ordered_pairs
 from rplib.options import Options
@@ -156,31 +155,39 @@ class _LeanLoss(torch.autograd.Function):
         logits, features = list(tensors[:networks]), list(tensors[networks:]) or None
         known = statistics(logits, features, options)
         normaliser = known.counts.to(known.poison.dtype) + options.eps + known.poison  # n_ij: (pairs,)
-        wanted = any(ctx.needs_input_grad[2 : 2 + networks])
+        wanted = any(ctx.needs_input_grad)
         value, gradients = _weighting(logits, features, known.prototypes, normaliser, options, wanted)
-        ctx.save_for_backward(known.poison, *gradients)
-        ctx.shapes = [z.shape for z in logits]
-        ctx.dtypes = [z.dtype for z in logits]
+        ctx.save_for_backward(known.poison, *gradients, *logits)
+        ctx.networks = networks
         ctx.others = len(tensors) - networks
         return value + known.poison
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        poison, *gradients = ctx.saved_tensors
-        upstream = upstream + poison
-        result: list[Tensor | None] = []
-        for g, shape, dtype, needed in zip(
-            gradients, ctx.shapes, ctx.dtypes, ctx.needs_input_grad[2:], strict=False
-        ):
-            if not needed:
-                result.append(None)
-                continue
-            scaled = g * upstream  # float32 or better, before the cast
-            if g.shape[1] != shape[1]:  # C = 2: only class 0 was kept, class 1 is its negative
-                scaled = torch.cat([scaled, -scaled], dim=1)
-            result.append(scaled.to(dtype).view(shape))
+        poison, *saved = ctx.saved_tensors
+        result: list[Tensor | None] = [None] * ctx.networks
+        for k, (g, z) in enumerate(zip(saved[: ctx.networks], saved[ctx.networks :], strict=True)):
+            if ctx.needs_input_grad[2 + k]:
+                result[k] = _LeanGradient.apply(upstream, poison, g, z)  # type: ignore[no-untyped-call]
         return (None, None, *result, *[None] * ctx.others)
+
+
+class _LeanGradient(torch.autograd.Function):
+    """The gradient for one network's logits z, which it takes only to say that it cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, upstream: Tensor, poison: Tensor, g: Tensor, z: Tensor) -> Tensor:
+        scaled = g * (upstream + poison)  # float32 or better, before the cast
+        if g.shape[1] != z.shape[1]:  # C = 2: only class 0 was kept, class 1 is its negative
+            scaled = torch.cat([scaled, -scaled], dim=1)
+        return scaled.to(z.dtype).view(z.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "the lean PyTorch form of the reliable mutual loss can be differentiated once; for second derivatives "
+            '(create_graph=True) use impl="naive".'
+        )
 
 
 def _weighting(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rplib.dice import dice_loss
-from rplib.functional import reliable_mutual_loss
+from rplib.functional import loss_with
 from rplib.options import Confidence, CrossEntropyOn, Implementation, Options, Weighting
 
 
@@ -41,17 +41,7 @@ class ReliableMutualLoss(nn.Module):
 
     def forward(self, logits: Sequence[Tensor], features: Sequence[Tensor] | None = None) -> Tensor:
         """Loss of K networks' logits (B, C, *spatial) and features (B, F, *spatial): 0-dim."""
-        o = self.options
-        return reliable_mutual_loss(
-            logits,
-            features,
-            confidence=o.confidence,
-            weighting=o.weighting,
-            cross_entropy_on=o.cross_entropy_on,
-            eps=o.eps,
-            impl=o.impl,
-            check_finite=o.check_finite,
-        )
+        return loss_with(self.options, logits, features)
 
     def extra_repr(self) -> str:
         """The keywords, for print(module)."""

@@ -24,13 +24,20 @@ from rplib.maps import Reliability, ordered_pairs
 from rplib.options import Options
 
 
-def loss(logits: list[Tensor], features: list[Tensor] | None, options: Options) -> Tensor:
-    """The mutual loss, a 0-dim tensor; gradients by autograd."""
+def loss(
+    logits: list[Tensor], features: list[Tensor] | None, options: Options, masks: list[Tensor] | None = None
+) -> Tensor:
+    """The mutual loss, a 0-dim tensor; gradients by autograd.
+
+    ``masks``, one (B, *spatial) per ordered pair, stand in for the comparison of confidences: two implementations may
+    differ where both networks are equally confident, and are compared with the formula at one and the same mask.
+    """
     logits, features = _compute_in_float32_or_better(logits, features)
     probabilities = [F.softmax(z, dim=1) for z in logits]
     total = logits[0].new_zeros(())
-    for i, j in ordered_pairs(len(logits)):
-        pair = _pair(i, j, probabilities, features, options)
+    for n, (i, j) in enumerate(ordered_pairs(len(logits))):
+        mask = _mask(probabilities[i], probabilities[j], options) if masks is None else masks[n]
+        pair = _pair(i, j, mask, probabilities, features, options)
         scores = logits[i] if options.cross_entropy_on == "logits" else probabilities[i]
         cross_entropy = F.cross_entropy(scores, pair.pseudo_label, reduction="none")  # (B, *spatial)
         count = pair.mask.sum().to(scores.dtype) + options.eps  # n_ij, counted in integers
@@ -42,11 +49,13 @@ def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options) 
     """What the loss above multiplies the cross-entropy with, pair by pair."""
     logits, features = _compute_in_float32_or_better(logits, features)
     probabilities = [F.softmax(z, dim=1) for z in logits]
-    return [_pair(i, j, probabilities, features, options) for i, j in ordered_pairs(len(logits))]
+    return [
+        _pair(i, j, _mask(probabilities[i], probabilities[j], options), probabilities, features, options)
+        for i, j in ordered_pairs(len(logits))
+    ]
 
 
-def _pair(i: int, j: int, p: list[Tensor], f: list[Tensor] | None, options: Options) -> Reliability:
-    mask = _mask(p[i], p[j], options)  # (B, *spatial)
+def _pair(i: int, j: int, mask: Tensor, p: list[Tensor], f: list[Tensor] | None, options: Options) -> Reliability:
     label = p[j].argmax(dim=1)  # (B, *spatial)
     if options.weighting is None or f is None:
         return Reliability(i, j, mask, mask.to(p[i].dtype), label, None, None)
@@ -67,25 +76,23 @@ def _mask(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
 
 
 def _prototypes(f: Tensor, label: Tensor, classes: int, eps: float) -> Tensor:
-    rows = []
+    mean = f.new_zeros(f.shape[0], classes, f.shape[1])  # (B, C, F)
     for b in range(f.shape[0]):
         for c in range(classes):
             of_class = (label[b] == c).to(f.dtype)  # (*spatial)
-            rows.append((f[b] * of_class).flatten(1).sum(dim=1) / (of_class.sum() + eps))  # (F,)
-    mean = torch.stack(rows).view(f.shape[0], classes, f.shape[1])  # (B, C, F)
+            mean[b, c] = (f[b] * of_class).flatten(1).sum(dim=1) / (of_class.sum() + eps)
     return F.normalize(mean, dim=-1, eps=1e-12)
 
 
 def _similarity(f: Tensor, prototypes: Tensor) -> Tensor:
-    samples = []
+    classes = prototypes.shape[1]
+    similarity = f.new_zeros(f.shape[0], classes, *f.shape[2:])
     for b in range(f.shape[0]):
         voxels = f[b].flatten(1)  # (F, V)
-        rows = [
-            F.cosine_similarity(voxels, prototype.unsqueeze(1), dim=0, eps=1e-8)  # (V,)
-            for prototype in prototypes[b]
-        ]
-        samples.append(torch.stack(rows).view(-1, *f.shape[2:]))  # (C, *spatial)
-    return torch.stack(samples)
+        for c in range(classes):
+            cosine = F.cosine_similarity(voxels, prototypes[b, c].unsqueeze(1), dim=0, eps=1e-8)  # (V,)
+            similarity[b, c] = cosine.view(f.shape[2:])
+    return similarity
 
 
 def _compute_in_float32_or_better(

@@ -1,6 +1,5 @@
 """The keywords of the loss, checked once."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,9 +36,7 @@ class Options:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}.")
-        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)):
-            raise ValueError(f"eps is {self.eps!r}; expected a positive number such as 1e-6.")
-        if not (self.eps > 0 and math.isfinite(self.eps)):
+        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not 0 < self.eps < float("inf"):
             raise ValueError(f"eps is {self.eps!r}; expected a positive finite number such as 1e-6.")
         if not isinstance(self.check_finite, bool):
             raise ValueError(f"check_finite is {self.check_finite!r}; expected True or False.")
