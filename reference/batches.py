@@ -65,9 +65,7 @@ class TwoStreamBatches:
         self._config = config
         self._as_authors = config.protocol == "paper"
         self._streams = [
-            _Stream(
-                cases, number, np.random.default_rng([config.seed, index]), drop_rest=self._as_authors and index == 0
-            )
+            _Stream(cases, number, np.random.default_rng([config.seed, index]), drop_rest=self._as_authors and index == 0)
             for index, (cases, number, _) in enumerate(streams)
         ]
 

@@ -64,9 +64,7 @@ def load(path: Path) -> dict[str, Any]:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is not a readable checkpoint ({reason}); use another one or train again.") from error
     if not isinstance(content, dict):
-        raise UserError(
-            f"{path} holds a {type(content).__name__}; expected a checkpoint of `rplib train` or a state dict."
-        )
+        raise UserError(f"{path} holds a {type(content).__name__}; expected a checkpoint of `rplib train` or a state dict.")
     return content
 
 
@@ -85,9 +83,7 @@ def load_network(run: str | Path, which: Literal["best", "last"] | None = None) 
     if run.is_dir():
         path = run / {"best": BEST, "last": LAST, None: BEST if (run / BEST).is_file() else LAST}[which]
         if not path.is_file():
-            raise UserError(
-                f"{run} holds no {path.name}; is it a run folder of `rplib train`, and has it got that far?"
-            )
+            raise UserError(f"{run} holds no {path.name}; is it a run folder of `rplib train`, and has it got that far?")
     else:
         path = run
     content = load(path)
@@ -124,6 +120,4 @@ def _config_of(weights: dict[str, Any], path: Path) -> Config:
     first, last = weights.get("encoder.block_one.conv.0.weight"), weights.get("decoder1.out_conv.weight")
     if not isinstance(first, torch.Tensor) or not isinstance(last, torch.Tensor):
         raise UserError(f"{path} is neither a checkpoint of `rplib train` nor a state dict of the authors' mine3d_v1.")
-    return load_recipe("la-8").replace(
-        name=path.stem, filters=first.shape[0], in_channels=first.shape[1], classes=last.shape[0]
-    )
+    return load_recipe("la-8").replace(name=path.stem, filters=first.shape[0], in_channels=first.shape[1], classes=last.shape[0])

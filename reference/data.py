@@ -21,9 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("X", "Y", "Z"),
         help="voxels; the first two grow by up to a quarter from case to case (default: 48 48 40)",
     )
-    phantom.add_argument(
-        "--seed", type=int, default=1337, help="the same seed writes the same voxels (default: %(default)s)"
-    )
+    phantom.add_argument("--seed", type=int, default=1337, help="the same seed writes the same voxels (default: %(default)s)")
 
     check = commands.add_parser("check", help="read every case of both lists; exit code 2 if anything is wrong")
     check.add_argument("dest", type=Path, metavar="DEST", help="folder of the data set")
@@ -80,9 +78,7 @@ def _check(args: argparse.Namespace) -> int:
         if case.label is None:
             unlabelled += 1
         elif not case.label.any():
-            problems.append(
-                f"{dataset.path(name)}: 'label' is background everywhere; take the key out if it is unlabelled."
-            )
+            problems.append(f"{dataset.path(name)}: 'label' is background everywhere; take the key out if it is unlabelled.")
 
     for problem in problems:
         print(problem)
@@ -93,9 +89,7 @@ def _check(args: argparse.Namespace) -> int:
             f"{len(names['test'])} test cases; {' x '.join(axes)} voxels"
         )
     if problems:
-        print(
-            f"rplib: error: {len(problems)} problem{'s' * (len(problems) != 1)} found in {args.dest}", file=sys.stderr
-        )
+        print(f"rplib: error: {len(problems)} problem{'s' * (len(problems) != 1)} found in {args.dest}", file=sys.stderr)
         return 2
     print("nothing wrong")
     return 0

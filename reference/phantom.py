@@ -138,9 +138,7 @@ def _draw(size: tuple[int, int, int], random: np.random.Generator) -> tuple[np.n
     return image.astype(np.float32), organ.astype(np.uint8)
 
 
-def _body(
-    grid: np.ndarray, radius: float, random: np.random.Generator, taken: np.ndarray, margin: float = 0.1
-) -> np.ndarray:
+def _body(grid: np.ndarray, radius: float, random: np.random.Generator, taken: np.ndarray, margin: float = 0.1) -> np.ndarray:
     """An ellipsoid with two veins, where nothing is yet if such a place turns up; marks it in `taken`."""
     shape = np.array(grid.shape[1:], np.float32)
     for _ in range(30):

@@ -171,8 +171,7 @@ def read_sessions(run: Path) -> list[dict[str, Any]]:
 def _cells(row: Row) -> list[str]:
     # repr of a float reads back to the same bits
     return [
-        "" if value is None else repr(round(value, 6) if name == "seconds" else value)
-        for name, value in row._asdict().items()
+        "" if value is None else repr(round(value, 6) if name == "seconds" else value) for name, value in row._asdict().items()
     ]
 
 

@@ -18,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe", metavar="NAME|FILE.toml", help="settings: la-4, la-8, la-16, each also with -supervised, or a file"
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with train.list, test.list and the cases")
-    parser.add_argument(
-        "--out", type=Path, metavar="RUN", required=True, help="run folder; new or empty unless --resume"
-    )
+    parser.add_argument("--out", type=Path, metavar="RUN", required=True, help="run folder; new or empty unless --resume")
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",

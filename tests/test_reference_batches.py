@@ -107,9 +107,7 @@ def test_as_the_authors_the_identity_never_comes():
 @pytest.mark.parametrize(("protocol", "offsets"), [("held-out", {0, 1, 2}), ("paper", {0, 1})])
 def test_offsets_of_the_crop(protocol, offsets):
     """18 voxels and a patch of 16: three offsets are possible, the authors' loader never takes the last."""
-    case = Case(
-        "A", np.broadcast_to(np.arange(18, dtype=np.float32), (18, 18, 18)).copy(), np.zeros((18,) * 3, np.uint8)
-    )
+    case = Case("A", np.broadcast_to(np.arange(18, dtype=np.float32), (18, 18, 18)).copy(), np.zeros((18,) * 3, np.uint8))
     config = SMALL.replace(protocol=protocol, augmentation="none", labelled_per_batch=1, batch_size=2)
     batches = TwoStreamBatches([case], [case], config)
     assert {int(batches.next().images[0, 0, 0, 0, 0]) for _ in range(60)} == offsets

@@ -62,9 +62,7 @@ def test_a_baseline_differs_from_its_recipe_in_the_unlabelled_half_alone(labelle
 
 
 def test_config_toml_reads_back_equal(tmp_path):
-    config = load_recipe(
-        "la-4", ["filters=3", 'name=with "quotes" and \\', "learning_rate=1e-05", "channels_last=true"]
-    )
+    config = load_recipe("la-4", ["filters=3", 'name=with "quotes" and \\', "learning_rate=1e-05", "channels_last=true"])
     (tmp_path / "config.toml").write_text(config.to_toml())
     assert load_config(tmp_path / "config.toml") == config
     assert tomllib.loads(config.to_toml()).keys() == KEYS.keys()
