@@ -1,0 +1,120 @@
+"""`rplib demo`: one table and one picture that report what was measured, on data that no threshold solves."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference_tools import mistake
+
+from rplib import cli
+from rplib.reference import demonstration
+from rplib.reference.config import differences
+from rplib.reference.datasets import open_dataset
+from rplib.reference.demonstration import LABELLED_ONLY, MUTUAL, demo_configs
+from rplib.reference.evaluation import evaluate
+from rplib.reference.inference import DECODER_1
+from rplib.reference.phantom import best_threshold_dice
+from rplib.reference.report import shown
+from rplib.reference.runlog import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """One demo with a tiny budget, through the command line; what it printed lies beside its folder."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", printed)
+        patch.setattr(demonstration, "TEST_CASES", 3)
+        assert cli.main(["demo", "--out", str(folder), "--iterations", "3", "--seed", "7", "--device", "cpu"]) == 0
+    (folder.parent / "printed.txt").write_text(printed.getvalue())
+    return folder
+
+
+def test_it_prints_one_table_and_writes_one_picture(out):
+    from matplotlib.image import imread
+
+    printed = (out.parent / "printed.txt").read_text()
+    assert printed == (out / "demo.txt").read_text()
+    assert printed.count("┏") == 1
+    assert {path.name for path in out.iterdir() if not path.is_dir()} == {".rplib-demo", "demo.png", "demo.txt"}
+    sheet = imread(out / "demo.png")
+    assert sheet.shape[0] > 700
+    assert sheet[..., :3].std() > 0.1
+
+
+def test_the_table_holds_what_evaluate_measures(out):
+    lines = (out / "demo.txt").read_text().splitlines()
+    for method in (LABELLED_ONLY, MUTUAL):
+        report = evaluate(out / method, out / "data", device="cpu")
+        (line,) = (line for line in lines if line.startswith(f"│ {method} "))
+        cells = [cell.strip() for cell in line.strip("│").split("│")]
+        for cell, metric in zip(cells[1:5], ("dice", "jaccard", "hd95", "asd"), strict=True):
+            found = report.mean(DECODER_1, metric)
+            assert cell.split(" ")[0] == shown(found.mean, metric)
+            assert cell.endswith(f"(n={found.missing})") == bool(found.missing)
+
+
+def test_the_best_threshold_is_in_the_table_and_below_the_bound(out):
+    dataset = open_dataset(out / "data")
+    cases = [dataset.load(name) for name in dataset.names("test")]
+    dice = [best_threshold_dice(case.image, case.label) for case in cases]
+    assert max(dice) < 0.6
+    (line,) = (line for line in (out / "demo.txt").read_text().splitlines() if line.startswith("│ best threshold "))
+    assert line.strip("│").split("│")[1].strip() == f"{100 * np.mean(dice):.2f}"
+
+
+def test_both_trainings_have_the_same_budget():
+    alone, mutual = (demo_configs(seed=3, iterations=50)[name] for name in (LABELLED_ONLY, MUTUAL))
+    assert set(differences(alone, mutual)) == {"name", "batch_size", "consistency"}
+    assert alone.labelled_per_batch == mutual.labelled_per_batch == alone.batch_size
+    assert alone.iterations == mutual.iterations == 50
+    assert alone.consistency == 0 < mutual.consistency
+
+
+def test_both_trainings_were_run_to_the_end(out):
+    for method in (LABELLED_ONLY, MUTUAL):
+        assert [row.iteration for row in read_metrics(out / method / "metrics.csv")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("mutual", "alone", "said"),
+    [(0.8, 0.7, "10.0 Dice points above"), (0.6, 0.7, "10.0 Dice points below"), (0.7, 0.7001, "level")],
+)
+def test_whichever_wins_is_said(mutual, alone, said):
+    assert said in demonstration._verdict(mutual, alone)
+
+
+def test_a_second_demo_replaces_the_first_and_its_numbers_repeat(out, monkeypatch):
+    before = (out / "demo.txt").read_text().splitlines()
+    monkeypatch.setattr(demonstration, "TEST_CASES", 3)
+    again = demonstration.demonstrate(out, seed=7, iterations=3, device="cpu").table.splitlines()
+    rows = [[cell.split()[:1] for cell in line.split("│")[:-2]] for line in before if line.startswith("│")]
+    assert len(rows) == 4
+    assert rows == [[cell.split()[:1] for cell in line.split("│")[:-2]] for line in again if line.startswith("│")]
+
+
+def test_it_does_not_empty_a_folder_that_is_not_its_own(tmp_path, capsys):
+    (tmp_path / "precious").write_text("x")
+    assert "not a folder of an earlier demo" in mistake(capsys, "demo", "--out", tmp_path)
+    assert (tmp_path / "precious").read_text() == "x"
+    assert "is not a folder of" in mistake(capsys, "demo", "--out", tmp_path / "precious")
+
+
+def test_mistakes(tmp_path, capsys):
+    assert "at least 1 iteration" in mistake(capsys, "demo", "--out", tmp_path / "a", "--iterations", "0")
+    assert "at least 0" in mistake(capsys, "demo", "--out", tmp_path / "a", "--seed", "-1")
+    assert "--device nonsense" in mistake(capsys, "demo", "--out", tmp_path / "a", "--device", "nonsense")
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_script_takes_the_same_words(tmp_path):
+    script = [sys.executable, str(ROOT / "reference" / "demo.py"), "--iterations", "0"]
+    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("rplib: error: ")
