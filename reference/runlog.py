@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,7 +63,10 @@ class RunLog:
         write_text_atomically(path, text.getvalue())
         self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 - closed in close()
         self._writer = csv.writer(self._file, lineterminator="\n")
-        self._events = SummaryWriter(str(run), purge_step=done + 1 if done else None)
+        # TensorBoard reads event files in the order of the second in their names and drops what comes after purge_step.
+        while any(run.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+            time.sleep(0.05)
+        self._events = SummaryWriter(str(run), purge_step=done + 1)
 
     def add(self, rows: list[Row]) -> None:
         """Write rows through to the disk."""

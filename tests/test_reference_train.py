@@ -81,13 +81,18 @@ def test_metrics_have_one_row_an_iteration(finished):
     assert header == "iteration,total,dice,mutual,consistency_weight,learning_rate,seconds,validation_dice"
 
 
-def test_tensorboard_events_hold_the_same_numbers(finished):
+def check_events(run: Path) -> None:
+    """What TensorBoard shows equals metrics.csv, each iteration once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(finished))
+    events = EventAccumulator(str(run))
     events.Reload()
     shown = [(e.step, e.value) for e in events.Scalars("loss/mutual")]
-    assert shown == [(row.iteration, pytest.approx(row.mutual)) for row in read_metrics(finished / "metrics.csv")]
+    assert shown == [(row.iteration, pytest.approx(row.mutual)) for row in read_metrics(run / "metrics.csv")]
+
+
+def test_tensorboard_events_hold_the_same_numbers(finished):
+    check_events(finished)
 
 
 def test_the_network_of_a_run_loads_in_evaluation_mode(finished):
@@ -178,6 +183,7 @@ def test_a_killed_training_goes_on_with_the_same_bits(finished, data, tmp_path, 
     assert same_weights(run / "best.pt", finished / "best.pt")
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
     assert len(json.loads((run / "environment.json").read_text())["sessions"]) == 2
+    check_events(run)
 
 
 def test_all_that_a_step_depends_on_survives_an_interruption(data, tmp_path):
@@ -319,6 +325,16 @@ def test_held_out_never_opens_the_test_list(data, tmp_path):
     (copy / "test.list").unlink()
     trainer.train(tiny("iterations=2"), copy, tmp_path / "run", device="cpu")
     assert (tmp_path / "run" / "best.pt").is_file()
+
+
+def test_the_best_so_far_survives_an_interruption(data, tmp_path, monkeypatch):
+    scripted(monkeypatch, [0.5])
+    words = ["protocol=paper", "validate_from=4", "validate_every=4"]
+    trainer.train(tiny(*words, "iterations=6"), data, tmp_path / "run", device="cpu")
+    scripted(monkeypatch, [0.3, 0.5])
+    trainer.train(tiny(*words), data, tmp_path / "run", device="cpu", resume=True)
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert (best["iteration"], best["score"]) == (4, 0.5)
 
 
 def test_validation_moves_labelled_cases_out(data, tmp_path, monkeypatch):
