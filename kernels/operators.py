@@ -194,6 +194,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.with_record = with_record
     ctx.on_logits = on_logits
     ctx.eps = eps
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(counts, poison, output[1], logits_a, logits_b)
 
 
@@ -201,7 +202,10 @@ def _weighting_backward(ctx: Any, upstream: Tensor | None, _record: Tensor | Non
     nothing = [None] * 10
     if upstream is None or not ctx.with_record:
         return (None, None, *nothing)
-    grads = gradient(upstream, *ctx.saved_tensors, ctx.on_logits, ctx.eps)
+    saved = ctx.saved_tensors
+    if not torch.is_grad_enabled():  # with create_graph=True the operator must see what it refuses to differentiate
+        upstream, saved = upstream.detach(), [t.detach() for t in saved]
+    grads = gradient(upstream, *saved, ctx.on_logits, ctx.eps)
     needed = ctx.needs_input_grad
     return (grads[0] if needed[0] else None, grads[1] if needed[1] else None, *nothing)
 

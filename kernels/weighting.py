@@ -121,7 +121,7 @@ def _with_student(value, student_is_b):
 @triton.jit
 def _block(
     start, loss_ab, loss_ba,
-    za, zb, fa, fb, prototypes_a, prototypes_b, record, plane, weights, masks,
+    za, zb, fa, fb, prototypes_a, prototypes_b, record, record_stride, plane, weights, masks,
     voxels, size1, size2, za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2, fa_c, fa_0, fa_1, fa_2, fb_c, fb_0, fb_1, fb_2,
     map_plane, eps,
     CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr,
@@ -177,8 +177,8 @@ def _block(
             entry_a = w_ab * _entry(m_ab.to(tl.float32), p_a, rest_a, label_a, label_b, cls, CLASSES, ON_LOGITS)
             entry_b = w_ba * _entry(m_ba.to(tl.float32), p_b, rest_b, label_b, label_a, cls, CLASSES, ON_LOGITS)
             if MASKED:
-                tl.store(record + v, entry_a, mask=valid)
-                tl.store(record + plane + v, entry_b, mask=valid)
+                tl.store(record + v, entry_a, mask=v < record_stride)  # the padding gets zeros
+                tl.store(record + plane + v, entry_b, mask=v < record_stride)
             else:
                 tl.store(record + v, entry_a)
                 tl.store(record + plane + v, entry_b)
@@ -208,7 +208,7 @@ def _block(
         if WITH_RECORD:
             entry = _with_student(tl.where(any_teacher, weight * entry, 0.0), m_ba)
             if MASKED:
-                tl.store(record + v, entry, mask=valid)
+                tl.store(record + v, entry, mask=v < record_stride)
             else:
                 tl.store(record + v, entry)
     if WITH_MAPS:
@@ -264,7 +264,8 @@ def weighting_kernel(
     whole = tl.minimum(first + blocks_per_program, voxels // BLOCK)
     for block in range(first, whole):
         loss_ab, loss_ba = _block(
-            block * BLOCK, loss_ab, loss_ba, za, zb, fa, fb, prototypes_a, prototypes_b, record, plane, weights, masks,
+            block * BLOCK, loss_ab, loss_ba, za, zb, fa, fb, prototypes_a, prototypes_b,
+            record, record_stride, plane, weights, masks,
             voxels, size1, size2, za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2,
             fa_c, fa_0, fa_1, fa_2, fb_c, fb_0, fb_1, fb_2, map_plane, EPS,
             CLASSES, CLASSES_PAD, FEATURES_A, FEATURES_B, FEATURE_BLOCK, GROUPS, GROUP,
@@ -272,8 +273,8 @@ def weighting_kernel(
         )  # fmt: skip
     if (program == programs - 1) & (voxels % BLOCK != 0):
         loss_ab, loss_ba = _block(
-            voxels // BLOCK * BLOCK, loss_ab, loss_ba, za, zb, fa, fb, prototypes_a, prototypes_b, record, plane,
-            weights, masks,
+            voxels // BLOCK * BLOCK, loss_ab, loss_ba, za, zb, fa, fb, prototypes_a, prototypes_b,
+            record, record_stride, plane, weights, masks,
             voxels, size1, size2, za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2,
             fa_c, fa_0, fa_1, fa_2, fb_c, fb_0, fb_1, fb_2, map_plane, EPS,
             CLASSES, CLASSES_PAD, FEATURES_A, FEATURES_B, FEATURE_BLOCK, GROUPS, GROUP,

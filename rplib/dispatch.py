@@ -11,6 +11,15 @@ from torch import Tensor
 
 from rplib.options import Implementation
 
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+_TRITON_INSTALLED = _is_installed("triton")
+
 Form = Literal["triton", "torch", "naive"]
 
 # Triton's own floor; older GPUs take the lean form.
@@ -62,7 +71,8 @@ def device_obstacle(device: torch.device, *, explicit: bool = False) -> str | No
     if not triton_installed():
         return 'Triton is not installed (GPU builds of torch bring it; else pip install "rplib[triton]", Linux)'
     if device.type == "cuda":
-        return _cuda_obstacle(device.index)
+        # torch.compile cannot trace the question, and needs such a GPU for its own Triton code anyway.
+        return None if torch.compiler.is_compiling() else _cuda_obstacle(device.index)
     if device.type == "xpu":
         return None
     if device.type == "cpu":
@@ -72,13 +82,9 @@ def device_obstacle(device: torch.device, *, explicit: bool = False) -> str | No
     return f"there are no Triton kernels for device {device.type!r}"
 
 
-@cache
 def triton_installed() -> bool:
     """True where ``import triton`` would find a package."""
-    try:
-        return importlib.util.find_spec("triton") is not None
-    except (ImportError, ValueError):
-        return False
+    return _TRITON_INSTALLED
 
 
 def interpreting() -> bool:
