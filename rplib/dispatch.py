@@ -76,9 +76,10 @@ def device_obstacle(device: torch.device, *, explicit: bool = False) -> str | No
     if device.type == "xpu":
         return None
     if device.type == "cpu":
-        if not interpreting():
-            return "the tensors are on the CPU and TRITON_INTERPRET=1 is not set"
-        return None if explicit else "Triton's interpreter is for debugging (it is slow)"
+        if explicit and interpreting():
+            return None
+        hint = " (TRITON_INTERPRET=1 would run the kernels in Triton's interpreter, slowly, for debugging)" if explicit else ""
+        return "the tensors are on the CPU" + hint
     return f"there are no Triton kernels for device {device.type!r}"
 
 

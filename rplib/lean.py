@@ -250,7 +250,7 @@ def _network(z: Tensor) -> _Network:
     top, label = z.max(dim=1, keepdim=True)  # (b, 1, v), the first maximum
     e = torch.exp(z - top)
     classes = torch.arange(z.shape[1], device=z.device)[:, None]
-    rest = torch.where(classes == label, torch.zeros_like(e), e).sum(dim=1, keepdim=True)
+    rest = e.masked_fill(classes == label, 0).sum(dim=1, keepdim=True)
     return _Network(top, label, rest, e / (1 + rest))
 
 
