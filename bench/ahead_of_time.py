@@ -1,0 +1,197 @@
+"""Compile every kernel of the loss for four architectures, without a GPU, and report what the machine code costs.
+
+    python -m rplib.bench.ahead_of_time [--csv FILE] [--targets sm_90,gfx942] [--jobs 2]
+
+Exit code 1 if a kernel spills registers.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple, dataclass, fields
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+
+from rplib.bench.compiled_code import TARGETS, Resources, compile_for
+from rplib.errors import UserError
+
+SHAPES = ((2, 16), (4, 16), (14, 32))  # (C, F)
+DTYPES = ("float32", "bfloat16")
+LAYOUTS = ("contiguous", "channels_last")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the matrix: C classes, F features, dtype of logits and features, their memory layout, a target's name."""
+
+    classes: int
+    features: int
+    dtype: str
+    layout: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel at one point of the matrix; figures as `rplib.bench.compiled_code.Resources`."""
+
+    target: str
+    classes: int
+    features: int
+    dtype: str
+    layout: str
+    kernel: str
+    warps: int
+    registers: int
+    spills: int
+    scalar_spills: int
+    stack_bytes: int
+    shared_bytes: int
+    loads: int
+    wide_loads_percent: float | None
+    load_widths: str
+    store_widths: str
+
+
+def matrix(
+    shapes: Iterable[tuple[int, int]] = SHAPES,
+    dtypes: Iterable[str] = DTYPES,
+    layouts: Iterable[str] = LAYOUTS,
+    targets: Iterable[str] = tuple(TARGETS),
+) -> list[Case]:
+    """Every combination; targets innermost, so that neighbouring cases share what does not depend on the target.
+
+    >>> len(matrix())
+    48
+    """
+    return [Case(c, f, d, layout, t) for (c, f), d, layout, t in product(shapes, dtypes, layouts, targets)]
+
+
+def report(case: Case) -> list[Row]:
+    """Compile the kernels of one forward and backward pass.
+
+    Raises:
+        UserError: Triton's interpreter is switched on in this process.
+    """
+    import torch
+
+    from rplib.kernels.signatures import iter_specs
+
+    rows = []
+    specs = iter_specs(case.classes, case.features, getattr(torch, case.dtype), case.layout == "channels_last")
+    for spec in specs:
+        found = compile_for(TARGETS[case.target], spec.fn, spec.signature, spec.constexprs, spec.attrs, num_warps=spec.num_warps)
+        rows.append(_row(case, spec.name, spec.num_warps, found))
+    return rows
+
+
+def report_all(cases: Sequence[Case], jobs: int = 1) -> list[Row]:
+    """`report` for every case, in order, over ``jobs`` processes."""
+    if jobs == 1:
+        return [row for case in cases for row in report(case)]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        return [row for rows in pool.map(report, cases, chunksize=4) for row in rows]
+
+
+def _row(case: Case, kernel: str, warps: int, found: Resources) -> Row:
+    share = found.wide_load_share
+    return Row(
+        target=case.target,
+        classes=case.classes,
+        features=case.features,
+        dtype=case.dtype,
+        layout=case.layout,
+        kernel=kernel,
+        warps=warps,
+        registers=found.registers,
+        spills=found.spills,
+        scalar_spills=found.scalar_spills,
+        stack_bytes=found.stack_bytes,
+        shared_bytes=found.shared_bytes,
+        loads=found.load_count,
+        wide_loads_percent=None if share is None else round(100 * share, 1),
+        load_widths=_widths(found.loads),
+        store_widths=_widths(found.stores),
+    )
+
+
+def _widths(counts: dict[int, int]) -> str:
+    """{128: 36, 32: 2} -> "36x128 2x32"."""
+    return " ".join(f"{n}x{bits}" for bits, n in sorted(counts.items(), reverse=True))
+
+
+def write_csv(rows: Iterable[Row], path: Path) -> None:
+    """One line a row, after a heading and the versions that the figures hold for."""
+    import torch
+    import triton
+
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*(field.name for field in fields(Row)), "triton", "torch"])
+        writer.writerows([*astuple(row), triton.__version__, torch.__version__] for row in rows)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Fixed-width text."""
+    heads = ["target", "C", "F", "dtype", "layout", "kernel", "regs", "spills", "shared", "loads", "128-bit %", "load widths"]
+    cells = [
+        [
+            r.target,
+            str(r.classes),
+            str(r.features),
+            r.dtype,
+            r.layout,
+            r.kernel.removesuffix("_kernel"),
+            str(r.registers),
+            f"{r.spills} ({r.scalar_spills} scalar)" if r.scalar_spills else str(r.spills),
+            str(r.shared_bytes),
+            str(r.loads),
+            "-" if r.wide_loads_percent is None else f"{r.wide_loads_percent:.0f}",
+            r.load_widths,
+        ]
+        for r in rows
+    ]
+    widths = [max(len(line[k]) for line in [heads, *cells]) for k in range(len(heads))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in [heads, *cells])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write every figure there as well")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="of %(default)s")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    targets = args.targets.split(",")
+    unknown = [name for name in targets if name not in TARGETS]
+    if unknown:
+        raise UserError(f"unknown target {unknown[0]!r}; expected some of {', '.join(TARGETS)}.")
+    if args.jobs < 1:
+        raise UserError(f"--jobs is {args.jobs}; expected a number of processes, at least 1.")
+    if args.csv and not args.csv.parent.is_dir():
+        raise UserError(f"--csv: there is no folder {args.csv.parent}; make it first.")
+    rows = report_all(matrix(targets=targets), args.jobs)
+    print(table(rows))
+    spilling = [row for row in rows if row.spills]
+    print(f"\n{len(rows)} kernels compiled for {', '.join(targets)}; {len(spilling)} spill registers.")
+    if args.csv:
+        write_csv(rows, args.csv)
+    return 1 if spilling else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m rplib.bench.ahead_of_time", description=__doc__.split("\n")[0])
+    add_arguments(parser)
+    args = parser.parse_args()
+    try:
+        return run(args)
+    except UserError as error:
+        print(f"rplib: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Where and how the tests run: Triton's interpreter without a GPU, fixed seeds, memory that shows when nobody wrote it."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Triton reads this once, when it is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# The interpreter costs about a millisecond per program instance, so few examples by default, and the same ones on every run.
+# HYPOTHESIS_PROFILE=thorough looks further, with new examples each time.
+_common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+settings.register_profile("repeatable", max_examples=12, derandomize=True, database=None, **_common)
+settings.register_profile("thorough", max_examples=200, **_common)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(1337)
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan(request):
+    """In the tests of the loss, torch.empty and its kin hand out NaN (integers: the largest): an unwritten output shows."""
+    module = request.module.__name__.rpartition(".")[2]
+    if not module.startswith("test_loss_") or module == "test_loss_compile":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
