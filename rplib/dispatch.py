@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rplib.options import Implementation
 
+
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
