@@ -8,7 +8,7 @@ Exit code 1 if a kernel spills registers.
 import argparse
 import csv
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass, fields
 from itertools import product
@@ -118,7 +118,7 @@ def _row(case: Case, kernel: str, warps: int, found: Resources) -> Row:
     )
 
 
-def _widths(counts: dict[int, int]) -> str:
+def _widths(counts: Mapping[int, int]) -> str:
     """{128: 36, 32: 2} -> "36x128 2x32"."""
     return " ".join(f"{n}x{bits}" for bits, n in sorted(counts.items(), reverse=True))
 

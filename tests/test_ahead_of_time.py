@@ -1,0 +1,187 @@
+"""The ahead-of-time report: right about kernels whose machine code is known, and no kernel of the loss spills."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from loss_cases import HAS_TRITON
+
+from rplib.bench.ahead_of_time import matrix
+from rplib.bench.compiled_code import TARGETS, read_amdgcn
+from rplib.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+EVERY_TARGET = pytest.mark.parametrize("target", TARGETS)
+
+
+def without_interpreter(*arguments, interpret=None):
+    """Run Python in a process of its own: here Triton interprets, and decided so when it was imported."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    if interpret:
+        environment["TRITON_INTERPRET"] = interpret
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=900)
+
+
+# ------------------------------------------------------------------------------------------------------- known answers
+
+
+@pytest.fixture(scope="module")
+def known():
+    done = without_interpreter(str(ROOT / "tests" / "known_kernels.py"))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@EVERY_TARGET
+@pytest.mark.parametrize("case", ["add", "add bfloat16", "masked, length divisible by 16"])
+def test_aligned_vectors_load_128_bits_at_a_time(known, case, target):
+    """256 threads take 16 bytes of each of two arrays: two loads and one store of 128 bits, and nothing else."""
+    found = known[case][target]
+    assert found["loads"] == {"128": 2} and found["stores"] == {"128": 1}
+    assert found["wide_load_share"] == 1.0
+    assert found["spills"] == found["stack_bytes"] == found["shared_bytes"] == 0
+    assert 4 <= found["registers"] <= 40
+
+
+@EVERY_TARGET
+@pytest.mark.parametrize("case", ["add of unaligned arrays", "masked, any length"])
+def test_unknown_alignment_or_a_ragged_mask_loads_one_value_at_a_time(known, case, target):
+    found = known[case][target]
+    assert found["loads"] == {"32": 8} and found["stores"] == {"32": 4}
+    assert found["wide_load_share"] == 0.0
+
+
+@EVERY_TARGET
+def test_shared_memory_is_seen(known, target):
+    assert known["reduction"][target]["shared_bytes"] >= 4 * 256 // TARGETS[target].warp_size
+    assert known["reduction"][target]["spills"] == 0
+
+
+@EVERY_TARGET
+def test_a_kernel_that_spills_is_reported_as_spilling(known, target):
+    """512 float32 values a thread must outlive a reduction; no architecture has so many registers to spare."""
+    found = known["reduction that cannot stay in registers"][target]
+    assert found["spills"] > 100 and found["stack_bytes"] > 400
+
+
+def test_widths_of_amd_instructions():
+    metadata = "".join(
+        f"  .{name}: {value}\n"
+        for name, value in {
+            "vgpr_count": 12,
+            "vgpr_spill_count": 3,
+            "sgpr_spill_count": 2,
+            "private_segment_fixed_size": 16,
+            "group_segment_fixed_size": 64,
+        }.items()
+    )
+    code = "\tglobal_load_dwordx4 v[0:3], v0\n\tbuffer_load_ushort v1\n\tbuffer_load_dword v1\n\tglobal_store_dwordx2 v0\n"
+    found = read_amdgcn(code + metadata)
+    assert (found.loads, found.stores) == ({128: 1, 16: 1, 32: 1}, {64: 1})
+    assert (found.registers, found.spills, found.scalar_spills, found.stack_bytes, found.shared_bytes) == (12, 3, 2, 16, 64)
+    assert found.wide_load_share == pytest.approx(1 / 3)
+    with pytest.raises(UserError, match="load_gizmo"):
+        read_amdgcn("\tglobal_load_gizmo v0\n" + metadata)
+
+
+# ------------------------------------------------------------------------------------------------- the kernels of the loss
+
+COMPILE = """
+import json, sys
+from rplib.bench.ahead_of_time import Case, report
+print(json.dumps([[row.__dict__ for row in report(Case(**case))] for case in json.loads(sys.argv[1])]))
+"""
+
+
+def cases_of(target):
+    """Every point for sm_90; for the others each (C, F), dtype and layout at least once. RPLIB_FULL_MATRIX=1: every point."""
+    everything = matrix(targets=[target])
+    if target == "sm_90" or os.environ.get("RPLIB_FULL_MATRIX"):
+        return everything
+    wanted = {
+        (2, "float32", "contiguous"),
+        (4, "bfloat16", "contiguous"),
+        (14, "float32", "contiguous"),
+        (14, "bfloat16", "channels_last"),
+    }
+    return [case for case in everything if (case.classes, case.dtype, case.layout) in wanted]
+
+
+@EVERY_TARGET
+def test_no_kernel_of_the_loss_spills(target):
+    """The rest of the matrix: python -m rplib.bench.ahead_of_time."""
+    cases = cases_of(target)
+    done = without_interpreter("-c", COMPILE, json.dumps([vars(case) for case in cases]))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for case, rows in zip(cases, json.loads(done.stdout), strict=True):
+        assert {"statistics_kernel", "weighting_kernel", "gradient_kernel"} <= {row["kernel"] for row in rows}
+        for row in rows:
+            assert row["spills"] == 0, f"{row['kernel']} spills {row['spills']} times: {case}"
+            assert row["registers"] > 0 and row["loads"] > 0
+
+
+def test_the_matrix_is_the_stated_one():
+    cases = matrix()
+    assert len(set(cases)) == 48
+    assert {(c.classes, c.features) for c in cases} == {(2, 16), (4, 16), (14, 32)}
+    assert {c.dtype for c in cases} == {"float32", "bfloat16"}
+    assert {c.layout for c in cases} == {"contiguous", "channels_last"}
+    assert {c.target for c in cases} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    for target in TARGETS:
+        covered = cases_of(target)
+        for name in ("classes", "dtype", "layout"):
+            assert {getattr(c, name) for c in covered} == {getattr(c, name) for c in cases}
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def test_table_and_csv(tmp_path):
+    """One small point of the matrix through the functions that the command calls."""
+    code = (
+        "from pathlib import Path\n"
+        "from rplib.bench.ahead_of_time import matrix, report_all, table, write_csv\n"
+        "rows = report_all(matrix([(2, 16)], ['float32'], ['contiguous'], ['sm_90']))\n"
+        f"write_csv(rows, Path({str(tmp_path / 'report.csv')!r}))\n"
+        "print(table(rows))\n"
+    )
+    done = without_interpreter("-c", code)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert done.stdout.splitlines()[0].split()[:4] == ["target", "C", "F", "dtype"]
+    assert len(done.stdout.splitlines()) == 1 + len(rows)
+    statistics = next(row for row in rows if row["kernel"] == "statistics_kernel")
+    assert statistics["target"] == "sm_90" and int(statistics["registers"]) > 16 and statistics["triton"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--targets", "sm_75"], "unknown target 'sm_75'; expected some of sm_80, sm_90, sm_100, gfx942"),
+        (["--jobs", "0"], "--jobs is 0"),
+        (["--csv", "/no/such/folder/report.csv"], "there is no folder /no/such/folder"),
+    ],
+)
+def test_mistakes_of_the_user_are_one_line(arguments, said):
+    done = without_interpreter("-m", "rplib.bench.ahead_of_time", *arguments)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("rplib: error: ") and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_refused_where_the_interpreter_is_switched_on():
+    done = without_interpreter("-m", "rplib.bench.ahead_of_time", "--targets", "sm_90", "--jobs", "1", interpret="1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("rplib: error: TRITON_INTERPRET is set") and done.stderr.count("\n") == 1
+
+
+def test_the_folder_answers_to_one_name():
+    """From the repository root `import bench` would find it under a name that is not the project's."""
+    done = subprocess.run([sys.executable, "-c", "import bench"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "is the package rplib.bench but was imported as 'bench'" in done.stderr
