@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 # The interpreter costs about a millisecond per program instance, so few examples by default, and the same ones on every run.
 # HYPOTHESIS_PROFILE=thorough looks further, with new examples each time.
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
-settings.register_profile("repeatable", max_examples=12, derandomize=True, database=None, **_common)
+settings.register_profile("repeatable", max_examples=6, derandomize=True, database=None, **_common)
 settings.register_profile("thorough", max_examples=200, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 

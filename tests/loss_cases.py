@@ -17,8 +17,22 @@ IMPLS = [NAIVE, TORCH, TRITON]
 FAST_IMPLS = [TORCH, TRITON]  # the forms that owe float32 accuracy; the naive form owes it in float64
 ANY_K_IMPLS = [NAIVE, TORCH]
 
-# Blocks that a kernel could take; the sizes tested are block - 1, block, block + 1.
-BLOCKS = (128, 256, 512, 1024)
+
+def blocks(classes: int, features: int, *, itemsize: int = 4, channels_innermost: bool = False) -> set[int]:
+    """Voxels per block of the kernels' three passes, as they choose them for this call."""
+    from rplib.kernels import tiling
+
+    weighting = tiling.weighting_tiles(classes, features, itemsize, channels_innermost)
+    return {
+        tiling.statistics_tiles(classes, features).block,
+        weighting.groups * weighting.group,
+        tiling.gradient_tiles(classes).block,
+    }
+
+
+def around(sizes: set[int]) -> list[int]:
+    """Each size, one less and one more."""
+    return sorted({size + step for size in sizes for step in (-1, 0, 1)})
 
 
 def networks(

@@ -78,7 +78,7 @@ def test_fullgraph_with_a_non_contiguous_input_and_an_upstream_factor(impl):
 @EVERY_IMPL
 def test_fullgraph_for_changing_shapes(impl):
     step = torch.compile(rplib.ReliableMutualLoss(impl=impl), fullgraph=True, dynamic=True, backend="aot_eager")
-    for spatial in ((6, 5, 4), (7, 3, 5), (4, 9, 2)):
+    for spatial in ((6, 5, 4), (7, 3, 5)):
         logits, features = networks(spatial, 3, 8)
         z = leaves(logits)
         loss = step(z, features)

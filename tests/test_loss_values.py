@@ -6,12 +6,13 @@ import pytest
 import torch
 from loss_cases import (
     ANY_K_IMPLS,
-    BLOCKS,
     DEVICE,
     FAST_IMPLS,
     IMPLS,
     LAYOUTS,
     TRITON,
+    around,
+    blocks,
     channels_last,
     expanded_channels,
     networks,
@@ -94,30 +95,36 @@ def test_spatial_axes(impl, spatial):
     check(impl, *networks(spatial, 3, 4, seed=3))
 
 
-@pytest.mark.parametrize("voxels", sorted({1, 2, 3, 31, 97, 1009, *(b + d for b in BLOCKS for d in (-1, 0, 1))}))
+@pytest.mark.parametrize("voxels", sorted({1, 2, 3, 31, 97, 1009, *around(blocks(2, 16))}))
 @pytest.mark.parametrize("impl", FAST_IMPLS)
 def test_voxel_counts_around_a_block(impl, voxels):
-    check(impl, *networks((voxels,), 2, 16, batch=2, seed=voxels))
+    check(impl, *networks((voxels,), 2, 16, batch=1 if voxels > 200 else 2, seed=voxels))
 
 
-@pytest.mark.parametrize("voxels", [1, 97, 511, 512, 513, 1025])
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("voxels", around(blocks(5, 3)))
 @pytest.mark.parametrize("impl", FAST_IMPLS)
-def test_voxel_counts_around_a_block_in_half_precision(impl, dtype, voxels):
+def test_voxel_counts_around_a_block_with_many_classes(impl, voxels):
+    check(impl, *networks((voxels,), 5, 3, batch=1, seed=voxels))
+
+
+@pytest.mark.parametrize("voxels", [1, 97, *around(blocks(4, 5, itemsize=2))])
+@pytest.mark.parametrize("impl", FAST_IMPLS)
+def test_voxel_counts_around_a_block_in_half_precision(impl, voxels):
+    dtype = HALF[voxels % 2]
     check(impl, *networks((voxels,), 4, 5, batch=1, seed=voxels, dtype=dtype))
 
 
-@pytest.mark.parametrize("voxels", [127, 1024, 1025])
+@pytest.mark.parametrize("voxels", around(blocks(3, 7, channels_innermost=True)))
 @pytest.mark.parametrize("impl", FAST_IMPLS)
 def test_voxel_counts_around_a_block_with_channels_innermost(impl, voxels):
-    logits, features = networks((voxels,), 3, 7, seed=voxels)
+    logits, features = networks((voxels,), 3, 7, batch=1, seed=voxels)
     check(impl, [channels_last(t) for t in logits], [channels_last(t) for t in features])
 
 
 @pytest.mark.parametrize("impl", FAST_IMPLS)
 def test_several_programs_per_sample_and_several_samples(impl):
     """Large enough that each sample is shared by many blocks, and that a stale sum of the sample before would show."""
-    check(impl, *networks((23, 19, 17), 2, 8, batch=3, seed=11))
+    check(impl, *networks((17, 13, 11), 2, 8, batch=3, seed=11))
 
 
 @pytest.mark.parametrize("batch", [1, 5])
@@ -221,8 +228,7 @@ def test_memory_layouts(impl, layout):
     """The result may not depend on strides: compared with the truth, which reads the values alone."""
     logits, features = networks((5, 6, 7), 3, 6, batch=2, seed=2)
     check(impl, [layout(t) for t in logits], [layout(t) for t in features])
-    check(impl, [layout(logits[0]), logits[1]], [features[0], layout(features[1])])
-    check(impl, [logits[0], transposed(logits[1])], [layout(features[0]), features[1]])
+    check(impl, [layout(logits[0]), transposed(logits[1])], [features[0], layout(features[1])])
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -379,13 +385,12 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bad_logits_never_give_a_finite_loss(impl, network, value, options):
     """NaN or +inf anywhere: first voxel, last voxel, any class, in the network that teaches there or not."""
-    for channel, voxel, batch in ((0, 0, 0), (2, 34, 1), (1, 17, 1)):
-        for sharp in (0, 1):
-            logits, features = networks((35,), 3, 4)
-            logits[sharp] *= 5
-            logits[network][batch, channel, voxel] = value
-            loss = rplib.functional.reliable_mutual_loss(logits, features, impl=impl, **options)
-            assert not loss.isfinite(), (channel, voxel, sharp)
+    for channel, voxel, batch, sharp in ((0, 0, 0, 0), (2, 34, 1, 1), (1, 17, 1, 0), (1, 17, 1, 1)):
+        logits, features = networks((35,), 3, 4)
+        logits[sharp] *= 5
+        logits[network][batch, channel, voxel] = value
+        loss = rplib.functional.reliable_mutual_loss(logits, features, impl=impl, **options)
+        assert not loss.isfinite(), (channel, voxel, sharp)
 
 
 @pytest.mark.parametrize("confidence", ["entropy", "max_probability", None])
@@ -463,8 +468,7 @@ def half_precision_excess(impl, logits, features, upstream, **keywords):
     return worst
 
 
-@pytest.mark.parametrize("upstream", [1.0, 65536.0])
-@pytest.mark.parametrize("scale", [2.0, 8.0])
+@pytest.mark.parametrize(("scale", "upstream"), [(2.0, 1.0), (8.0, 65536.0)])
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("impl", FAST_IMPLS)
