@@ -44,7 +44,7 @@ def fit_box(labels: Sequence[NDArray]) -> FixedBox:
     Args:
         labels: non-empty; (*spatial) masks of any sizes, nonzero is inside.
 
-    >>> label = np.zeros((64, 64, 32)); label[16:32, 8:24, 4:20] = 1
+    >>> label = np.zeros((64, 64, 64)); label[16:32, 8:24, 8:40] = 1
     >>> fit_box([label])
     FixedBox(low=(0.25, 0.125, 0.125), high=(0.5, 0.375, 0.625), training_dice=1.0)
     """

@@ -162,12 +162,9 @@ def _write_pictures(report: Report, path: Path, number: int, spacing: Sequence[f
             f"95HD    {shown(s.hd95, 'hd95')} voxel\nASD     {shown(s.asd, 'asd')} voxel"
         )
         rows.append((caption, three_planes(case.image, case.label, report.predictions[name])))
-    what = (
-        f"the {len(names)} worst of {len(report.predictions)} cases, worst first"
-        if len(names) > 1
-        else "the worst case"
-    )
-    title = f"{report.config.name}, {DECODER_1}: {what}\n{report.notes[0]}"
+    every = len(report.predictions)
+    what = f"the {len(names)} worst of {every} cases" if len(names) < every else f"all {every} cases"
+    title = f"{report.config.name}, {DECODER_1}: {what}, worst first\n{report.notes[0]}"
     write_sheet(path, rows, title, {"truth": TRUTH, "prediction": PREDICTION}, spacing)
 
 
