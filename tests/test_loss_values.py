@@ -255,6 +255,29 @@ def test_features_expanded_along_channels(impl):
     check(impl, logits, [expanded_channels(f) for f in features])
 
 
+@pytest.mark.parametrize("axis", ["channels", "voxels", "samples"])
+@pytest.mark.parametrize("impl", FAST_IMPLS)
+def test_offsets_beyond_int32(impl, axis):
+    """Strides that int32 holds, whose products it does not: 4 GB of address space, of which a few pages are touched."""
+    numpy = pytest.importorskip("numpy")
+    shape, stride = (3, 3, 5), 2**30 + 7
+    strides = {"channels": (70, stride, 9), "voxels": (70, 11, 2**29 + 3), "samples": (stride, 11, 2)}[axis]
+    span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    assert span > 2**31
+    try:
+        memory = torch.from_numpy(numpy.zeros(span, dtype=numpy.float16))  # zeros come without touching the pages
+    except MemoryError:
+        pytest.skip("no address space for a tensor of 4 GB")
+    if DEVICE.type != "cpu":
+        memory = torch.zeros(span, dtype=F16, device=DEVICE)
+    logits, features = networks(shape[2:], shape[1], 3, batch=shape[0], dtype=F16)
+    for tensors in (logits, features):
+        far = memory.as_strided(shape, strides)
+        far.copy_(tensors[1])
+        z1, f1 = (far, features[1]) if tensors is logits else (logits[1], far)
+        check(impl, [logits[0], z1], [features[0], f1])
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_one_tensor_may_serve_as_both_networks_features(impl):
     logits, features = networks((5, 6, 7), 3, 6)

@@ -1,0 +1,300 @@
+"""Show that the tests bite: plant one fault at a time into a copy of the kernels and see which test fails.
+
+    python tests/planted_faults.py [--only NAME] [--jobs 2]
+
+A fault that no test catches, a test that fails without any fault, or a substitution whose text is no longer in the source ends
+with exit code 1. Nothing in the checkout is changed.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VALUES = "tests/test_loss_values.py::"
+PROPERTIES = "tests/test_loss_properties.py::"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One mistake: in ``file``, each ``old`` (found exactly once) becomes ``new``; ``test`` must fail then."""
+
+    name: str
+    file: str
+    substitutions: tuple[tuple[str, str], ...]
+    test: str
+
+
+FAULTS = (
+    Fault(
+        "sign of a gradient",
+        "kernels/gradient.py",
+        (
+            (
+                "grad_b = tl.where(cls == 0, entry_b[None, :], -entry_b[None, :])",
+                "grad_b = tl.where(cls == 0, entry_b[None, :], entry_b[None, :])",
+            ),
+        ),
+        VALUES + "test_options[triton-2-entropy-similarity-logits]",
+    ),
+    Fault(
+        "swapped teacher: the student's own probabilities in the weight",
+        "kernels/weighting.py",
+        (("p_t = tl.where(learner_a, p_b, p_a)", "p_t = tl.where(learner_a, p_a, p_b)"),),
+        VALUES + "test_options[triton-4-entropy-similarity-logits]",
+    ),
+    Fault(
+        "swapped label: the student's own class as pseudo-label",
+        "kernels/weighting.py",
+        (("label = tl.where(m_ab, label_b, label_a)", "label = tl.where(m_ab, label_a, label_b)"),),
+        VALUES + "test_options[triton-4-entropy-similarity-logits]",
+    ),
+    Fault(
+        "tail dropped where one voxel is left over",
+        "kernels/statistics.py",
+        (("if (program == programs - 1) & (voxels % BLOCK != 0):", "if (program == programs - 1) & (voxels % BLOCK > 1):"),),
+        VALUES + "test_voxel_counts_around_a_block[triton-129]",
+    ),
+    Fault(
+        "tail mask missing: voxels beyond the end are counted",
+        "kernels/statistics.py",
+        (("        m_ab = m_ab & valid\n", ""),),
+        VALUES + "test_options[triton-2-None-similarity-logits]",
+    ),
+    Fault(
+        "tail mask missing: reads beyond the end of the last channel",
+        "kernels/gradient.py",
+        (
+            (
+                "    entry_a, entry_b = _entries(record, plane, v, valid, BOTH, MASKED)\n",
+                "    entry_a, entry_b = _entries(record, plane, v, valid, BOTH, MASKED)\n    inside = cls < CLASSES\n",
+            ),
+        ),
+        "tests/test_loss_memory.py::test_nothing_outside_the_tensors_is_touched[triton-float32-5-7-67-channels_last-end]",
+    ),
+    Fault(
+        "missing cast: half precision is not widened after the load",
+        "kernels/voxels.py",
+        (("    return x.to(tl.float32)\n", "    return x\n"),),
+        VALUES + "test_half_precision_gradient_elementwise[triton-dtype0-4-8.0-65536.0]",
+    ),
+    Fault(
+        "rounded to half precision before the upstream factor",
+        "kernels/gradient.py",
+        (
+            (
+                "    entry_a *= scale_a\n",
+                "    entry_a = (entry_a * (scale_a / 65536)).to(out_a.dtype.element_ty).to(tl.float32) * 65536\n",
+            ),
+        ),
+        VALUES + "test_half_precision_gradient_elementwise[triton-dtype0-2-8.0-65536.0]",
+    ),
+    Fault(
+        "upstream factor ignored",
+        "kernels/gradient.py",
+        (("factor = tl.load(upstream).to(tl.float32) + tl.load(poison)", "factor = 1.0 + tl.load(poison)"),),
+        PROPERTIES + "test_upstream_factor_is_linear[triton]",
+    ),
+    Fault(
+        "stale prototype: the first sample's for all samples",
+        "kernels/weighting.py",
+        (("        prototypes_b += wide_sample * CLASSES * FEATURES_B\n", ""),),
+        VALUES + "test_options[triton-2-entropy-similarity-logits]",
+    ),
+    Fault(
+        "stale sum: the last partial result of a sample is left out",
+        "kernels/statistics.py",
+        (("        inside = p < programs\n", "        inside = p < tl.maximum(programs - 1, 1)\n"),),
+        VALUES + "test_several_programs_per_sample_and_several_samples[triton]",
+    ),
+    Fault(
+        "wrong normaliser: the other student's count",
+        "kernels/weighting.py",
+        (("n_ba = tl.load(counts + 1).to(tl.float32) + EPS", "n_ba = tl.load(counts).to(tl.float32) + EPS"),),
+        VALUES + "test_options[triton-2-entropy-similarity-logits]",
+    ),
+    Fault(
+        "wrong normaliser in the gradient alone",
+        "kernels/gradient.py",
+        (
+            (
+                "scale_b = factor / (tl.load(counts + 1).to(tl.float32) + EPS)",
+                "scale_b = factor / (tl.load(counts).to(tl.float32) + EPS)",
+            ),
+        ),
+        VALUES + "test_options[triton-2-entropy-similarity-logits]",
+    ),
+    Fault(
+        "eps missing in the normaliser",
+        "kernels/weighting.py",
+        (("n_ab = tl.load(counts).to(tl.float32) + EPS", "n_ab = tl.load(counts).to(tl.float32)"),),
+        VALUES + "test_no_reliable_voxel_is_zero_and_connected_to_the_graph[triton]",
+    ),
+    Fault(
+        "eps missing in the entropy",
+        "kernels/voxels.py",
+        (("entropy_a = -tl.sum(pa * tl.log(pa + eps), axis=0)", "entropy_a = -tl.sum(pa * tl.log(pa + 1e-30), axis=0)"),),
+        VALUES + "test_eps_reaches_entropy_prototype_and_normaliser[triton-entropy-0.5]",
+    ),
+    Fault(
+        "mask not strict: equally confident networks teach",
+        "kernels/voxels.py",
+        (("(same & (error_a < error_b))", "(same & (error_a <= error_b))"),),
+        PROPERTIES + "test_identical_networks[triton]",
+    ),
+    Fault(
+        "class label off by one where two logits are equal: the last maximum",
+        "kernels/voxels.py",
+        (
+            (
+                "label = tl.min(tl.where(z == tl.expand_dims(top, 0), cls, CLASSES_PAD), axis=0)",
+                "label = tl.max(tl.where(z == tl.expand_dims(top, 0), cls, 0), axis=0)",
+            ),
+        ),
+        VALUES + "test_equal_logits_take_the_first_maximum[triton]",
+    ),
+    Fault(
+        "wrong stride: two spatial axes exchanged",
+        "kernels/voxels.py",
+        (("(row // size1) * stride0 + (row % size1) * stride1", "(row // size1) * stride1 + (row % size1) * stride0"),),
+        VALUES + "test_memory_layouts[triton-spatial_slice]",
+    ),
+    Fault(
+        "int32 offsets where the tensor is too large for them",
+        "kernels/voxels.py",
+        (("        channel = channel.to(tl.int64)\n", "        channel = channel\n"),),
+        VALUES + "test_offsets_beyond_int32[triton-channels]",
+    ),
+    Fault(
+        "features of the last, partly filled block read without a mask",
+        "kernels/statistics.py",
+        (("    inside = (f < FEATURES)[:, None]\n", "    inside = (f < FEATURES + 1)[:, None]\n"),),
+        "tests/test_loss_memory.py::test_nothing_outside_the_tensors_is_touched[triton-float32-2-5-517-contiguous-end]",
+    ),
+    Fault(
+        "a NaN in a logit is swallowed",
+        "kernels/statistics.py",
+        (("    poison += (top_a + rest_a + top_b + rest_b) * 0.0", "    poison += (top_a + rest_a) * 0.0"),),
+        VALUES + "test_bad_logits_never_give_a_finite_loss[triton-1-nan-entropy-similarity-logits]",
+    ),
+    Fault(
+        "a NaN in the features of the network that teaches nowhere is swallowed",
+        "kernels/statistics.py",
+        (("        all_bad += _store_sums(sums_a", "        _store_sums(sums_a"),),
+        VALUES + "test_bad_features_never_give_a_finite_loss[triton-0-nan-entropy]",
+    ),
+    Fault(
+        "an unwritten output: zeros are not stored where nobody teaches",
+        "kernels/weighting.py",
+        (("        tl.store(weights + v, w_ab, mask=valid)", "        tl.store(weights + v, w_ab, mask=valid & m_ab)"),),
+        VALUES + "test_options[triton-2-entropy-similarity-logits]",
+    ),
+    Fault(
+        "host synchronisation in an operator's body",
+        "kernels/launch.py",
+        (
+            (
+                "    grads = torch.empty_like(za), torch.empty_like(zb)\n",
+                "    grads = torch.empty_like(za), torch.empty_like(zb)\n    assert known_counts[0].item() >= 0\n",
+            ),
+        ),
+        "tests/test_loss_compile.py::test_operator_bodies_never_look_at_values",
+    ),
+    Fault(
+        "an input is written to",
+        "kernels/launch.py",
+        (
+            (
+                "    za = logits[0]\n    record = za.new_empty(",
+                "    za = logits[0]\n    za.copy_(za + 0)\n    record = za.new_empty(",
+            ),
+        ),
+        VALUES + "test_options[triton-2-entropy-similarity-logits]",
+    ),
+)
+
+
+def copy_of_the_project(folder: Path) -> Path:
+    """What the tests need, with the links kept as links."""
+    for name in ("rplib", "kernels", "reference", "bench", "tests", "pyproject.toml"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        else:
+            shutil.copy2(source, folder / name)
+    return folder
+
+
+def plant(fault: Fault, folder: Path) -> None:
+    """Apply the substitutions.
+
+    Raises:
+        SystemExit: a text does not occur exactly once; the fault has to be written anew.
+    """
+    path = folder / fault.file
+    source = path.read_text()
+    for old, new in fault.substitutions:
+        if source.count(old) != 1:
+            raise SystemExit(f"fault {fault.name!r}: {fault.file} holds {source.count(old)} times, not once:\n{old}")
+        source = source.replace(old, new)
+    path.write_text(source)
+
+
+def failing_tests(tests: list[str], folder: Path) -> tuple[list[str], str]:
+    """Run tests on the copy; names of those that failed, and pytest's output."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment.setdefault("RPLIB_GOLDEN", str(ROOT.parent / "shared" / "golden"))
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", "--no-header", "-W", "ignore", *tests]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode < 0:
+        return tests, f"E  the process died of signal {-done.returncode}"
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
+    return re.findall(r"^FAILED (\S+)", done.stdout, re.MULTILINE), done.stdout
+
+
+def check(fault: Fault) -> bool:
+    """True where the named test fails on the faulty copy."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = copy_of_the_project(Path(name))
+        plant(fault, folder)
+        failed, output = failing_tests([fault.test], folder)
+    reason = re.findall(r"^(?:E  |\S+:\d+: )(.*)", output, re.MULTILINE)
+    print(f"{'caught    ' if failed else 'NOT CAUGHT'}  {fault.name}\n            {fault.test}", flush=True)
+    if failed and reason:
+        print(f"            {reason[-1].strip()[:150]}", flush=True)
+    return bool(failed)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", metavar="TEXT", default="", help="faults whose name contains this")
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    faults = [fault for fault in FAULTS if args.only in fault.name]
+    if not faults:
+        raise SystemExit(f"no fault has {args.only!r} in its name")
+    with tempfile.TemporaryDirectory() as name:
+        for k, fault in enumerate(faults):  # all texts first: a stale one should not show after minutes
+            plant(fault, copy_of_the_project(Path(name, f"plant{k}")))
+        failed, output = failing_tests(sorted({fault.test for fault in faults}), copy_of_the_project(Path(name, "sound")))
+    if failed:
+        print(output)
+        print(f"{len(failed)} tests fail without any fault: {', '.join(failed)}")
+        return 1
+    print(f"{len({f.test for f in faults})} tests pass without a fault\n", flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        caught = list(pool.map(check, faults))
+    print(f"\n{sum(caught)} of {len(faults)} faults caught")
+    return 0 if all(caught) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
