@@ -18,6 +18,20 @@ settings.register_profile("thorough", max_examples=200, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Near-ties, where an implementation's own mask was taken: counted and shown."""
+    counted = [
+        (report.nodeid, value)
+        for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+        for name, value in report.user_properties
+        if name == "near_ties" and not value.startswith("0 ")
+    ]
+    if counted:
+        terminalreporter.section("near-ties")
+        for nodeid, value in sorted(counted):
+            terminalreporter.line(f"{value:>16}  {nodeid}")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(1337)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loss_cases import ANY_K_IMPLS, DEVICE, HAS_TRITON, IMPLS, TRITON, channels_last, networks
+from loss_cases import ANY_K_IMPLS, DEVICE, HAS_TRITON, IMPLS, LAYOUTS, TRITON, channels_last, networks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from truth import autograd_gradients, evaluate, frozen_loss, leaves, truth
@@ -270,6 +270,24 @@ def test_no_float_atomics_in_the_kernels():
     assert any("triton.jit" in source.read_text() for source in sources)
     for source in sources:
         assert not re.search(r"\batomic_\w+\s*\(", source.read_text()), source.name
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_the_kernels_read_the_inputs_themselves(layout):
+    """No copy whatever the strides: the launches get the caller's memory."""
+    from rplib.kernels import launch
+
+    logits, features = networks((5, 6, 7), 3, 6)
+    logits, features = [layout(z) for z in logits], [layout(f) for f in features]
+    launches = []
+    with launch.observed(lambda launched: launches.append(launched) or True):
+        evaluate("triton", logits, features)
+    inputs = {t.data_ptr(): t.stride() for t in (*logits, *features)}
+    for kernel in ("statistics_kernel", "weighting_kernel"):
+        (launched,) = [one for one in launches if one.kernel.fn.__name__ == kernel]
+        read = {a.data_ptr(): a.stride() for a in launched.arguments if isinstance(a, torch.Tensor)}
+        assert inputs.items() <= read.items()
 
 
 # ------------------------------------------------------------------------------------------------ plain PyTorch forms

@@ -523,8 +523,3 @@ def test_half_precision_masks_agree_between_implementations(impl, dtype):
     theirs = own_masks(rplib.reliability(logits, features, impl="torch"))
     for pair in ours:
         assert torch.equal(ours[pair][clear], theirs[pair][clear])
-
-
-def test_the_device_under_test_is_named(record_property):
-    record_property("device", str(DEVICE))
-    assert DEVICE.type in ("cpu", "cuda")
