@@ -58,7 +58,7 @@ def statistics_tiles(classes: int, features: int) -> StatisticsTiles:
         feature_block = min(widest, 32)
         block = min(max(4096 // (pad * feature_block), 32), 512)
         return StatisticsTiles(block, pad, 16, feature_block, False, 4)
-    return StatisticsTiles(64, pad, max(pad, 16), min(max(widest, 16), 32), True, 4)
+    return StatisticsTiles(32, pad, max(pad, 16), min(max(widest, 16), 32), True, 8)
 
 
 def weighting_tiles(classes: int, features: int, itemsize: int, channels_last: bool) -> WeightingTiles:

@@ -26,7 +26,7 @@ from rplib.reference.pictures import PREDICTION, TRUTH, Panel, largest_slice, tr
 from rplib.reference.report import shown
 from rplib.reference.trainer import find_device, train
 
-TRAINING_CASES, TEST_CASES, SIZE = 20, 6, (48, 48, 40)
+TRAINING_CASES, TEST_CASES, SIZE = 24, 6, (48, 48, 40)
 SETTINGS = (
     "filters=4",
     "patch=32,32,32",
@@ -87,11 +87,11 @@ def demonstrate(out: Path, seed: int, iterations: int, device: str | None = None
 
 
 def demo_configs(seed: int, iterations: int) -> dict[str, Config]:
-    """Settings of the two trainings: the recipes la-4-supervised and la-4, scaled down alike."""
-    # The ramp-up takes the share of the training that it takes in the paper: 40 steps over 6,000 of 15,000 iterations.
-    every = max(1, round(0.4 * iterations / 40))
+    """Settings of the two trainings: the recipes la-8-supervised and la-8, scaled down alike."""
+    # The ramp-up of 40 steps takes the whole of so short a training: pseudo-labels of its first minute are not worth learning.
+    every = max(1, round(iterations / 40))
     words = [*SETTINGS, f"seed={seed}", f"iterations={iterations}", f"ramp_every={every}"]
-    recipes = {LABELLED_ONLY: "la-4-supervised", MUTUAL: "la-4"}
+    recipes = {LABELLED_ONLY: "la-8-supervised", MUTUAL: "la-8"}
     return {name: load_recipe(recipe, [*words, f"name={name}"]) for name, recipe in recipes.items()}
 
 
