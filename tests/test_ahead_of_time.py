@@ -65,9 +65,9 @@ def test_shared_memory_is_seen(known, target):
 
 @EVERY_TARGET
 def test_a_kernel_that_spills_is_reported_as_spilling(known, target):
-    """512 float32 values a thread must outlive a reduction; no architecture has so many registers to spare."""
+    """256 (AMD: 512) float32 values a thread must outlive a reduction; that is every register there is, or more."""
     found = known["reduction that cannot stay in registers"][target]
-    assert found["spills"] > 100 and found["stack_bytes"] > 400
+    assert found["spills"] >= 8 and found["stack_bytes"] >= 32
 
 
 def test_widths_of_amd_instructions():
@@ -100,9 +100,9 @@ print(json.dumps([[row.__dict__ for row in report(Case(**case))] for case in jso
 
 
 def cases_of(target):
-    """Every point for sm_90; for the others each (C, F), dtype and layout at least once. RPLIB_FULL_MATRIX=1: every point."""
+    """Each (C, F), dtype and layout at least once; RPLIB_FULL_MATRIX=1: every point."""
     everything = matrix(targets=[target])
-    if target == "sm_90" or os.environ.get("RPLIB_FULL_MATRIX"):
+    if os.environ.get("RPLIB_FULL_MATRIX"):
         return everything
     wanted = {
         (2, "float32", "contiguous"),

@@ -456,10 +456,10 @@ def test_double_backward_is_right_or_refused(impl):
 
 @EVERY_IMPL
 def test_same_inputs_same_bits(impl):
-    logits, features = networks((13, 11, 9), 4, 8, batch=2)
+    logits, features = networks((9, 8, 7), 4, 8, batch=2)
     loss, gradients = evaluate(impl, logits, features)
     maps = rplib.reliability(logits, features, impl=impl)
-    for _ in range(3):
+    for _ in range(2):
         torch.full((100_000,), float("nan"))  # other garbage in freed memory
         again, same = evaluate(impl, logits, features)
         assert torch.equal(loss, again) and all(torch.equal(g, h) for g, h in zip(gradients, same, strict=True))
