@@ -29,12 +29,16 @@ from rplib.kernels.voxels import (
 
 @triton.jit
 def _load_features(
-    base, offsets, stride_c, use, f,
-    FEATURES: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr,
+    base, offsets, stride_c, use, valid, f,
+    FEATURES: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
+    WIDE: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Features of the voxels in use, zero elsewhere: (FEATURE_BLOCK, GROUPS, GROUP)."""
     sector = tl.max(use.to(tl.int32), axis=1) > 0  # (GROUPS,): does any voxel of the sector want this network?
-    wanted = tl.broadcast_to(sector[:, None], (GROUPS, GROUP))[None, :, :]
+    wanted = tl.broadcast_to(sector[:, None], (GROUPS, GROUP))
+    if MASKED:  # the last sector may end beyond the tensor
+        wanted = wanted & valid
+    wanted = wanted[None, :, :]
     if RAGGED:
         wanted = wanted & (f < FEATURES)[:, None, None]
     pointers = base + channel_offsets(f, stride_c, WIDE)[:, None, None] + offsets[None, :, :]
@@ -55,14 +59,14 @@ def _product(x, prototypes, c, f, FEATURES: tl.constexpr, RAGGED: tl.constexpr):
 
 @triton.jit
 def _add_similarity(
-    dots, square, base, prototypes, offsets, stride_c, use, first,
+    dots, square, base, prototypes, offsets, stride_c, use, valid, first,
     FEATURES: tl.constexpr, FEATURE_BLOCK: tl.constexpr, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, UNROLL: tl.constexpr, WIDE: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, UNROLL: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add one block of the teacher's features: products with its prototypes, and the square of the feature's length."""
     RAGGED: tl.constexpr = FEATURES % FEATURE_BLOCK != 0
     f = first + tl.arange(0, FEATURE_BLOCK)
-    x = _load_features(base, offsets, stride_c, use, f, FEATURES, GROUPS, GROUP, WIDE, RAGGED)
+    x = _load_features(base, offsets, stride_c, use, valid, f, FEATURES, GROUPS, GROUP, WIDE, RAGGED, MASKED)
     square += tl.sum(x * x, axis=0)
     cls = tl.arange(0, CLASSES_PAD)[:, None, None]
     if UNROLL:
@@ -76,11 +80,11 @@ def _add_similarity(
 
 @triton.jit
 def _reliability(
-    p, use_a, use_b, fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls,
+    p, use_a, use_b, valid, fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls,
     READ_A: tl.constexpr, READ_B: tl.constexpr,
     FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr,
     CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
-    UNROLL: tl.constexpr, WIDE: tl.constexpr,
+    UNROLL: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """r of the teacher with probabilities p: network a where use_a, network b where use_b: (GROUPS, GROUP)."""
     dots = tl.zeros((CLASSES_PAD, GROUPS, GROUP), tl.float32)
@@ -88,14 +92,14 @@ def _reliability(
     if READ_A:
         for first in tl.static_range(0, FEATURES_A, FEATURE_BLOCK):
             dots, square = _add_similarity(
-                dots, square, fa, prototypes_a, fa_v, fa_c, use_a, first, FEATURES_A, FEATURE_BLOCK,
-                CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE,
+                dots, square, fa, prototypes_a, fa_v, fa_c, use_a, valid, first, FEATURES_A, FEATURE_BLOCK,
+                CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE, MASKED,
             )  # fmt: skip
     if READ_B:
         for first in tl.static_range(0, FEATURES_B, FEATURE_BLOCK):
             dots, square = _add_similarity(
-                dots, square, fb, prototypes_b, fb_v, fb_c, use_b, first, FEATURES_B, FEATURE_BLOCK,
-                CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE,
+                dots, square, fb, prototypes_b, fb_v, fb_c, use_b, valid, first, FEATURES_B, FEATURE_BLOCK,
+                CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE, MASKED,
             )  # fmt: skip
     inverse = 1.0 / tl.maximum(tl.sqrt(square), 1e-8)
     difference = tl.where(cls < CLASSES, dots * inverse[None, :, :] - p, 0.0)
@@ -160,12 +164,12 @@ def _block(
         w_ba = m_ba.to(tl.float32)
         if WITH_FEATURES:
             r_b = _reliability(
-                p_b, m_ba, m_ab, fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls, False, True,
-                FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE,
+                p_b, m_ba, m_ab, valid, fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls, False, True,
+                FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE, MASKED,
             )  # fmt: skip
             r_a = _reliability(
-                p_a, m_ba, m_ab, fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls, True, False,
-                FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE,
+                p_a, m_ba, m_ab, valid, fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls, True, False,
+                FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE, MASKED,
             )  # fmt: skip
             w_ab = tl.where(m_ab, r_b, 0.0)
             w_ba = tl.where(m_ba, r_a, 0.0)
@@ -197,8 +201,8 @@ def _block(
         weight = any_teacher.to(tl.float32)
         if WITH_FEATURES:
             r = _reliability(
-                p_t, m_ba, m_ab, fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls, True, True,
-                FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE,
+                p_t, m_ba, m_ab, valid, fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls, True, True,
+                FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE, MASKED,
             )  # fmt: skip
             weight = tl.where(any_teacher, r, 0.0)
         loss_ab += tl.where(m_ab, weight * ce, 0.0)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ITERATIONS = 400
+ITERATIONS = 300
 MARK = ".rplib-demo"  # a folder with this file is the demo's own, and may be written anew
 
 
