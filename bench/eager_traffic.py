@@ -1,0 +1,145 @@
+"""Count the bytes and operations of eager PyTorch code: what runs operation by operation, each reading and writing memory.
+
+    with eager_traffic() as traffic:
+        loss = f(x)
+        loss.backward()
+    traffic.bytes, traffic.operations
+    traffic.by_operation["aten.mul.Tensor"]        # Operation(calls, bytes)
+
+The rule: an operation counts the bytes of every tensor among its operands and of every tensor among its results, elements x
+size of an element, an expanded tensor as large as its shape says, a tensor that is written in place once as operand and once as
+result. So ``a + b`` of n float32 is 12 n bytes, and so is ``a += b``. What does not count, neither as operation nor in
+bytes: views (results that share an operand's storage and change nothing: select, expand, view, detach, ...) and pure
+allocations (``torch.empty`` and its kin). What ``zeros`` or ``full`` write counts.
+
+It is the traffic of memory as far as operands do not stay in a cache, which tensors of tens of megabytes do not. Limits:
+
+- An operator is one call, whatever its kernel does inside: a custom operator (``torch.library``) counts its operands and results
+  once. ``custom_operators`` names those that were met; for Triton kernels ``traffic.py`` sees what they really touch.
+- A dispatch mode cannot look into code made by ``torch.compile``: calling a compiled function inside raises UserError. Count the
+  function before compilation; that is the traffic of the eager form, not of the compiled one. A graph recorded outside by a
+  compiled function must not be run backward inside.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rplib.errors import UserError
+
+
+class Operation(NamedTuple):
+    """All calls of one operation."""
+
+    calls: int
+    bytes: int
+
+
+class EagerTraffic:
+    """What ran inside ``eager_traffic``, by operation in order of first call; see the module for what counts."""
+
+    def __init__(self) -> None:
+        self.by_operation: dict[str, Operation] = {}
+        self.custom_operators: list[str] = []
+
+    @property
+    def operations(self) -> int:
+        return sum(operation.calls for operation in self.by_operation.values())
+
+    @property
+    def bytes(self) -> int:
+        return sum(operation.bytes for operation in self.by_operation.values())
+
+    def _add(self, function: Any, moved: int) -> None:
+        name = str(function)
+        if function.namespace not in ("aten", "prims") and name not in self.custom_operators:
+            self.custom_operators.append(name)
+        before = self.by_operation.get(name, Operation(0, 0))
+        self.by_operation[name] = Operation(before.calls + 1, before.bytes + moved)
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self, traffic: EagerTraffic) -> None:
+        super().__init__()
+        self.traffic = traffic
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # Under inference_mode an operation like linear or cross_entropy arrives whole; elsewhere in its parts.
+        with self:
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
+        result = func(*args, **kwargs)
+        operands = _tensors((args, kwargs))
+        results = _tensors(result)
+        if (operands or results) and not _is_view(func, operands, results) and not _only_allocates(func):
+            self.traffic._add(func, sum(_size(tensor) for tensor in (*operands, *results)))
+        return result
+
+
+@contextmanager
+def eager_traffic() -> Iterator[EagerTraffic]:
+    """Count every PyTorch operation that runs inside, forward and backward.
+
+    >>> a, b = torch.ones(1000), torch.ones(1000)
+    >>> with eager_traffic() as traffic:
+    ...     c = (a + b).view(10, 100)
+    >>> traffic.operations, traffic.bytes
+    (1, 12000)
+
+    Raises:
+        UserError: a function compiled by torch.compile is called inside.
+    """
+    traffic = EagerTraffic()
+    with _compiled_functions_refused(), _Counting(traffic):
+        yield traffic
+
+
+@contextmanager
+def _compiled_functions_refused() -> Iterator[None]:
+    """Compiled code would run unseen, or uncompiled under a compiled function's name."""
+    import torch._dynamo.eval_frame as eval_frame
+
+    callback_of: Callable[[Any], Any] = eval_frame._callback_from_stance
+
+    def refused(callback: Any) -> Any:
+        if callback is not None and callback is not False:  # None: dynamo switched off for this call, as in operators
+            raise UserError(
+                "a function compiled by torch.compile was called inside eager_traffic, which cannot see into compiled code; "
+                "count the function before compilation."
+            )
+        return callback_of(callback)
+
+    eval_frame._callback_from_stance = refused
+    try:
+        yield
+    finally:
+        eval_frame._callback_from_stance = callback_of
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _size(tensor: Tensor) -> int:
+    return math.prod(tensor.shape) * tensor.element_size()
+
+
+def _is_view(function: Any, operands: Sequence[Tensor], results: Sequence[Tensor]) -> bool:
+    """Judged by what happened, since some views do not say so (``aten._unsafe_view``)."""
+    if function._schema.is_mutable or not results:
+        return False
+    storages = {tensor.untyped_storage()._cdata for tensor in operands}
+    return all(tensor.untyped_storage()._cdata in storages for tensor in results)
+
+
+def _only_allocates(function: Any) -> bool:
+    return "empty" in function._opname
