@@ -16,21 +16,30 @@ It is the traffic of memory as far as operands do not stay in a cache, which ten
 
 - An operator is one call, whatever its kernel does inside: a custom operator (``torch.library``) counts its operands and results
   once. ``custom_operators`` names those that were met; for Triton kernels ``traffic.py`` sees what they really touch.
-- A dispatch mode cannot look into code made by ``torch.compile``: calling a compiled function inside raises UserError. Count the
-  function before compilation; that is the traffic of the eager form, not of the compiled one. A graph recorded outside by a
-  compiled function must not be run backward inside.
+- A dispatch mode cannot look into code made by ``torch.compile`` (and a compiled function called under one falls back to eager
+  for good): calling such a function inside, or the backward pass of one called outside, raises UserError. Count the function
+  before compilation; that is the traffic of the eager form, not of the compiled one. ``inductor_traffic.py`` has the compiler's
+  own estimate.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rplib.bench.traffic import replaced
 from rplib.errors import UserError
+
+_COMPILED = (
+    "a function compiled by torch.compile was run inside eager_traffic, which cannot see into compiled code; count the function "
+    "before compilation."
+)
+_BACKWARD = ("apply", "apply_boxed")  # how autograd calls a node written in Python
 
 
 class Operation(NamedTuple):
@@ -107,22 +116,35 @@ def eager_traffic() -> Iterator[EagerTraffic]:
 def _compiled_functions_refused() -> Iterator[None]:
     """Compiled code would run unseen, or uncompiled under a compiled function's name."""
     import torch._dynamo.eval_frame as eval_frame
+    from torch.autograd.function import BackwardCFunction
 
-    callback_of: Callable[[Any], Any] = eval_frame._callback_from_stance
+    try:
+        callback_of = eval_frame._callback_from_stance
+        applies = {name: getattr(BackwardCFunction, name) for name in _BACKWARD if name in vars(BackwardCFunction)}
+    except AttributeError as error:
+        raise UserError(
+            f"eager_traffic cannot tell compiled functions from others in torch {torch.__version__} ({error}); it was made for "
+            "torch 2.13."
+        ) from None
 
-    def refused(callback: Any) -> Any:
+    def refused_call(callback: Any) -> Any:
         if callback is not None and callback is not False:  # None: dynamo switched off for this call, as in operators
-            raise UserError(
-                "a function compiled by torch.compile was called inside eager_traffic, which cannot see into compiled code; "
-                "count the function before compilation."
-            )
+            raise UserError(_COMPILED)
         return callback_of(callback)
 
-    eval_frame._callback_from_stance = refused
-    try:
+    def refusing(apply: Callable[..., Any]) -> Callable[..., Any]:
+        def refused_backward(self: Any, *gradients: Any) -> Any:
+            if type(self).__name__ == "CompiledFunctionBackward":
+                raise UserError(_COMPILED)
+            return apply(self, *gradients)
+
+        return refused_backward
+
+    with ExitStack() as stack:
+        stack.enter_context(replaced(eval_frame, "_callback_from_stance", refused_call))
+        for name, apply in applies.items():
+            stack.enter_context(replaced(BackwardCFunction, name, refusing(apply)))
         yield
-    finally:
-        eval_frame._callback_from_stance = callback_of
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -272,12 +272,12 @@ def _hooked(interpreter: Any, jit: Any, traffic: Traffic) -> Iterator[None]:
             (builder, "set_grid_dim", watched_grid),
             (jit.JITFunction, "run", refused),
         ):
-            stack.enter_context(_replaced(owner, name, replacement))
+            stack.enter_context(replaced(owner, name, replacement))
         yield
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+def replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
     """Hang ``replacement`` on the object or class itself, above what it inherits."""
     missing = object()
     before = vars(owner).get(name, missing)
