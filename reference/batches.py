@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from rplib.errors import UserError
+from rplib.reference.cases import Case
 from rplib.reference.config import Config
-from rplib.reference.datasets import Case
 
 
 class Batch(NamedTuple):
     """What one training step sees.
 
     Attributes:
-        images: (B, 1, *patch) float32, labelled samples first.
+        images: (B, channels, *patch) float32, labelled samples first.
         labels: (B_l, *patch) uint8, of those.
         names: B case names, in the same order.
     """
@@ -83,7 +83,7 @@ class TwoStreamBatches:
                 names.append(case.name)
                 if stream is labelled:
                     labels.append(label)
-        return Batch(torch.from_numpy(np.stack(images)[:, None]), torch.from_numpy(np.stack(labels)), names)
+        return Batch(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)), names)
 
     def state(self) -> str:
         """Position and generators of all streams, as JSON."""
@@ -99,39 +99,42 @@ class TwoStreamBatches:
             stream.restore(saved)
 
     def _sample(self, case: Case, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        label = case.label if case.label is not None else np.broadcast_to(np.uint8(0), case.image.shape)
-        arrays = [case.image, label]
+        """Image (channels, *patch) and label (*patch) of one random crop."""
+        image = case.image if case.image.ndim > len(self._config.patch) else case.image[None]  # (channels, *spatial)
+        label = case.label if case.label is not None else np.broadcast_to(np.uint8(0), image.shape[1:])
+        arrays = [image, label[None]]
         # Turning the whole volume is free (views) and keeps the patch's own shape after a quarter turn.
         if self._config.augmentation == "mirror-rotate":
             quarters = int(random.integers(4))
             axis = int(random.integers(2))
             mirrored = self._as_authors or bool(random.integers(2))
-            arrays = [np.rot90(a, quarters) for a in arrays]
-            arrays = [np.flip(a, axis) for a in arrays] if mirrored else arrays
+            arrays = [np.rot90(a, quarters, axes=(1, 2)) for a in arrays]
+            arrays = [np.flip(a, axis + 1) for a in arrays] if mirrored else arrays
         arrays = [pad(a, self._config.patch, as_authors=self._as_authors) for a in arrays]
         start = [
             int(random.integers(size - edge if self._as_authors else size - edge + 1))
-            for size, edge in zip(arrays[0].shape, self._config.patch, strict=True)
+            for size, edge in zip(arrays[0].shape[1:], self._config.patch, strict=True)
         ]
-        window = tuple(slice(s, s + edge) for s, edge in zip(start, self._config.patch, strict=True))
-        return np.ascontiguousarray(arrays[0][window]), np.ascontiguousarray(arrays[1][window])
+        window = (slice(None), *(slice(s, s + edge) for s, edge in zip(start, self._config.patch, strict=True)))
+        return np.ascontiguousarray(arrays[0][window]), np.ascontiguousarray(arrays[1][window][0])
 
 
 def pad(volume: np.ndarray, patch: Sequence[int], as_authors: bool = False) -> np.ndarray:
     """Zeros around a volume that is smaller than the patch, so that a patch fits.
 
     Args:
-        volume: (X, Y, Z).
+        volume: (*spatial), or (channels, *spatial): axes before the last ``len(patch)`` are left alone.
         as_authors: they pad as soon as one axis is not *larger* than the patch, and leave 3 voxels more than needed.
     """
-    short = [edge - size for edge, size in zip(patch, volume.shape, strict=True)]
+    others = [(0, 0)] * (volume.ndim - len(patch))
+    short = [edge - size for edge, size in zip(patch, volume.shape[len(others) :], strict=True)]
     if as_authors:
         if max(short) < 0:
             return volume
-        return np.pad(volume, [(max(s // 2 + 3, 0),) * 2 for s in short])
+        return np.pad(volume, others + [(max(s // 2 + 3, 0),) * 2 for s in short])
     if max(short) <= 0:
         return volume
-    return np.pad(volume, [(max(s, 0) // 2, max(s, 0) - max(s, 0) // 2) for s in short])
+    return np.pad(volume, others + [(max(s, 0) // 2, max(s, 0) - max(s, 0) // 2) for s in short])
 
 
 class _Stream:

@@ -100,7 +100,7 @@ def load_network(run: str | Path, which: Literal["best", "last"] | None = None) 
 
 def build_network(config: Config) -> MutualVNet:
     """The untrained network of a configuration; draws its weights from torch's global generator."""
-    return MutualVNet(config.in_channels, config.classes, config.filters, config.dropout)
+    return MutualVNet(config.in_channels, config.classes, config.filters, config.dropout, len(config.patch))
 
 
 def load_weights(network: MutualVNet, weights: dict[str, Any], path: Path) -> None:
@@ -120,4 +120,12 @@ def _config_of(weights: dict[str, Any], path: Path) -> Config:
     first, last = weights.get("encoder.block_one.conv.0.weight"), weights.get("decoder1.out_conv.weight")
     if not isinstance(first, torch.Tensor) or not isinstance(last, torch.Tensor):
         raise UserError(f"{path} is neither a checkpoint of `rplib train` nor a state dict of the authors' mine3d_v1.")
-    return load_recipe("la-8").replace(name=path.stem, filters=first.shape[0], in_channels=first.shape[1], classes=last.shape[0])
+    recipe, dims = load_recipe("la-8"), first.ndim - 2
+    return recipe.replace(
+        name=path.stem,
+        filters=first.shape[0],
+        in_channels=first.shape[1],
+        classes=last.shape[0],
+        patch=recipe.patch[:dims],
+        stride=recipe.stride[:dims],
+    )

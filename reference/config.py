@@ -56,16 +56,23 @@ class Config:
 
     name: str = _key("la-8", "what to call it", section="recipe")
 
-    dataset: str = _key("left-atrium", "layout on disk", choices=("left-atrium",), section="data")
+    dataset: str = _key(
+        "left-atrium", "layout on disk", choices=("left-atrium", "pancreas", "brats", "generic"), section="data"
+    )
+    normalisation: str = _key(
+        "z-score",
+        "'generic' only",
+        choices=("z-score", "z-score-nonzero", "percentiles", "none"),
+    )
     classes: int = _key(2, "background included", least=2, most=255)
-    labelled: int = _key(8, "the first so many cases of train.list are labelled, the rest unlabelled", least=1)
+    labelled: int = _key(8, "the first so many of the training list, the rest is unlabelled; 0: all that have a label", least=0)
     validation: int = _key(0, "so many of the labelled cases (the last) are moved out to choose the best weights by", least=0)
-    patch: tuple[int, ...] = _key((112, 112, 80), "voxels; multiples of 16", least=DEPTH)
+    patch: tuple[int, ...] = _key((112, 112, 80), "voxels; multiples of 16; two numbers for 2-D images", least=DEPTH)
     batch_size: int = _key(4, "labelled and unlabelled together", least=1)
     labelled_per_batch: int = _key(2, "equal to batch_size: labelled only, unlabelled cases are not even read", least=1)
     augmentation: str = _key("mirror-rotate", "in the first two axes; 'none' crops only", choices=("mirror-rotate", "none"))
 
-    in_channels: int = _key(1, "channels of the image", least=1, most=1, section="network")
+    in_channels: int = _key(1, "channels of the image", least=1, section="network")
     filters: int = _key(16, "channels at full resolution; 16 gives 12,347,716 parameters", least=1)
     dropout: float = _key(0.5, "after the deepest block and before each output convolution", least=0.0, most=0.99)
 
@@ -112,6 +119,11 @@ class Config:
         for axis in self.patch:
             if axis % DEPTH:
                 raise UserError(f"patch is {list(self.patch)}; each axis must be a multiple of {DEPTH}.")
+        if len(self.stride) != len(self.patch):
+            raise UserError(
+                f"stride {list(self.stride)} and patch {list(self.patch)} differ in their number of axes; "
+                "give both three numbers, or two for 2-D images."
+            )
         if any(s > p for s, p in zip(self.stride, self.patch, strict=True)):
             raise UserError(
                 f"stride {list(self.stride)} is larger than patch {list(self.patch)}; voxels between windows "
@@ -121,7 +133,7 @@ class Config:
             raise UserError(
                 f"labelled_per_batch is {self.labelled_per_batch} of batch_size {self.batch_size}; lower it or raise batch_size."
             )
-        if self.validation >= self.labelled:
+        if self.validation >= self.labelled > 0:
             raise UserError(
                 f"validation={self.validation} leaves none of the {self.labelled} labelled cases for training; "
                 "lower validation or raise labelled."
@@ -271,8 +283,10 @@ def _known(key: str, source: str) -> None:
 def _checked(f: "dataclasses.Field[Any]", value: Any) -> Any:
     """The value in its declared type, or a UserError that names the key."""
     if f.type == tuple[int, ...]:
-        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 3 or not all(map(_is_int, value)):
-            raise UserError(f"{f.name} is {value!r}; expected three whole numbers such as {f.name}=32,32,32.")
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) not in (2, 3) or not all(map(_is_int, value)):
+            raise UserError(
+                f"{f.name} is {value!r}; expected three whole numbers such as {f.name}=32,32,32, or two for 2-D images."
+            )
         for axis in value:
             _check_range(f, axis, value)
         return tuple(int(axis) for axis in value)

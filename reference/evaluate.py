@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run_folder", type=Path, metavar="RUN", help="run folder of `rplib train`, or a checkpoint (*.pt, *.pth)"
     )
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", required=True, help="folder with train.list, test.list and the cases"
+        "--data", type=Path, metavar="DIR", required=True, help="folder of the data set"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: RUN/evaluation-SPLIT)")
     parser.add_argument(
@@ -25,23 +25,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("best", "last"),
         help="checkpoint of the run (default: best where it was written, else last)",
     )
-    parser.add_argument("--split", choices=("test", "train"), default="test", help="which list (default: %(default)s)")
+    parser.add_argument("--split", choices=("test", "train", "val"), default="test", help="which list (default: %(default)s)")
     parser.add_argument("--cases", type=_positive, metavar="N", help="only the first N cases of the list")
     parser.add_argument(
         "--stride",
         type=_positive,
-        nargs=3,
-        metavar=("X", "Y", "Z"),
-        help="voxels between windows (default: the run's setting)",
+        nargs="+",
+        metavar="N",
+        help="voxels between windows, one number per axis (default: the run's setting)",
     )
     parser.add_argument(
         "--batch", type=_positive, metavar="N", help="windows per forward pass (default: the run's setting)"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument(
-        "--spacing", type=_length, nargs=3, metavar=("X", "Y", "Z"),
-        help="voxel size in mm, for distances in mm too and for the NIfTI header (the h5 files do not hold it; "
-        "Left Atrium: 0.625 0.625 0.625)",
+        "--spacing", type=_length, nargs="+", metavar="MM",
+        help="voxel size in mm, one number per axis, for distances in mm too and for the NIfTI header (default: as in the "
+        "files; the published h5 files do not hold it, Left Atrium: 0.625 0.625 0.625)",
     )  # fmt: skip
     parser.add_argument(
         "--largest-component", action="store_true", help="keep the largest part of each class (the paper: no)"

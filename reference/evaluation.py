@@ -13,8 +13,9 @@ from tqdm import tqdm
 from rplib.errors import UserError
 from rplib.reference import checkpoint
 from rplib.reference.baselines import FixedBox, fit_box
+from rplib.reference.cases import Case, Dataset, voxel_sizes
 from rplib.reference.config import Config
-from rplib.reference.datasets import Case, LeftAtrium, open_dataset
+from rplib.reference.datasets import open_for, split_training
 from rplib.reference.inference import DECODER_1, OUTPUTS, Segmentation, segment_outputs, window_overlap
 from rplib.reference.metrics import Scores, largest_component, score
 from rplib.reference.trainer import find_device
@@ -51,7 +52,7 @@ class Report:
     predictions: dict[str, NDArray[np.uint8]]  # case name -> labels of decoder 1
     boxes: dict[int, FixedBox]  # class -> box
     config: Config
-    dataset: LeftAtrium
+    dataset: Dataset
     stride: tuple[int, ...]
     notes: list[str]  # sentences on what the numbers are, for every place that shows them
 
@@ -102,10 +103,11 @@ def evaluate(
         run: run folder of a training, or a checkpoint file.
         data: folder of the data set.
         weights: ``"best"`` or ``"last"``; None takes best where it was written.
-        split: ``"test"`` or ``"train"``; of the latter only cases with a label are scored.
+        split: ``"test"``, ``"train"`` or, where the data set has such a list, ``"val"``; of the training list only
+            cases with a label are scored.
         cases: only the first so many.
         stride, batch: of the windows; None takes the run's settings.
-        spacing: voxel size in mm, for distances in mm as well.
+        spacing: voxel size in mm, for distances in mm as well; None takes that of the files, where they hold it.
         keep_largest: leave only the largest component of each class; the paper does not.
         on_case: called with every case and its segmentations, for instance to write them.
 
@@ -117,7 +119,11 @@ def evaluate(
     network = network.to(where)
     stride = tuple(stride) if stride is not None else config.stride
     window_overlap(config.patch, stride)  # an impossible stride is told before anything is read
-    dataset = open_dataset(data, config.dataset, config.classes)
+    dataset = open_for(config, data)
+    if split not in dataset.splits:
+        raise UserError(f"data layout {config.dataset!r} has no {split} list; its lists are: {', '.join(dataset.splits)}.")
+    if spacing is not None and len(spacing) != len(config.patch):
+        raise UserError(f"--spacing has {len(spacing)} numbers; expected one per axis of the image: {len(config.patch)}.")
     names = dataset.names(split)[:cases]
     boxes, box_note = _fit_boxes(dataset, config)
 
@@ -125,7 +131,7 @@ def evaluate(
     predictions: dict[str, NDArray[np.uint8]] = {}
     skipped = 0
     for name in tqdm(names, desc="evaluating", unit="case"):
-        case = dataset.load(name, needs_label=split == "test")
+        case = dataset.load(name, needs_label=split != "train")
         if case.label is None:
             skipped += 1
             continue
@@ -133,12 +139,13 @@ def evaluate(
         if keep_largest:
             found = {output: one._replace(label=_keep_largest(one.label)) for output, one in found.items()}
         predictions[name] = found[DECODER_1].label
+        edges = spacing if spacing is not None else voxel_sizes(case)
         for klass in range(1, config.classes):
             truth = case.label == klass
             masks = {output: found[output].label == klass for output in OUTPUTS}
             if klass in boxes:
                 masks[BOX] = boxes[klass].mask(truth.shape) > 0
-            rows += [Row(name, method, klass, score(mask, truth, spacing)) for method, mask in masks.items()]
+            rows += [Row(name, method, klass, score(mask, truth, edges)) for method, mask in masks.items()]
         if on_case is not None:
             on_case(case, found)
     if not rows:
@@ -151,10 +158,10 @@ def evaluate(
     return Report(rows, predictions, boxes, config, dataset, stride, notes)
 
 
-def _fit_boxes(dataset: LeftAtrium, config: Config) -> tuple[dict[int, FixedBox], str]:
+def _fit_boxes(dataset: Dataset, config: Config) -> tuple[dict[int, FixedBox], str]:
     """The baseline per class, or none and the reason."""
     try:
-        names = dataset.names("train")[: config.labelled - config.validation]
+        names = split_training(dataset, config).labelled
         labels = [dataset.load(name, needs_label=True).label for name in names]
     except UserError as error:
         return {}, f"No fixed box: {error}"

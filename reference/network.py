@@ -5,6 +5,7 @@ the two decoders. Module names are those of the authors' `mine3d_v1`, so that th
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,11 +26,12 @@ class MutualVNet(nn.Module):
         classes: C, background included.
         filters: channels at full resolution; they double at each of the four halvings.
         dropout: probability of Dropout3d after the deepest block and before each output convolution, in training mode.
+        dims: 3, or 2 for the same network of two-dimensional layers.
 
     Shapes:
         image (B, in_channels, X, Y, Z), each axis a multiple of 16, to a pair of lists with one entry per decoder:
-        logits (B, C, X, Y, Z) and features (B, filters, X, Y, Z). The features are what the last 1x1x1 convolution
-        reads, after dropout.
+        logits (B, C, X, Y, Z) and features (B, filters, X, Y, Z); (X, Y) for two dims. The features are what the last
+        1x1x1 convolution reads, after dropout.
 
     Example:
         >>> import torch
@@ -39,11 +41,14 @@ class MutualVNet(nn.Module):
         ([(2, 2, 32, 16, 16), (2, 2, 32, 16, 16)], (2, 2, 32, 16, 16))
     """
 
-    def __init__(self, in_channels: int = 1, classes: int = 2, filters: int = 16, dropout: float = 0.5) -> None:
+    def __init__(
+        self, in_channels: int = 1, classes: int = 2, filters: int = 16, dropout: float = 0.5, dims: int = 3
+    ) -> None:
         super().__init__()
-        self.encoder = _Encoder(in_channels, filters, dropout)
-        self.decoder1 = _Decoder(classes, filters, dropout, _transposed)
-        self.decoder2 = _Decoder(classes, filters, dropout, _nearest)
+        layers = _LAYERS[dims]
+        self.encoder = _Encoder(in_channels, filters, dropout, layers)
+        self.decoder1 = _Decoder(classes, filters, dropout, layers, _transposed)
+        self.decoder2 = _Decoder(classes, filters, dropout, layers, _nearest)
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         scales = self.encoder(image)
@@ -51,17 +56,33 @@ class MutualVNet(nn.Module):
         return [logits1, logits2], [features1, features2]
 
 
+class _Layers(NamedTuple):
+    """The layers of one number of spatial axes."""
+
+    convolution: type[nn.Conv2d] | type[nn.Conv3d]
+    transposed: type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]
+    norm: type[nn.BatchNorm2d] | type[nn.BatchNorm3d]
+    dropout: type[nn.Dropout2d] | type[nn.Dropout3d]
+
+
+_LAYERS = {
+    2: _Layers(nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.Dropout2d),
+    3: _Layers(nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.Dropout3d),
+}
+
+
 class _Encoder(nn.Module):
-    def __init__(self, in_channels: int, filters: int, dropout: float) -> None:
+    def __init__(self, in_channels: int, filters: int, dropout: float, layers: _Layers) -> None:
         super().__init__()
         width = filters
         for name, convolutions in _ENCODER:
-            self.add_module(f"block_{name}", _Block(*_convolutions(in_channels, width, convolutions)))
+            self.add_module(f"block_{name}", _Block(*_convolutions(layers, in_channels, width, convolutions)))
             if name != "five":
-                self.add_module(f"block_{name}_dw", _Block(*_normalised(nn.Conv3d(width, 2 * width, 2, stride=2))))
+                halved = layers.convolution(width, 2 * width, 2, stride=2)
+                self.add_module(f"block_{name}_dw", _Block(*_normalised(layers, halved)))
                 width *= 2
             in_channels = width
-        self.dropout = nn.Dropout3d(dropout)
+        self.dropout = layers.dropout(dropout)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Five tensors, full resolution first: (B, filters * 2^s, X / 2^s, ...)."""
@@ -76,15 +97,15 @@ class _Encoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    def __init__(self, classes: int, filters: int, dropout: float, upsampling: "_Upsampling") -> None:
+    def __init__(self, classes: int, filters: int, dropout: float, layers: _Layers, upsampling: "_Upsampling") -> None:
         super().__init__()
         width = 16 * filters
         for name, below, convolutions in _DECODER:
-            self.add_module(f"block_{below}_up", _Block(*upsampling(width, width // 2)))
+            self.add_module(f"block_{below}_up", _Block(*upsampling(layers, width, width // 2)))
             width //= 2
-            self.add_module(f"block_{name}", _Block(*_convolutions(width, width, convolutions)))
-        self.dropout = nn.Dropout3d(dropout)
-        self.out_conv = nn.Conv3d(filters, classes, 1)
+            self.add_module(f"block_{name}", _Block(*_convolutions(layers, width, width, convolutions)))
+        self.dropout = layers.dropout(dropout)
+        self.out_conv = layers.convolution(filters, classes, 1)
 
     def forward(self, scales: list[Tensor]) -> tuple[Tensor, Tensor]:
         *skips, x = scales
@@ -95,7 +116,7 @@ class _Decoder(nn.Module):
         return self.out_conv(features), features
 
 
-_Upsampling = Callable[[int, int], list[nn.Module]]
+_Upsampling = Callable[[_Layers, int, int], list[nn.Module]]
 
 
 class _Block(nn.Module):
@@ -109,18 +130,23 @@ class _Block(nn.Module):
         return self.conv(x)
 
 
-def _normalised(convolution: nn.Conv3d | nn.ConvTranspose3d) -> list[nn.Module]:
-    return [convolution, nn.BatchNorm3d(convolution.out_channels), nn.ReLU(inplace=True)]
+_Convolution = nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
-def _convolutions(channels: int, width: int, number: int) -> list[nn.Module]:
+def _normalised(layers: _Layers, convolution: _Convolution) -> list[nn.Module]:
+    return [convolution, layers.norm(convolution.out_channels), nn.ReLU(inplace=True)]
+
+
+def _convolutions(layers: _Layers, channels: int, width: int, number: int) -> list[nn.Module]:
     widths = [channels] + [width] * number
-    return [layer for i in range(number) for layer in _normalised(nn.Conv3d(widths[i], width, 3, padding=1))]
+    kernels = [layers.convolution(widths[i], width, 3, padding=1) for i in range(number)]
+    return [layer for kernel in kernels for layer in _normalised(layers, kernel)]
 
 
-def _transposed(channels: int, width: int) -> list[nn.Module]:
-    return _normalised(nn.ConvTranspose3d(channels, width, 2, stride=2))
+def _transposed(layers: _Layers, channels: int, width: int) -> list[nn.Module]:
+    return _normalised(layers, layers.transposed(channels, width, 2, stride=2))
 
 
-def _nearest(channels: int, width: int) -> list[nn.Module]:
-    return [nn.Upsample(scale_factor=2, mode="nearest"), *_normalised(nn.Conv3d(channels, width, 3, padding=1))]
+def _nearest(layers: _Layers, channels: int, width: int) -> list[nn.Module]:
+    kernel = layers.convolution(channels, width, 3, padding=1)
+    return [nn.Upsample(scale_factor=2, mode="nearest"), *_normalised(layers, kernel)]

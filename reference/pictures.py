@@ -19,7 +19,7 @@ _TEXT = 9
 class Outline(NamedTuple):
     """A mask to draw around, its colour, and its line width in points (a wide one shows under a narrow one)."""
 
-    mask: NDArray  # (X, Y, Z), nonzero is inside
+    mask: NDArray  # (X, Y, Z) or (X, Y), nonzero is inside
     colour: str
     width: float = 1.3
 
@@ -27,11 +27,12 @@ class Outline(NamedTuple):
 class Panel(NamedTuple):
     """One slice: an image, masks to outline, where to cut, and what to write above it."""
 
-    image: NDArray[np.float32]  # (X, Y, Z)
+    image: NDArray[np.float32]  # (X, Y, Z) or (X, Y)
     outlines: Sequence[Outline]
-    axis: int
+    axis: int  # 2 for a 2-D image, which is shown whole
     position: int
     title: str = ""
+    spacing: Sequence[float] | None = None  # edge lengths of a voxel, for the proportions; None takes the sheet's
 
 
 def truth_and_prediction(truth: NDArray | None, prediction: NDArray) -> list[Outline]:
@@ -51,13 +52,20 @@ def largest_slice(mask: NDArray, axis: int) -> int:
     return int(area.argmax()) if area.any() else mask.shape[axis] // 2
 
 
-def three_planes(image: NDArray[np.float32], truth: NDArray | None, prediction: NDArray) -> list[Panel]:
-    """Axial first: each plane cut where the truth (without one, the prediction) is largest."""
+def three_planes(
+    image: NDArray[np.float32], truth: NDArray | None, prediction: NDArray, names: Sequence[str] = AXES
+) -> list[Panel]:
+    """Across the last axis first (x, y, z: axial), each cut where the truth (without one, the prediction) is largest.
+
+    A 2-D image is one panel. Of several classes the outline of all together is drawn.
+    """
+    if image.ndim == 2:
+        return [Panel(image, truth_and_prediction(truth, prediction), 2, 0)]
     guide = truth if truth is not None and np.any(truth) else prediction
     panels = []
     for axis in (2, 1, 0):
         position = largest_slice(guide, axis)
-        title = f"{AXES[axis]} = {position}"
+        title = f"{names[axis]} = {position}"
         panels.append(Panel(image, truth_and_prediction(truth, prediction), axis, position, title))
     return panels
 
@@ -118,10 +126,15 @@ def write_sheet(
     figure.savefig(path, pil_kwargs={"optimize": True})
 
 
+def _cut(volume: NDArray, panel: Panel) -> NDArray:
+    return volume if volume.ndim == 2 else np.take(volume, panel.position, panel.axis)
+
+
 def _draw(axes: Any, panel: Panel, spacing: Sequence[float] | None) -> None:
+    spacing = panel.spacing if panel.spacing is not None else spacing
     across, up = (a for a in range(3) if a != panel.axis)  # transposed below: the first axis runs to the right
     aspect = spacing[up] / spacing[across] if spacing is not None else 1.0
-    picture = np.take(panel.image, panel.position, panel.axis).T
+    picture = _cut(panel.image, panel).T
     dark, bright = np.percentile(picture, (1, 99.5))
     axes.imshow(
         picture,
@@ -133,7 +146,7 @@ def _draw(axes: Any, panel: Panel, spacing: Sequence[float] | None) -> None:
         interpolation="nearest",
     )
     for outline in panel.outlines:
-        mask = np.take(outline.mask, panel.position, panel.axis).T != 0
+        mask = _cut(outline.mask, panel).T != 0
         if mask.any():
             # One voxel of margin: a mask that reaches the image's border is closed there.
             edge = np.pad(mask.astype(float), 1)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from rplib.reference.cases import Case, voxel_sizes
 from rplib.reference.checkpoint import write_text_atomically
-from rplib.reference.datasets import Case
 from rplib.reference.evaluation import BOX, METRICS, OnCase, Report
 from rplib.reference.inference import DECODER_1, MEAN, Segmentation
 from rplib.reference.metrics import Scores
@@ -77,18 +77,21 @@ def summary_csv(report: Report) -> str:
 
 def nifti_writer(folder: Path, spacing: Sequence[float] | None, everything: bool = False) -> OnCase:
     """For `evaluate(on_case=...)`: writes `<case>_prediction.nii.gz`, with `everything` image, truth and score too."""
-    # The h5 layout holds no affine: voxel size on the diagonal, 1 where it is not known.
-    affine = np.diag([*(spacing if spacing is not None else (1, 1, 1)), 1.0])
-
     def write(case: Case, found: dict[str, Segmentation]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        # The published h5 files hold no affine: voxel size on the diagonal, 1 where it is not known.
+        affine = case.affine
+        if affine is None or spacing is not None:
+            affine = np.diag([*([*spacing, 1, 1][:3] if spacing is not None else (1, 1, 1)), 1.0])
+        known = spacing is not None or case.affine is not None
         volumes: dict[str, NDArray] = {"prediction": found[DECODER_1].label}
         if everything:
-            volumes |= {"score": found[DECODER_1].score, "image": case.image}
+            channels_last = np.moveaxis(case.image, 0, -1) if case.image.ndim > found[DECODER_1].label.ndim else case.image
+            volumes |= {"score": found[DECODER_1].score, "image": channels_last}
             volumes |= {} if case.label is None else {"truth": case.label}
         for what, volume in volumes.items():
             image = nibabel.Nifti1Image(volume, affine)
-            image.header.set_xyzt_units("mm" if spacing is not None else "unknown")
+            image.header.set_xyzt_units("mm" if known else "unknown")
             nibabel.save(image, folder / f"{case.name}_{what}.nii.gz")
 
     return write
@@ -161,11 +164,14 @@ def _write_pictures(report: Report, path: Path, number: int, spacing: Sequence[f
             f"{name}\n\nDice    {shown(s.dice, 'dice')} %\nJaccard {shown(s.jaccard, 'jaccard')} %\n"
             f"95HD    {shown(s.hd95, 'hd95')} voxel\nASD     {shown(s.asd, 'asd')} voxel"
         )
-        rows.append((caption, three_planes(case.image, case.label, report.predictions[name])))
+        found = report.predictions[name]
+        image = case.image if case.image.ndim == found.ndim else case.image[0]  # the first channel stands for all
+        panels = three_planes(image, case.label, found, report.dataset.axes)
+        rows.append((caption, [panel._replace(spacing=spacing or voxel_sizes(case)) for panel in panels]))
     every = len(report.predictions)
     what = f"the {len(names)} worst of {every} cases" if len(names) < every else f"all {every} cases"
     title = f"{report.config.name}, {DECODER_1}: {what}, worst first\n{report.notes[0]}"
-    write_sheet(path, rows, title, {"truth": TRUTH, "prediction": PREDICTION}, spacing)
+    write_sheet(path, rows, title, {"truth": TRUTH, "prediction": PREDICTION})
 
 
 def _csv(table: Sequence[Sequence[object]]) -> str:

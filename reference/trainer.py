@@ -20,12 +20,12 @@ from rplib.reference import checkpoint
 from rplib.reference.batches import TwoStreamBatches
 from rplib.reference.checkpoint import BEST, CONFIG, LAST
 from rplib.reference.config import Config
-from rplib.reference.datasets import Case, load_cases, open_dataset
+from rplib.reference.datasets import LAYOUTS, Case, load_cases, open_for, split_training
 from rplib.reference.runlog import Row, RunLog, read_sessions, record_session, write_curves
 from rplib.reference.step import training_step
 
 PAPER_WARNING = (
-    "protocol 'paper': the weights are chosen on the TEST list, as the published numbers were. "
+    "protocol 'paper': the weights are chosen on the {} list, as the published numbers were. "
     "Scores of this run are optimistic; compare them only with numbers chosen in the same way."
 )
 
@@ -103,7 +103,8 @@ class _Trainer:
         if saved is not None:
             _check_checkpoint(saved, self.case_names, config, out / LAST)
             checkpoint.load_weights(self.network, saved["network"], out / LAST)
-        self.memory_format = torch.channels_last_3d if config.channels_last else torch.contiguous_format
+        last = torch.channels_last_3d if len(config.patch) == 3 else torch.channels_last
+        self.memory_format = last if config.channels_last else torch.contiguous_format
         self.network.to(device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.optimiser = torch.optim.SGD(
             self.network.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
@@ -120,7 +121,7 @@ class _Trainer:
     def run(self) -> Path:
         config, began = self.config, time.monotonic()
         if config.protocol == "paper":
-            print(PAPER_WARNING, file=sys.stderr)
+            print(PAPER_WARNING.format(_paper_list(config).upper()), file=sys.stderr)
         pending: list[tuple[int, float, float, list[str], tuple[Tensor, Tensor, Tensor]]] = []
         autocast = torch.bfloat16 if config.amp == "bfloat16" else None
         self.network.train()
@@ -198,9 +199,14 @@ class _Trainer:
         self.network.train()
         if mean > self.best_score:
             self.best_score, self.best_iteration = mean, t
-            on = "the test list" if self.config.protocol == "paper" else f"{len(self.validation)} validation cases"
+            on = self._validated_on()
             self._save_best(t, f"best mean decoder-1 Dice on {on}", mean)
         return mean
+
+    def _validated_on(self) -> str:
+        if self.config.protocol == "paper":
+            return f"the {_paper_list(self.config)} list"
+        return f"{len(self.validation)} validation cases"
 
     def _save(self, t: int) -> None:
         on_gpu = self.device.type == "cuda"
@@ -241,8 +247,8 @@ class _Trainer:
             self._save_best(t, "last iteration", None)
             final = f"best.pt: iteration {t}, the last"
         else:
-            where = "TEST list" if config.protocol == "paper" else f"{len(self.validation)} validation cases"
-            final = f"best.pt: iteration {self.best_iteration}, Dice {self.best_score:.4f} on the {where}"
+            where = self._validated_on().replace("the test list", "the TEST list")
+            final = f"best.pt: iteration {self.best_iteration}, Dice {self.best_score:.4f} on {where}"
         write_curves(self.out)
         print(
             f"{config.name}: {t - self.done} iterations in {seconds:.0f} s on {self.device}; {final}; "
@@ -269,35 +275,33 @@ def mean_dice(network: nn.Module, cases: Sequence[Case], config: Config, device:
 
 def _read_cases(config: Config, data: Path) -> tuple[list[Case], list[Case], list[Case]]:
     """Labelled, unlabelled and validation cases, in memory. The test list is touched under `paper` only."""
-    dataset = open_dataset(data, config.dataset, config.classes)
-    names = dataset.names("train")
-    if config.labelled > len(names):
-        raise UserError(f"labelled={config.labelled} but train.list in {data} names {len(names)} cases; lower labelled.")
-    if config.labelled == len(names) and not config.labelled_only:
-        raise UserError(
-            f"labelled={config.labelled} takes all cases of train.list in {data} and none is left unlabelled; lower "
-            f"labelled, or set batch_size={config.labelled_per_batch} for labelled-only training."
-        )
-    kept = config.labelled - config.validation
-    labelled = load_cases(dataset, names[:kept], True, "labelled cases")
-    validation = load_cases(dataset, names[kept : config.labelled], True, "validation cases")
-    unlabelled = []
-    if not config.labelled_only:
-        # Their labels, where they have any, are dropped at once: nothing of the training can see them.
-        found = load_cases(dataset, names[config.labelled :], False, "unlabelled cases")
-        unlabelled = [case._replace(label=None) for case in found]
+    dataset = open_for(config, data)
+    for remark in dataset.remarks():
+        print(remark, file=sys.stderr)
+    names = split_training(dataset, config)
+    labelled = load_cases(dataset, names.labelled, True, "labelled cases")
+    validation = load_cases(dataset, names.validation, True, "validation cases")
+    # Their labels, where they have any, are dropped at once: nothing of the training can see them.
+    found = load_cases(dataset, names.unlabelled, False, "unlabelled cases")
+    unlabelled = [case._replace(label=None) for case in found]
     if config.protocol == "paper":
-        validation = load_cases(dataset, dataset.names("test"), True, "test cases")
+        validation = load_cases(dataset, dataset.names(dataset.paper_split), True, f"{dataset.paper_split} cases")
     return labelled, unlabelled, validation
+
+
+def _paper_list(config: Config) -> str:
+    """What the weights are chosen on under `paper`: ``"test"``, for BraTS ``"val"``."""
+    return LAYOUTS[config.dataset].paper_split
 
 
 def _try_objective(objective: rplib.MutualObjective, config: Config, device: torch.device) -> None:
     """Calls the loss on a few voxels, so that an impossible `impl` is told before the data is read."""
     dtype = torch.bfloat16 if config.amp == "bfloat16" else torch.float32
-    logits = [torch.zeros(1, config.classes, 4, 4, 4, device=device, dtype=dtype, requires_grad=True) for _ in range(2)]
-    features = [torch.zeros(1, config.filters, 4, 4, 4, device=device, dtype=dtype) for _ in range(2)]
+    size = [4] * len(config.patch)
+    logits = [torch.zeros(1, config.classes, *size, device=device, dtype=dtype, requires_grad=True) for _ in range(2)]
+    features = [torch.zeros(1, config.filters, *size, device=device, dtype=dtype) for _ in range(2)]
     try:
-        objective(logits, features, torch.zeros(1, 4, 4, 4, dtype=torch.uint8, device=device), 1.0)
+        objective(logits, features, torch.zeros(1, *size, dtype=torch.uint8, device=device), 1.0)
     except (ValueError, TypeError) as error:
         raise UserError(f"impl={config.impl}: {error}") from error
 

@@ -85,7 +85,7 @@ def test_extras_exist():
 
 def test_recipes_exist():
     on_disk = {file.stem for file in (ROOT / "reference" / "recipes").glob("*.toml")}
-    named = set(re.findall(r"`(la-\d+)`", README))
+    named = set(re.findall(r"`((?:la|pancreas|brats)-\d+|generic)`", README))
     assert named == {name for name in on_disk if not name.endswith("-supervised")}
     assert {f"{name}-supervised" for name in named} <= on_disk
 

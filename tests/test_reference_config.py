@@ -8,10 +8,11 @@ from rplib.errors import UserError
 from rplib.reference.config import KEYS, RECIPES, Config, load_config, load_recipe, parse, recipe_names
 
 LABELLED = (4, 8, 16)
+MUTUAL = [f"la-{n}" for n in LABELLED] + ["pancreas-6", "pancreas-12", "brats-25", "brats-50", "generic"]
 
 
 def test_the_recipes_are_there():
-    assert recipe_names() == sorted([f"la-{n}{rest}" for n in LABELLED for rest in ("", "-supervised")])
+    assert recipe_names() == sorted([f"{name}{rest}" for name in MUTUAL for rest in ("", "-supervised")])
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -19,7 +20,10 @@ def test_every_recipe_is_complete_and_carries_its_name(name):
     table = tomllib.loads((RECIPES / f"{name}.toml").read_text())
     assert table.keys() == KEYS.keys()
     assert table["name"] == name
-    assert load_recipe(name).labelled == int(name.split("-")[1])
+    first, _, rest = name.partition("-")
+    number = rest.removesuffix("supervised").removesuffix("-")
+    assert load_recipe(name).labelled == int(number or 0)  # 0: all that have a label
+    assert load_recipe(name).dataset == {"la": "left-atrium"}.get(first, first)
 
 
 @pytest.mark.parametrize("labelled", LABELLED)
@@ -53,9 +57,21 @@ def test_recipes_have_the_paper_settings(labelled):
     assert {key: getattr(config, key) for key in expected} == expected
 
 
-@pytest.mark.parametrize("labelled", LABELLED)
-def test_a_baseline_differs_from_its_recipe_in_the_unlabelled_half_alone(labelled):
-    mutual, baseline = load_recipe(f"la-{labelled}"), load_recipe(f"la-{labelled}-supervised")
+def test_recipes_of_the_other_data_sets_have_the_paper_settings():
+    la = load_recipe("la-8")
+    for labelled in (6, 12):
+        expected = {"dataset": "pancreas", "patch": (96,) * 3, "stride": (16,) * 3, "augmentation": "none"}
+        name = f"pancreas-{labelled}"
+        assert load_recipe(name) == la.replace(name=name, labelled=labelled, **expected)
+    for labelled in (25, 50):
+        expected = {"dataset": "brats", "patch": (96,) * 3, "stride": (64,) * 3, "iterations": 30000, "schedule": "polynomial"}
+        name = f"brats-{labelled}"
+        assert load_recipe(name) == la.replace(name=name, labelled=labelled, **expected)
+
+
+@pytest.mark.parametrize("name", MUTUAL)
+def test_a_baseline_differs_from_its_recipe_in_the_unlabelled_half_alone(name):
+    mutual, baseline = load_recipe(name), load_recipe(f"{name}-supervised")
     assert baseline == mutual.replace(name=baseline.name, batch_size=2, consistency=0.0)
     assert baseline.labelled_only
     assert not mutual.labelled_only
@@ -101,8 +117,9 @@ def test_a_recipe_may_be_a_file_with_some_keys(tmp_path):
         ("learning_rate=nan", "expected a number"),
         ("momentum=1", "expected at most 0.9999"),
         ("channels_last=yes", "expected true or false"),
-        ("patch=32,32", "expected three whole numbers such as patch=32,32,32"),
-        ("patch=32", "expected three whole numbers"),
+        ("patch=32,32", "stride [18, 18, 4] and patch [32, 32] differ in their number of axes"),
+        ("patch=32", "expected three whole numbers such as patch=32,32,32, or two for 2-D images"),
+        ("in_channels=0", "in_channels is 0; expected at least 1"),
         ("patch=32,32,30", "each axis must be a multiple of 16"),
         ("patch=112,112,0", "expected at least 16"),
         ("stride=18,18,96", "stride [18, 18, 96] is larger than patch"),
