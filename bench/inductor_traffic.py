@@ -1,4 +1,4 @@
-"""The compiler's own estimate of the bytes that a compiled function moves: of every buffer that one of its kernels reads or writes.
+"""The compiler's own estimate of the bytes that a compiled function moves: every buffer that a kernel of its reads or writes.
 
     with inductor_estimate() as estimate:              # compiles afresh: caches are off inside
         loss = torch.compile(f)(x)
