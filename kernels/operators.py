@@ -1,15 +1,19 @@
 """The Triton form as torch operators: statistics, weighting and gradient are separate, and so opaque to torch.compile.
 
-A reduction over ranks fits between statistics (counts) and weighting. Only the loss of ``mutual_weighting`` carries a
-gradient, to the logits; its backward pass is ``mutual_gradient``, which refuses to be differentiated again.
+A reduction over ranks fits between statistics (counts, sums) and weighting. Only the total of ``mutual_weighting`` carries a
+gradient, to the logits and to the weight of the mutual term; the former is ``mutual_gradient``, which refuses to be
+differentiated again.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rplib.kernels import launch
+from rplib import ranks
+from rplib.kernels import passes
+from rplib.kernels.passes import Record, Statistics, Terms
 from rplib.lean import similarity
 from rplib.maps import Reliability, ordered_pairs
 from rplib.options import Options
@@ -17,22 +21,69 @@ from rplib.options import Options
 
 def loss(logits: list[Tensor], features: list[Tensor] | None, options: Options) -> Tensor:
     """The mutual loss of two networks, a 0-dim float32 tensor, differentiable once with respect to the logits."""
+    value, terms = _run(logits, features, options)
+    return ranks.as_one_process(value, ranks.total(terms[1], options.process_group), options.process_group)
+
+
+def objective(
+    logits: list[Tensor],
+    features: list[Tensor] | None,
+    options: Options,
+    target: Tensor,
+    dice_weight: float,
+    dice_classes: Sequence[int],
+    consistency_weight: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole objective: total (0-dim float32, differentiable once), and its terms Dice and mutual, detached."""
+    group = options.process_group
+    local, terms = _run(logits, features, options, target.detach(), dice_weight, list(dice_classes), consistency_weight)
+    dice, mutual = terms.detach().unbind()
+    if group is None:
+        return local, dice, mutual
+    mutual = ranks.total(mutual, group)
+    return ranks.as_one_process(local, dice_weight * dice + consistency_weight * mutual, group), dice, mutual
+
+
+def _run(
+    logits: list[Tensor],
+    features: list[Tensor] | None,
+    options: Options,
+    target: Tensor | None = None,
+    dice_weight: float = 0.0,
+    dice_classes: Sequence[int] = (),
+    consistency_weight: float | Tensor = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """This rank's share of the total, and (dice, mutual)."""
     fa, fb = _two(features)
-    known = statistics(logits[0].detach(), logits[1].detach(), fa, fb, options.confidence, options.eps)
-    wanted = torch.is_grad_enabled() and any(z.requires_grad for z in logits)
+    prototypes_a, prototypes_b, counts, sums = statistics(
+        logits[0].detach(), logits[1].detach(), fa, fb, target, options.confidence, options.eps
+    )
+    counts, sums = ranks.total(counts, options.process_group), ranks.total(sums, options.process_group)
+    factor = 1.0
+    weight: Tensor | None = None
+    if isinstance(consistency_weight, Tensor):
+        weight = consistency_weight.to(logits[0].device, non_blocking=True)
+    elif torch.compiler.is_compiling():  # a number that changes would be compiled anew each time
+        weight = torch.full((), consistency_weight, dtype=torch.float32, device=logits[0].device)
+    else:
+        factor = float(consistency_weight)
+    wanted = torch.is_grad_enabled() and (
+        any(z.requires_grad for z in logits) or (weight is not None and weight.requires_grad)
+    )
     value: Tensor
-    value, _ = weighting(
-        logits[0], logits[1], fa, fb, *known,
-        options.confidence, options.cross_entropy_on == "logits", options.eps, wanted,
+    terms: Tensor
+    value, terms, _, _ = weighting(
+        logits[0], logits[1], weight, fa, fb, target, prototypes_a, prototypes_b, counts, sums,
+        options.confidence, options.cross_entropy_on == "logits", options.eps, factor, dice_weight, dice_classes, wanted,
     )  # fmt: skip
-    return value
+    return value, terms
 
 
 def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options) -> list[Reliability]:
     """Masks and weights from the loss's own kernels, with what explains them."""
     fa, fb = _two(features)
     spatial = logits[0].shape[2:]
-    known = statistics(logits[0], logits[1], fa, fb, options.confidence, options.eps)
+    known = statistics(logits[0], logits[1], fa, fb, None, options.confidence, options.eps)
     weights, masks = weighting_maps(logits[0], logits[1], fa, fb, *known, options.confidence, options.eps)
     result = []
     for i, j in ordered_pairs(2):
@@ -59,11 +110,14 @@ def statistics(
     logits_b: Tensor,
     features_a: Tensor | None,
     features_b: Tensor | None,
+    target: Tensor | None,
     confidence: str | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Prototypes (B, C, F) of both networks, reliable voxels per student (2,) int64, and 0 or NaN (0-dim float32)."""
-    return tuple(launch.statistics((logits_a, logits_b), _features(features_a, features_b), confidence, eps))  # type: ignore[return-value]
+    """Prototypes (B, C, F) of both networks, reliable voxels per student (2,) int64, and sums, see passes.Statistics."""
+    return tuple(  # type: ignore[return-value]
+        passes.statistics((logits_a, logits_b), _features(features_a, features_b), confidence, eps, target)
+    )
 
 
 @statistics.register_fake
@@ -72,6 +126,7 @@ def _(
     logits_b: Tensor,
     features_a: Tensor | None,
     features_b: Tensor | None,
+    target: Tensor | None,
     confidence: str | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -80,76 +135,101 @@ def _(
         return logits_a.new_empty((logits_a.shape[0], logits_a.shape[1], channels), dtype=torch.float32)
 
     counts = logits_a.new_empty((2,), dtype=torch.int64)
-    return prototypes(features_a), prototypes(features_b), counts, logits_a.new_empty((), dtype=torch.float32)
+    sums = logits_a.new_empty(passes.sums_shape(logits_a.shape[1], target), dtype=torch.float32)
+    return prototypes(features_a), prototypes(features_b), counts, sums
 
 
 @torch.library.custom_op("rplib::mutual_weighting", mutates_args=())
 def weighting(
     logits_a: Tensor,
     logits_b: Tensor,
+    mutual_weight: Tensor | None,
     features_a: Tensor | None,
     features_b: Tensor | None,
+    target: Tensor | None,
     prototypes_a: Tensor,
     prototypes_b: Tensor,
     counts: Tensor,
-    poison: Tensor,
+    sums: Tensor,
     confidence: str | None,
     on_logits: bool,
     eps: float,
+    mutual_factor: float,
+    dice_weight: float,
+    dice_classes: Sequence[int],
     with_record: bool,
-) -> tuple[Tensor, Tensor]:
-    """The loss (0-dim float32), and the record for the backward pass (planes, B, padded V), empty unless wanted."""
-    known = launch.Statistics(prototypes_a, prototypes_b, counts, poison)
-    features = _features(features_a, features_b)
-    return launch.weighting(
-        (logits_a, logits_b), features, known, confidence, on_logits, eps, with_record=with_record
-    )
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Total (0-dim float32), (dice, mutual), and the two parts of passes.Record, empty unless wanted."""
+    known = Statistics(prototypes_a, prototypes_b, counts, sums)
+    total, both, record = passes.weighting(
+        (logits_a, logits_b), _features(features_a, features_b), known, confidence, on_logits, eps,
+        with_record=with_record, terms=Terms(target, dice_weight, dice_classes, mutual_factor, mutual_weight),
+    )  # fmt: skip
+    return total, both, *record
 
 
 @weighting.register_fake
 def _(
     logits_a: Tensor,
     logits_b: Tensor,
+    mutual_weight: Tensor | None,
     features_a: Tensor | None,
     features_b: Tensor | None,
+    target: Tensor | None,
     prototypes_a: Tensor,
     prototypes_b: Tensor,
     counts: Tensor,
-    poison: Tensor,
+    sums: Tensor,
     confidence: str | None,
     on_logits: bool,
     eps: float,
+    mutual_factor: float,
+    dice_weight: float,
+    dice_classes: Sequence[int],
     with_record: bool,
-) -> tuple[Tensor, Tensor]:
-    loss = logits_a.new_empty((), dtype=torch.float32)
-    return loss, logits_a.new_empty(launch.record_shape(logits_a, confidence, with_record), dtype=torch.float32)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    values, code = passes.record_shapes(logits_a, confidence, with_record, target)
+    new = logits_a.new_empty
+    return (
+        new((), dtype=torch.float32),
+        new((2,), dtype=torch.float32),
+        new(values, dtype=torch.float32),
+        new(code, dtype=torch.uint8),
+    )
 
 
 @torch.library.custom_op("rplib::mutual_gradient", mutates_args=())
 def gradient(
     upstream: Tensor,
-    counts: Tensor,
-    poison: Tensor,
+    sums: Tensor,
     record: Tensor,
+    code: Tensor,
     logits_a: Tensor,
     logits_b: Tensor,
+    target: Tensor | None,
+    confidence: str | None,
     on_logits: bool,
-    eps: float,
+    dice_weight: float,
+    dice_classes: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of both networks' logits."""
-    return launch.gradient(upstream, counts, poison, record, (logits_a, logits_b), on_logits, eps)
+    terms = Terms(target, dice_weight, dice_classes)
+    return passes.gradient(upstream, sums, Record(record, code), (logits_a, logits_b), confidence, on_logits, terms)
 
 
 @gradient.register_fake
 def _(
     upstream: Tensor,
-    counts: Tensor,
-    poison: Tensor,
+    sums: Tensor,
     record: Tensor,
+    code: Tensor,
     logits_a: Tensor,
     logits_b: Tensor,
+    target: Tensor | None,
+    confidence: str | None,
     on_logits: bool,
-    eps: float,
+    dice_weight: float,
+    dice_classes: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(logits_a), torch.empty_like(logits_b)
 
@@ -163,13 +243,13 @@ def weighting_maps(
     prototypes_a: Tensor,
     prototypes_b: Tensor,
     counts: Tensor,
-    poison: Tensor,
+    sums: Tensor,
     confidence: str | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Weights (2, B, V) float32 and masks (2, B, V) int8, student a first."""
-    known = launch.Statistics(prototypes_a, prototypes_b, counts, poison)
-    return launch.maps((logits_a, logits_b), _features(features_a, features_b), known, confidence, eps)
+    known = Statistics(prototypes_a, prototypes_b, counts, sums)
+    return passes.maps((logits_a, logits_b), _features(features_a, features_b), known, confidence, eps)
 
 
 @weighting_maps.register_fake
@@ -181,7 +261,7 @@ def _(
     prototypes_a: Tensor,
     prototypes_b: Tensor,
     counts: Tensor,
-    poison: Tensor,
+    sums: Tensor,
     confidence: str | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
@@ -189,25 +269,30 @@ def _(
     return logits_a.new_empty(shape, dtype=torch.float32), logits_a.new_empty(shape, dtype=torch.int8)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits_a, logits_b, _, _, _, _, counts, poison, _, on_logits, eps, with_record = inputs
-    ctx.with_record = with_record
-    ctx.on_logits = on_logits
-    ctx.eps = eps
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(counts, poison, output[1], logits_a, logits_b)
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    (
+        logits_a, logits_b, _, _, _, target, _, _, _, sums,
+        ctx.confidence, ctx.on_logits, _, ctx.factor, ctx.dice_weight, ctx.dice_classes, ctx.with_record,
+    ) = inputs  # fmt: skip
+    _, terms, record, code = output
+    ctx.mark_non_differentiable(terms, record, code)
+    ctx.save_for_backward(terms, sums, record, code, logits_a, logits_b, target)
 
 
-def _weighting_backward(ctx: Any, upstream: Tensor | None, _record: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = [None] * 10
+def _weighting_backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = [None] * 14
     if upstream is None or not ctx.with_record:
-        return (None, None, *nothing)
-    saved = ctx.saved_tensors
-    if not torch.is_grad_enabled():  # with create_graph=True the operator must see what it refuses to differentiate
-        upstream, saved = upstream.detach(), [t.detach() for t in saved]
-    grads = gradient(upstream, *saved, ctx.on_logits, ctx.eps)
-    needed = ctx.needs_input_grad
-    return (grads[0] if needed[0] else None, grads[1] if needed[1] else None, *nothing)
+        return (None, None, None, *nothing)
+    terms, *saved = ctx.saved_tensors
+    for_a, for_b, for_weight = ctx.needs_input_grad[:3]
+    grads: tuple[Tensor | None, Tensor | None] = (None, None)
+    if for_a or for_b:
+        u = upstream
+        if not torch.is_grad_enabled():  # with create_graph=True the operator must see what it refuses to differentiate
+            u, saved = u.detach(), [None if t is None else t.detach() for t in saved]
+        grads = gradient(u, *saved, ctx.confidence, ctx.on_logits, ctx.dice_weight, ctx.dice_classes)
+    weight = upstream * ctx.factor * terms[1] if for_weight else None
+    return (grads[0] if for_a else None, grads[1] if for_b else None, weight, *nothing)
 
 
 def _refuse_double_backward(ctx: Any, *_: Any) -> None:

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rplib.kernels import launch
+from rplib.kernels import launch, passes
 
 _TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.int8: "*i8",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -49,6 +50,7 @@ def iter_specs(
     confidence: str | None = "entropy",
     weighted: bool = True,
     on_logits: bool = True,
+    labelled: int = 0,
 ) -> Iterator[KernelSpec]:
     """Every kernel of one forward and backward pass, in the order of the launches.
 
@@ -56,10 +58,11 @@ def iter_specs(
         classes: C. features: F of both networks. dtype: of logits and features. channels_last: their memory format.
         batch: B. spatial: sizes of 1 to 3 spatial axes (the paper's Left Atrium patch).
         confidence, weighted, on_logits: the loss's keywords.
+        labelled: samples with a target (uint8): 0 is the loss alone, more the whole objective.
     """
     for recorded in record_launches(
         classes, features, dtype, channels_last,
-        batch=batch, spatial=spatial, confidence=confidence, weighted=weighted, on_logits=on_logits,
+        batch=batch, spatial=spatial, confidence=confidence, weighted=weighted, on_logits=on_logits, labelled=labelled,
     ):  # fmt: skip
         yield _spec(recorded)
 
@@ -75,6 +78,7 @@ def record_launches(
     confidence: str | None = "entropy",
     weighted: bool = True,
     on_logits: bool = True,
+    labelled: int = 0,
 ) -> list[launch.Launch]:
     """The launches themselves, arguments on the meta device; keywords as `iter_specs`."""
     launches: list[launch.Launch] = []
@@ -93,11 +97,13 @@ def record_launches(
     logits = tensors(classes)
     read = tensors(features) if weighted else None
     eps = 1e-6
+    target = torch.empty((labelled, *spatial), dtype=torch.uint8, device="meta") if labelled else None
+    terms = passes.Terms(target, 0.5, range(1, classes)) if labelled else passes.MUTUAL_ALONE
     with launch.observed(record):
-        known = launch.statistics(logits, read, confidence, eps)
-        _, kept = launch.weighting(logits, read, known, confidence, on_logits, eps, with_record=True)
+        known = passes.statistics(logits, read, confidence, eps, target)
+        _, _, kept = passes.weighting(logits, read, known, confidence, on_logits, eps, with_record=True, terms=terms)
         upstream = torch.empty((), dtype=torch.float32, device="meta")
-        launch.gradient(upstream, known.counts, known.poison, kept, logits, on_logits, eps)
+        passes.gradient(upstream, known.sums, kept, logits, confidence, on_logits, terms)
     return launches
 
 
@@ -111,6 +117,8 @@ def _spec(recorded: launch.Launch) -> KernelSpec:
         if isinstance(value, Tensor):
             signature[name] = _TYPES[value.dtype]
             attrs[(position,)] = [["tt.divisibility", 16]]  # allocators align to 256 bytes or more
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         elif value == 1:  # as at run time: strides of 1 are constants
             signature[name] = "constexpr"
             constexprs[name] = 1

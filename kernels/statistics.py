@@ -1,12 +1,13 @@
-"""First pass: reliable voxels per pair, and the class prototypes of both networks.
+"""First pass: reliable voxels per pair, the class prototypes of both networks, and the sums of the Dice loss.
 
-One read of all logits and features. Every program walks over a run of blocks of one sample, adds in registers and writes
-one partial result; a second, tiny kernel adds the partials in a fixed order. Non-finite values end up in ``poison``.
+One read of all logits, features and labels. Every program walks over a run of blocks of one sample, adds in registers and
+writes one partial result; a second, tiny kernel adds the partials in a fixed order. Non-finite values end up in ``poison``.
 """
 
 import triton
 import triton.language as tl
 
+from rplib.kernels.dice import load_target
 from rplib.kernels.voxels import channel_offsets, less_confident, load, softmax_parts, voxel_offsets
 
 
@@ -37,14 +38,15 @@ def _add_features(
 
 @triton.jit
 def _block(
-    start, total_a, total_b, count_ab, count_ba, poison, members_a, members_b,
-    za, zb, fa, fb,
-    voxels, size1, size2, za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2, fa_c, fa_0, fa_1, fa_2, fb_c, fb_0, fb_1, fb_2,
+    start, total_a, total_b, count_ab, count_ba, poison, members_a, members_b, overlap_a, overlap_b, soft_a, soft_b, truth,
+    za, zb, fa, fb, target, labelled,
+    voxels, size1, size2, t_0, t_1, t_2,
+    za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2, fa_c, fa_0, fa_1, fa_2, fb_c, fb_0, fb_1, fb_2,
     first_feature, eps,
     CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, CLASSES_DOT: tl.constexpr,
     FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-    CONFIDENCE: tl.constexpr, WITH_FEATURES: tl.constexpr, DOT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
-    MASKED: tl.constexpr,
+    CONFIDENCE: tl.constexpr, WITH_FEATURES: tl.constexpr, WITH_DICE: tl.constexpr, DOT: tl.constexpr,
+    FLAT: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     v = start + tl.arange(0, BLOCK)
     valid = v < voxels
@@ -74,6 +76,15 @@ def _block(
     count_ab += m_ab.to(tl.int32)
     count_ba += m_ba.to(tl.int32)
     poison += (top_a + rest_a + top_b + rest_b) * 0.0  # 0, or NaN where a logit is NaN or +inf
+    if WITH_DICE:
+        t_v = voxel_offsets(v, size1, size2, t_0, t_1, t_2, FLAT, WIDE)
+        t, known = load_target(target, t_v, labelled, valid, MASKED)
+        of_class = column.to(tl.float32) == t[None, :]  # (CLASSES_PAD, BLOCK)
+        overlap_a += tl.where(of_class, p_a, 0.0)
+        overlap_b += tl.where(of_class, p_b, 0.0)
+        soft_a += tl.where(known[None, :], p_a, 0.0)
+        soft_b += tl.where(known[None, :], p_b, 0.0)
+        truth += of_class.to(tl.int32)
     if WITH_FEATURES:
         members_a += (column == label_a[None, :]).to(tl.int32)
         members_b += (column == label_b[None, :]).to(tl.int32)
@@ -88,7 +99,9 @@ def _block(
             total_b, fb, fb_v, fb_c, f, label_b, valid, FEATURES_B, CLASSES_PAD, CLASSES_DOT,
             DOT, WIDE, MASKED, FEATURES_B % FEATURE_BLOCK != 0 or FEATURES_A != FEATURES_B,
         )  # fmt: skip
-    return total_a, total_b, count_ab, count_ba, poison, members_a, members_b
+    return (
+        total_a, total_b, count_ab, count_ba, poison, members_a, members_b, overlap_a, overlap_b, soft_a, soft_b, truth
+    )  # fmt: skip
 
 
 @triton.jit
@@ -109,19 +122,29 @@ def _store_sums(
 
 
 @triton.jit
+def _store_per_class(out, tile, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr):
+    """Write the sums over voxels of a tile (CLASSES_PAD, BLOCK)."""
+    cls = tl.arange(0, CLASSES_PAD)
+    tl.store(out + cls, tl.sum(tile, axis=1), mask=cls < CLASSES)
+
+
+@triton.jit
 def statistics_kernel(
     za, zb, fa, fb,  # logits and features of networks a and b
+    target,  # classes of the first `labelled` samples
     sums_a, sums_b,  # out: (B, programs, C, F) float32
-    members,  # out: (2, B, programs, C) int32, voxels per class
+    members,  # out: (3, B, programs, C) int32, voxels per class: a, b, target
+    dice,  # out: (labelled, programs, 4, C) float32, overlap and soft sums (see dice.py)
     counts,  # out: (2, B, programs) int32, reliable voxels: student a, student b
     poison,  # out: (B, programs, feature blocks) float32, 0 or NaN
-    voxels, size1, size2,
+    labelled, voxels, size1, size2, t_b, t_0, t_1, t_2,
     za_b, za_c, za_0, za_1, za_2, zb_b, zb_c, zb_0, zb_1, zb_2,
     fa_b, fa_c, fa_0, fa_1, fa_2, fb_b, fb_c, fb_0, fb_1, fb_2,
     blocks_per_program,
     EPS: tl.constexpr, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, CLASSES_DOT: tl.constexpr,
     FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-    CONFIDENCE: tl.constexpr, WITH_FEATURES: tl.constexpr, DOT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    CONFIDENCE: tl.constexpr, WITH_FEATURES: tl.constexpr, WITH_DICE: tl.constexpr, DOT: tl.constexpr,
+    FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs, B, feature blocks)."""
     program = tl.program_id(0)
@@ -136,12 +159,20 @@ def statistics_kernel(
     if WITH_FEATURES:
         fa += wide_sample * fa_b
         fb += wide_sample * fb_b
+    read_target = (sample < labelled) & (feature_block == 0)
+    if WITH_DICE:
+        target += wide_sample * t_b
 
     count_ab = tl.zeros((BLOCK,), tl.int32)
     count_ba = tl.zeros((BLOCK,), tl.int32)
     bad = tl.zeros((BLOCK,), tl.float32)
     members_a = tl.zeros((CLASSES_PAD, BLOCK), tl.int32)
     members_b = tl.zeros((CLASSES_PAD, BLOCK), tl.int32)
+    overlap_a = tl.zeros((CLASSES_PAD, BLOCK), tl.float32)
+    overlap_b = tl.zeros((CLASSES_PAD, BLOCK), tl.float32)
+    soft_a = tl.zeros((CLASSES_PAD, BLOCK), tl.float32)
+    soft_b = tl.zeros((CLASSES_PAD, BLOCK), tl.float32)
+    truth = tl.zeros((CLASSES_PAD, BLOCK), tl.int32)
     if DOT:
         total_a = tl.zeros((CLASSES_DOT, FEATURE_BLOCK), tl.float32)
         total_b = tl.zeros((CLASSES_DOT, FEATURE_BLOCK), tl.float32)
@@ -152,20 +183,26 @@ def statistics_kernel(
     first = program * blocks_per_program
     whole = tl.minimum(first + blocks_per_program, voxels // BLOCK)
     for block in range(first, whole):
-        total_a, total_b, count_ab, count_ba, bad, members_a, members_b = _block(
-            block * BLOCK, total_a, total_b, count_ab, count_ba, bad, members_a, members_b, za, zb, fa, fb,
-            voxels, size1, size2, za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2,
+        (
+            total_a, total_b, count_ab, count_ba, bad, members_a, members_b, overlap_a, overlap_b, soft_a, soft_b, truth
+        ) = _block(
+            block * BLOCK, total_a, total_b, count_ab, count_ba, bad, members_a, members_b,
+            overlap_a, overlap_b, soft_a, soft_b, truth, za, zb, fa, fb, target, read_target,
+            voxels, size1, size2, t_0, t_1, t_2, za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2,
             fa_c, fa_0, fa_1, fa_2, fb_c, fb_0, fb_1, fb_2, first_feature, EPS,
             CLASSES, CLASSES_PAD, CLASSES_DOT, FEATURES_A, FEATURES_B, FEATURE_BLOCK, BLOCK,
-            CONFIDENCE, WITH_FEATURES, DOT, FLAT, WIDE, False,
+            CONFIDENCE, WITH_FEATURES, WITH_DICE, DOT, FLAT, WIDE, False,
         )  # fmt: skip
     if (program == programs - 1) & (voxels % BLOCK != 0):
-        total_a, total_b, count_ab, count_ba, bad, members_a, members_b = _block(
-            voxels // BLOCK * BLOCK, total_a, total_b, count_ab, count_ba, bad, members_a, members_b, za, zb, fa, fb,
-            voxels, size1, size2, za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2,
+        (
+            total_a, total_b, count_ab, count_ba, bad, members_a, members_b, overlap_a, overlap_b, soft_a, soft_b, truth
+        ) = _block(
+            voxels // BLOCK * BLOCK, total_a, total_b, count_ab, count_ba, bad, members_a, members_b,
+            overlap_a, overlap_b, soft_a, soft_b, truth, za, zb, fa, fb, target, read_target,
+            voxels, size1, size2, t_0, t_1, t_2, za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2,
             fa_c, fa_0, fa_1, fa_2, fb_c, fb_0, fb_1, fb_2, first_feature, EPS,
             CLASSES, CLASSES_PAD, CLASSES_DOT, FEATURES_A, FEATURES_B, FEATURE_BLOCK, BLOCK,
-            CONFIDENCE, WITH_FEATURES, DOT, FLAT, WIDE, True,
+            CONFIDENCE, WITH_FEATURES, WITH_DICE, DOT, FLAT, WIDE, True,
         )  # fmt: skip
 
     here = sample * programs + program
@@ -179,11 +216,18 @@ def statistics_kernel(
     if feature_block == 0:
         tl.store(counts + here, tl.sum(count_ab, axis=0))
         tl.store(counts + batch * programs + here, tl.sum(count_ba, axis=0))
+        row = here * CLASSES
+        plane = batch * programs * CLASSES
         if WITH_FEATURES:
-            cls = tl.arange(0, CLASSES_PAD)
-            tl.store(members + here * CLASSES + cls, tl.sum(members_a, axis=1), mask=cls < CLASSES)
-            out_b = members + (batch * programs + here) * CLASSES
-            tl.store(out_b + cls, tl.sum(members_b, axis=1), mask=cls < CLASSES)
+            _store_per_class(members + row, members_a, CLASSES, CLASSES_PAD)
+            _store_per_class(members + plane + row, members_b, CLASSES, CLASSES_PAD)
+        if WITH_DICE:
+            if sample < labelled:
+                _store_per_class(members + 2 * plane + row, truth, CLASSES, CLASSES_PAD)
+                _store_per_class(dice + 4 * row, overlap_a, CLASSES, CLASSES_PAD)
+                _store_per_class(dice + 4 * row + CLASSES, overlap_b, CLASSES, CLASSES_PAD)
+                _store_per_class(dice + 4 * row + 2 * CLASSES, soft_a, CLASSES, CLASSES_PAD)
+                _store_per_class(dice + 4 * row + 3 * CLASSES, soft_b, CLASSES, CLASSES_PAD)
 
 
 @triton.jit
@@ -215,38 +259,52 @@ def _prototype(
 
 
 @triton.jit
+def _column_sum(values, n, stride, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of n values that lie ``stride`` apart, in a fixed order."""
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), DTYPE)
+    for start in range(0, n, BLOCK):
+        at = start + i
+        total += tl.load(values + at.to(tl.int64) * stride, mask=at < n, other=0).to(DTYPE)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
 def prototypes_kernel(
-    sums_a, sums_b, members, counts, poison,  # what statistics_kernel wrote
+    sums_a, sums_b, members, counts, poison, dice,  # what statistics_kernel wrote
     prototypes_a, prototypes_b,  # out: (B, C, F) float32
-    totals,  # out: (2,) int64
-    all_poison,  # out: () float32
-    batch, programs, poisons,
+    all_counts,  # out: (2,) int64
+    all_sums,  # out: (1 + 5 C,) float32, or (1,) without Dice: the vector of dice.py
+    batch, programs, poisons, labelled,
     EPS: tl.constexpr, CLASSES: tl.constexpr, FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr,
-    FEATURES_PAD: tl.constexpr, ROWS: tl.constexpr, COUNT_BLOCK: tl.constexpr, WITH_FEATURES: tl.constexpr,
+    FEATURES_PAD: tl.constexpr, ROWS: tl.constexpr, COUNT_BLOCK: tl.constexpr,
+    WITH_FEATURES: tl.constexpr, WITH_DICE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (2 B C + 1,) with features, else (1,). The last program adds the counts."""
+    """Grid: (2 B C with features + 1 + 5 C with Dice,): the prototypes, the counts and the poison, the sums of Dice."""
     program = tl.program_id(0)
     rows = batch * CLASSES
-    if program == tl.num_programs(0) - 1:
-        i = tl.arange(0, COUNT_BLOCK)
+    plane = batch * programs * CLASSES
+    if WITH_FEATURES:
+        after = program - 2 * rows
+    else:
+        after = program
+    if after == 0:
         n = batch * programs
-        total_a = tl.zeros((COUNT_BLOCK,), tl.int64)
-        total_b = tl.zeros((COUNT_BLOCK,), tl.int64)
-        bad = tl.zeros((COUNT_BLOCK,), tl.float32)
-        for start in range(0, n, COUNT_BLOCK):
-            at = start + i
-            total_a += tl.load(counts + at, mask=at < n, other=0).to(tl.int64)
-            total_b += tl.load(counts + n + at, mask=at < n, other=0).to(tl.int64)
-        for start in range(0, poisons, COUNT_BLOCK):
-            at = start + i
-            bad += tl.load(poison + at, mask=at < poisons, other=0.0)
-        tl.store(totals, tl.sum(total_a, axis=0))
-        tl.store(totals + 1, tl.sum(total_b, axis=0))
-        tl.store(all_poison, tl.sum(bad, axis=0))
+        tl.store(all_counts, _column_sum(counts, n, 1, tl.int64, COUNT_BLOCK))
+        tl.store(all_counts + 1, _column_sum(counts + n, n, 1, tl.int64, COUNT_BLOCK))
+        tl.store(all_sums, _column_sum(poison, poisons, 1, tl.float32, COUNT_BLOCK))
+    elif after > 0:
+        if WITH_DICE:
+            n = labelled * programs
+            column = after - 1
+            if column < 4 * CLASSES:
+                tl.store(all_sums + after, _column_sum(dice + column, n, 4 * CLASSES, tl.float32, COUNT_BLOCK))
+            else:
+                truth = _column_sum(members + 2 * plane + column - 4 * CLASSES, n, CLASSES, tl.int64, COUNT_BLOCK)
+                tl.store(all_sums + after, truth.to(tl.float32))
     elif WITH_FEATURES:
         if program < rows:
             _prototype(sums_a, members, prototypes_a, program, programs, EPS, CLASSES, FEATURES_A, FEATURES_PAD, ROWS)
         else:
-            offset = batch * programs * CLASSES
             row = program - rows
-            _prototype(sums_b, members + offset, prototypes_b, row, programs, EPS, CLASSES, FEATURES_B, FEATURES_PAD, ROWS)
+            _prototype(sums_b, members + plane, prototypes_b, row, programs, EPS, CLASSES, FEATURES_B, FEATURES_PAD, ROWS)

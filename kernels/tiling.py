@@ -42,9 +42,10 @@ class WeightingTiles(NamedTuple):
 
 
 class GradientTiles(NamedTuple):
-    """Tiles of gradient_kernel."""
+    """Tiles of gradient_kernel: groups x group voxels, a group being one sector of logits."""
 
-    block: int
+    groups: int
+    group: int
     classes_pad: int
     warps: int
 
@@ -76,10 +77,10 @@ def weighting_tiles(classes: int, features: int, itemsize: int, channels_last: b
     return WeightingTiles(block // group, group, pad, min(widest, 8), True, 4)
 
 
-def gradient_tiles(classes: int) -> GradientTiles:
-    """Tiles for C classes."""
+def gradient_tiles(classes: int, itemsize: int) -> GradientTiles:
+    """Tiles for C classes and logits of ``itemsize`` bytes."""
     pad = power_of_two(classes)
-    if classes <= 4:
-        return GradientTiles(2048 // pad, pad, 4)
-    # One 128-bit load a thread; larger tiles at C = 14 keep the compiler for gfx942 (triton 3.7.1) busy for minutes.
-    return GradientTiles(max(512 // pad, 32), pad, 4)
+    group = SECTOR // itemsize
+    # C > 4: one 128-bit load a thread; larger tiles at C = 14 keep the compiler for gfx942 (triton 3.7.1) busy for minutes.
+    block = 2048 // pad if classes <= 4 else max(512 // pad, 32)
+    return GradientTiles(block // group, group, pad, 4)

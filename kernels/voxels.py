@@ -43,6 +43,19 @@ def load(pointers, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
+def sectors(wanted, valid, MASKED: tl.constexpr):
+    """A mask (GROUPS, GROUP) that is constant over a sector: true where any voxel of the sector is wanted.
+
+    A mask that changed from voxel to voxel would split 128-bit loads and save nothing: memory moves by sectors.
+    """
+    any_wanted = tl.max(wanted.to(tl.int32), axis=1) > 0  # (GROUPS,)
+    whole = tl.broadcast_to(any_wanted[:, None], wanted.shape)
+    if MASKED:  # the last sector may end beyond the tensor
+        whole = whole & valid
+    return whole
+
+
+@triton.jit
 def softmax_parts(z, cls, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr):
     """Largest logit, its class (the first maximum), rest, and exp(z - largest), of logits z (CLASSES_PAD, ...)."""
     if CLASSES_PAD > CLASSES:

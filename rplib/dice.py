@@ -5,10 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rplib import ranks
+
 _SMOOTH = 1e-8
 
 
-def dice_loss(logits: Tensor, target: Tensor, classes: Sequence[int] | None = None) -> Tensor:
+def dice_loss(
+    logits: Tensor, target: Tensor, classes: Sequence[int] | None = None, process_group: ranks.Group = None
+) -> Tensor:
     """Soft Dice loss of one network over all samples together, mean over classes.
 
         Dice = 1 - (2 sum_v p(c,v) g(c,v) + 1e-8) / (sum_v p(c,v) + sum_v g(c,v) + 1e-8)
@@ -17,6 +21,7 @@ def dice_loss(logits: Tensor, target: Tensor, classes: Sequence[int] | None = No
         logits: (B, C, *spatial), any floating dtype; computed in float32 or better.
         target: (B, *spatial) or (B, 1, *spatial), class indices as integer, bool or float.
         classes: the classes in the mean; None is 1..C-1.
+        process_group: the sums run over the samples of all its ranks; gradients are multiplied by their number.
 
     Returns:
         0-dim, float32 (float64 for float64 logits); 0 (connected to the graph) for B = 0.
@@ -32,15 +37,15 @@ def dice_loss(logits: Tensor, target: Tensor, classes: Sequence[int] | None = No
         0.0
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    if logits.shape[0] == 0:
-        return logits.to(dtype).sum()
     if target.ndim == logits.ndim:
         target = target.squeeze(1)
     p = torch.softmax(logits.to(dtype), dim=1).flatten(2)  # (B, C, V)
     truth = target.flatten(1)  # (B, V)
-    terms = []
+    rows = []
     for c in range(1, logits.shape[1]) if classes is None else classes:
         g = (truth == c).to(dtype)
-        overlap = (p[:, c] * g).sum()
-        terms.append(1 - (2 * overlap + _SMOOTH) / (p[:, c].sum() + g.sum() + _SMOOTH))
-    return torch.stack(terms).mean()
+        rows.append(torch.stack([(p[:, c] * g).sum(), p[:, c].sum() + g.sum()]))
+    local = torch.stack(rows, dim=1)  # (2, classes): overlap, size
+    overlap, size = ranks.as_one_process(local, ranks.total(local, process_group), process_group)
+    terms: Tensor = 1 - (2 * overlap + _SMOOTH) / (size + _SMOOTH)
+    return terms.mean()

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from rplib import dispatch, inputs, lean, naive
+from rplib.dice import dice_loss
 from rplib.maps import Reliability
 from rplib.options import Confidence, CrossEntropyOn, Implementation, Options, Weighting
+from rplib.ranks import Group
 
 
 def reliable_mutual_loss(
@@ -19,6 +22,7 @@ def reliable_mutual_loss(
     eps: float = 1e-6,
     impl: Implementation = "auto",
     check_finite: bool = False,
+    process_group: Group = None,
 ) -> Tensor:
     """Mutual learning with reliable pseudo-labels: at each voxel the more confident network teaches the other.
 
@@ -36,6 +40,9 @@ def reliable_mutual_loss(
         impl: ``"auto"`` (Triton on a GPU that it supports, the lean PyTorch form elsewhere), ``"triton"``, ``"torch"``,
             ``"naive"`` (the paper line by line).
         check_finite: look for NaN and infinities first; synchronises with the device.
+        process_group: a torch.distributed group whose ranks hold parts of one batch. Mask counts and loss numerators are
+            summed over it: every rank returns the loss of the whole batch, and its gradients are multiplied by the number of
+            ranks, so that DistributedDataParallel's average equals the gradient of a single process. None: this process alone.
 
     Returns:
         The loss, 0-dim, float32 (float64 for float64 input): the sum over ordered pairs of networks, each normalised by
@@ -60,20 +67,50 @@ def reliable_mutual_loss(
         >>> loss.shape, logits[0].grad.shape
         (torch.Size([]), torch.Size([2, 2, 8, 8, 8]))
     """
-    return loss_with(Options(confidence, weighting, cross_entropy_on, eps, impl, check_finite), logits, features)
+    options = Options(confidence, weighting, cross_entropy_on, eps, impl, check_finite, process_group)
+    return loss_with(options, logits, features)
 
 
 def loss_with(options: Options, logits: Sequence[Tensor], features: Sequence[Tensor] | None) -> Tensor:
     """`reliable_mutual_loss` with keywords that were checked before: for modules that keep them."""
     logits, features = _checked(logits, features, options)
     form = dispatch.choose(options.impl, logits, features)
-    if form == "naive":
-        return naive.loss(logits, features, options)
-    if form == "torch":
-        return lean.loss(logits, features, options)
-    from rplib.kernels.operators import loss as triton_loss  # here: Triton need not be installed
+    if form == "triton":
+        from rplib.kernels.operators import loss as triton_loss  # here: Triton need not be installed
 
-    return triton_loss(logits, features, options)
+        return triton_loss(logits, features, options)
+    return _loss_in_pytorch(form, logits, features, options)
+
+
+def objective_with(
+    options: Options,
+    logits: Sequence[Tensor],
+    features: Sequence[Tensor] | None,
+    target: Tensor,
+    dice_weight: float,
+    dice_classes: Sequence[int] | None,
+    consistency_weight: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `rplib.MutualObjective` computes: total, and its terms Dice and mutual, detached."""
+    logits, features = _checked(logits, features, options)
+    labelled = inputs.check_target(target, logits[0])
+    inputs.check_dice_classes(dice_classes, logits[0])
+    form = dispatch.choose(options.impl, logits, features)
+    if form == "triton":  # Dice inside the kernels' own passes
+        from rplib.kernels.operators import objective
+
+        classes = range(1, logits[0].shape[1]) if dice_classes is None else dice_classes
+        return objective(logits, features, options, target, dice_weight, classes, consistency_weight)
+    mutual = _loss_in_pytorch(form, logits, features, options)
+    group = options.process_group
+    dice = torch.stack([dice_loss(z[:labelled], target, dice_classes, group) for z in logits]).sum()
+    return dice_weight * dice + consistency_weight * mutual, dice.detach(), mutual.detach()
+
+
+def _loss_in_pytorch(
+    form: dispatch.Form, logits: list[Tensor], features: list[Tensor] | None, options: Options
+) -> Tensor:
+    return naive.loss(logits, features, options) if form == "naive" else lean.loss(logits, features, options)
 
 
 def reliability(
@@ -86,6 +123,7 @@ def reliability(
     eps: float = 1e-6,
     impl: Implementation = "auto",
     check_finite: bool = False,
+    process_group: Group = None,
 ) -> list[Reliability]:
     """Which voxels each teacher is reliable at, and how reliable: for people who want to look.
 
@@ -111,7 +149,7 @@ def reliability(
         >>> bool((first.mask & second.mask).any())  # at most one of two networks teaches
         False
     """
-    options = Options(confidence, weighting, cross_entropy_on, eps, impl, check_finite)
+    options = Options(confidence, weighting, cross_entropy_on, eps, impl, check_finite, process_group)
     logits, features = _checked(logits, features, options)
     logits = [z.detach() for z in logits]
     features = None if features is None else [f.detach() for f in features]

@@ -119,3 +119,30 @@ def _check_devices(logits: list[Tensor], features: list[Tensor]) -> None:
 
 def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
+
+
+def check_target(target: Tensor, z: Tensor) -> int:
+    """B_l, the number of labelled samples, of a target that belongs to logits z (B, C, *spatial).
+
+    Raises:
+        TypeError, ValueError: says what came and what was expected.
+    """
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target is a {type(target).__name__}; expected a torch.Tensor of class indices.")
+    labelled = target.shape[0] if target.ndim else 0
+    spatial = tuple(z.shape[2:])
+    fits = tuple(target.shape[1:]) in (spatial, (1, *spatial))
+    if not fits or labelled > z.shape[0]:
+        raise ValueError(
+            f"target has shape {tuple(target.shape)} but logits[0] has {tuple(z.shape)}; expected (B_l, *spatial) "
+            f"or (B_l, 1, *spatial) with B_l <= {z.shape[0]}."
+        )
+    if target.device != z.device:
+        raise ValueError(f"target is on {target.device} but logits[0] is on {z.device}; expected one device for all.")
+    return labelled
+
+
+def check_dice_classes(classes: Sequence[int] | None, z: Tensor) -> None:
+    """Refuse classes that logits z (B, C, *spatial) do not have."""
+    if classes is not None and max(classes) >= z.shape[1]:
+        raise ValueError(f"dice_classes is {tuple(classes)} but logits[0] has {z.shape[1]} classes.")

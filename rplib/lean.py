@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rplib import ranks
 from rplib.maps import Reliability, ordered_pairs
 from rplib.options import Options
 
@@ -33,9 +34,15 @@ _PIECE_ELSEWHERE = 1 << 22
 
 def loss(logits: list[Tensor], features: list[Tensor] | None, options: Options) -> Tensor:
     """The mutual loss, a 0-dim tensor, differentiable once with respect to the logits."""
-    tensors = [*logits, *(features or [])] if options.weighting else list(logits)
-    value: Tensor = _LeanLoss.apply(options, len(logits), *tensors)  # type: ignore[no-untyped-call]
-    return value
+    features = features if options.weighting else None
+    group = options.process_group
+    known = statistics(logits, features, options)
+    poison = ranks.total(known.poison, group)
+    normaliser = ranks.total(known.counts, group).to(poison.dtype) + options.eps + poison  # n_ij: (pairs,)
+    value: Tensor = _LeanLoss.apply(  # type: ignore[no-untyped-call]
+        options, len(logits), poison, normaliser, *(known.prototypes or []), *logits, *(features or [])
+    )
+    return ranks.as_one_process(value, ranks.total(value, group), group)
 
 
 def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options) -> list[Reliability]:
@@ -151,25 +158,28 @@ _Doubt = tuple[Tensor, Tensor | None]  # each (b, 1, v)
 
 class _LeanLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, options: Options, networks: int, *tensors: Tensor) -> Tensor:
-        logits, features = list(tensors[:networks]), list(tensors[networks:]) or None
-        known = statistics(logits, features, options)
-        normaliser = known.counts.to(known.poison.dtype) + options.eps + known.poison  # n_ij: (pairs,)
+    def forward(
+        ctx: Any, options: Options, networks: int, poison: Tensor, normaliser: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        """tensors: prototypes, logits, features per network, or logits alone."""
+        groups = [list(tensors[k : k + networks]) for k in range(0, len(tensors), networks)]
+        prototypes, logits, features = groups if len(groups) == 3 else (None, groups[0], None)
         wanted = any(ctx.needs_input_grad)
-        value, gradients = _weighting(logits, features, known.prototypes, normaliser, options, wanted)
-        ctx.save_for_backward(known.poison, *gradients, *logits)
+        value, gradients = _weighting(logits, features, prototypes, normaliser, options, wanted)
+        ctx.save_for_backward(poison, *gradients, *logits)
         ctx.networks = networks
-        ctx.others = len(tensors) - networks
-        return value + known.poison
+        ctx.first = 4 + (networks if prototypes else 0)  # where the logits begin among the arguments
+        ctx.arguments = 4 + len(tensors)
+        return value + poison
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         poison, *saved = ctx.saved_tensors
-        result: list[Tensor | None] = [None] * ctx.networks
+        result: list[Tensor | None] = [None] * ctx.arguments
         for k, (g, z) in enumerate(zip(saved[: ctx.networks], saved[ctx.networks :], strict=True)):
-            if ctx.needs_input_grad[2 + k]:
-                result[k] = _LeanGradient.apply(upstream, poison, g, z)  # type: ignore[no-untyped-call]
-        return (None, None, *result, *[None] * ctx.others)
+            if ctx.needs_input_grad[ctx.first + k]:
+                result[ctx.first + k] = _LeanGradient.apply(upstream, poison, g, z)  # type: ignore[no-untyped-call]
+        return tuple(result)
 
 
 class _LeanGradient(torch.autograd.Function):

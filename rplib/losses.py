@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from rplib.dice import dice_loss
-from rplib.functional import loss_with
+from rplib.functional import loss_with, objective_with
 from rplib.options import Confidence, CrossEntropyOn, Implementation, Options, Weighting
+from rplib.ranks import Group
 
 
 class ReliableMutualLoss(nn.Module):
@@ -35,9 +34,10 @@ class ReliableMutualLoss(nn.Module):
         eps: float = 1e-6,
         impl: Implementation = "auto",
         check_finite: bool = False,
+        process_group: Group = None,
     ) -> None:
         super().__init__()
-        self.options = Options(confidence, weighting, cross_entropy_on, eps, impl, check_finite)
+        self.options = Options(confidence, weighting, cross_entropy_on, eps, impl, check_finite, process_group)
 
     def forward(self, logits: Sequence[Tensor], features: Sequence[Tensor] | None = None) -> Tensor:
         """Loss of K networks' logits (B, C, *spatial) and features (B, F, *spatial): 0-dim."""
@@ -93,6 +93,7 @@ class MutualObjective(nn.Module):
         eps: float = 1e-6,
         impl: Implementation = "auto",
         check_finite: bool = False,
+        process_group: Group = None,
     ) -> None:
         super().__init__()
         if dice_classes is not None and (len(dice_classes) == 0 or min(dice_classes) < 0):
@@ -106,6 +107,7 @@ class MutualObjective(nn.Module):
             eps=eps,
             impl=impl,
             check_finite=check_finite,
+            process_group=process_group,
         )
 
     def forward(
@@ -127,25 +129,6 @@ class MutualObjective(nn.Module):
         Raises:
             ValueError: target does not fit the logits, besides what the loss raises.
         """
-        mutual = self.mutual_loss(logits, features)
-        labelled = self._check_target(logits[0], target)
-        dice = torch.stack([dice_loss(z[:labelled], target, self.dice_classes) for z in logits]).sum()
-        total = self.dice_weight * dice + consistency_weight * mutual
-        return ObjectiveTerms(total, dice.detach(), mutual.detach())
-
-    def _check_target(self, z: Tensor, target: Tensor) -> int:
-        if not isinstance(target, Tensor):
-            raise TypeError(f"target is a {type(target).__name__}; expected a torch.Tensor of class indices.")
-        labelled = target.shape[0] if target.ndim else 0
-        spatial = tuple(z.shape[2:])
-        fits = tuple(target.shape[1:]) in (spatial, (1, *spatial))
-        if not fits or labelled > z.shape[0]:
-            raise ValueError(
-                f"target has shape {tuple(target.shape)} but logits[0] has {tuple(z.shape)}; expected (B_l, *spatial) "
-                f"or (B_l, 1, *spatial) with B_l <= {z.shape[0]}."
-            )
-        if target.device != z.device:
-            raise ValueError(f"target is on {target.device} but logits[0] is on {z.device}; expected one device for all.")
-        if self.dice_classes is not None and max(self.dice_classes) >= z.shape[1]:
-            raise ValueError(f"dice_classes is {self.dice_classes} but logits[0] has {z.shape[1]} classes.")
-        return labelled
+        options = self.mutual_loss.options
+        weights = self.dice_weight, self.dice_classes, consistency_weight
+        return ObjectiveTerms(*objective_with(options, logits, features, target, *weights))

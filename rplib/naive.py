@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rplib import ranks
 from rplib.maps import Reliability, ordered_pairs
 from rplib.options import Options
 
@@ -40,9 +41,9 @@ def loss(
         pair = _pair(i, j, mask, probabilities, features, options)
         scores = logits[i] if options.cross_entropy_on == "logits" else probabilities[i]
         cross_entropy = F.cross_entropy(scores, pair.pseudo_label, reduction="none")  # (B, *spatial)
-        count = pair.mask.sum().to(scores.dtype) + options.eps  # n_ij, counted in integers
+        count = ranks.total(pair.mask.sum(), options.process_group).to(scores.dtype) + options.eps  # n_ij, counted in integers
         total = total + (pair.weight.detach() * cross_entropy).sum() / count
-    return total
+    return ranks.as_one_process(total, ranks.total(total, options.process_group), options.process_group)
 
 
 def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options) -> list[Reliability]:

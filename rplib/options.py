@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from rplib.ranks import Group, check_group
+
 Confidence = Literal["entropy", "max_probability"]
 Weighting = Literal["similarity"]
 CrossEntropyOn = Literal["logits", "probabilities"]
@@ -30,6 +32,7 @@ class Options:
     eps: float = 1e-6
     impl: Implementation = "auto"
     check_finite: bool = False
+    process_group: Group = None
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():
@@ -40,3 +43,4 @@ class Options:
             raise ValueError(f"eps is {self.eps!r}; expected a positive finite number such as 1e-6.")
         if not isinstance(self.check_finite, bool):
             raise ValueError(f"check_finite is {self.check_finite!r}; expected True or False.")
+        check_group(self.process_group)

@@ -23,10 +23,11 @@ def blocks(classes: int, features: int, *, itemsize: int = 4, channels_innermost
     from rplib.kernels import tiling
 
     weighting = tiling.weighting_tiles(classes, features, itemsize, channels_innermost)
+    gradient = tiling.gradient_tiles(classes, itemsize)
     return {
         tiling.statistics_tiles(classes, features).block,
         weighting.groups * weighting.group,
-        tiling.gradient_tiles(classes).block,
+        gradient.groups * gradient.group,
     }
 
 

@@ -92,7 +92,7 @@ def test_a_sample_of_two_to_the_31_voxels_is_refused():
 def test_every_block_of_voxels_belongs_to_one_program():
     for voxels in (1, 31, 512, 513, 4096, 999_999):
         for block in (32, 512):
-            programs, per_program = launch._split(voxels, block, 2, torch.device("cpu"))
+            programs, per_program = launch.split(voxels, block, 2, torch.device("cpu"))
             assert (programs - 1) * per_program < max(1, voxels // block) <= programs * per_program
 
 

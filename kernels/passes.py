@@ -1,0 +1,279 @@
+"""The passes over the voxels, from tensors to launches: statistics (2 launches), weighting (2), gradient (1)."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rplib.kernels import tiling
+from rplib.kernels.gradient import gradient_kernel
+from rplib.kernels.launch import addressing, channels, current_device, launch, sizes, split, strides
+from rplib.kernels.statistics import prototypes_kernel, statistics_kernel
+from rplib.kernels.weighting import loss_kernel, weighting_kernel
+
+
+class Statistics(NamedTuple):
+    """What the first pass knows.
+
+    prototypes_a, prototypes_b: (B, C, F) float32. counts: (2,) int64, reliable voxels of student a and b. sums: float32,
+    (1,) or with Dice (1 + 5 C,): 0 or NaN for non-finite input, then the sums of dice.py. A reduction over ranks adds counts
+    and sums.
+    """
+
+    prototypes_a: Tensor
+    prototypes_b: Tensor
+    counts: Tensor
+    sums: Tensor
+
+
+class Terms(NamedTuple):
+    """What the total is made of: dice_weight * Dice + mutual_factor * mutual_weight * mutual.
+
+    target: (B_l, *spatial) or (B_l, 1, *spatial), classes of the first B_l samples; None: no Dice. B_l may be 0, since another
+    rank may have labels. mutual_weight: a 0-dim tensor or None for 1.
+    """
+
+    target: Tensor | None = None
+    dice_weight: float = 0.0
+    dice_classes: Sequence[int] = ()
+    mutual_factor: float = 1.0
+    mutual_weight: Tensor | None = None
+
+    def labels(self, z: Tensor) -> Tensor | None:
+        """The target as (B_l, 1, *spatial), of a type that the kernels read; None without Dice."""
+        target = self.target
+        if target is None:
+            return None
+        if target.ndim < z.ndim:
+            target = target.unsqueeze(1)
+        return target.view(torch.uint8) if target.dtype == torch.bool else target
+
+    def chosen(self) -> dict[str, int]:
+        """The classes in the mean of Dice as constants of a kernel (see dice.py)."""
+        bits = sum(1 << c for c in set(self.dice_classes))
+        return {"CHOSEN": max(len(set(self.dice_classes)), 1), "LOW": bits & 0xFFFFFFFF, "HIGH": bits >> 32}
+
+
+class Record(NamedTuple):
+    """What the second pass leaves for the backward pass, see weighting.py.
+
+    values: (B + samples with two planes, V rounded up to whole sectors) float32; code: (B, the same) uint8 for C > 2.
+    """
+
+    values: Tensor
+    code: Tensor
+
+
+MUTUAL_ALONE = Terms()
+
+
+def statistics(
+    logits: Sequence[Tensor],
+    features: Sequence[Tensor] | None,
+    confidence: str | None,
+    eps: float,
+    target: Tensor | None = None,
+) -> Statistics:
+    """Run the first pass: 2 launches."""
+    za, zb = logits
+    batch, classes = za.shape[:2]
+    voxels, size1, size2 = sizes(za)
+    labels = Terms(target).labels(za)
+    labelled = 0 if labels is None else labels.shape[0]
+    flat, wide = addressing([*logits, *(features or []), *([] if labels is None else [labels])], voxels)
+    f_a, f_b = channels(features)
+    tiles = tiling.statistics_tiles(classes, max(f_a, f_b))
+    programs, per_program = split(voxels, tiles.block, batch, za.device)
+    feature_blocks = max(1, -(-max(f_a, f_b) // tiles.feature_block))
+    new = za.new_empty
+    sums_a = new((batch, programs, classes, f_a), dtype=torch.float32)
+    sums_b = new((batch, programs, classes, f_b), dtype=torch.float32)
+    members = new((3, batch, programs, classes), dtype=torch.int32)
+    counts = new((2, batch, programs), dtype=torch.int32)
+    poison = new((batch, programs, feature_blocks), dtype=torch.float32)
+    dice = new((labelled, programs, 4, classes), dtype=torch.float32)
+    fa, fb = features if features else (za, zb)  # not read without features
+    with current_device(za):
+        launch(
+            statistics_kernel, (programs, batch, feature_blocks),
+            za, zb, fa, fb, za if labels is None else labels, sums_a, sums_b, members, dice, counts, poison,
+            labelled, voxels, size1, size2, *_label_strides(labels, flat),
+            *strides(za, flat), *strides(zb, flat), *strides(fa, flat), *strides(fb, flat), per_program,
+            EPS=eps, CLASSES=classes, CLASSES_PAD=tiles.classes_pad, CLASSES_DOT=tiles.classes_dot,
+            FEATURES_A=f_a, FEATURES_B=f_b, FEATURE_BLOCK=tiles.feature_block, BLOCK=tiles.block,
+            CONFIDENCE=confidence or "none", WITH_FEATURES=features is not None, WITH_DICE=labels is not None, DOT=tiles.dot,
+            FLAT=flat, WIDE=wide, num_warps=tiles.warps,
+        )  # fmt: skip
+        prototypes_a = new((batch, classes, f_a), dtype=torch.float32)
+        prototypes_b = new((batch, classes, f_b), dtype=torch.float32)
+        all_counts = new((2,), dtype=torch.int64)
+        all_sums = new(sums_shape(classes, target), dtype=torch.float32)
+        features_pad = tiling.power_of_two(max(f_a, f_b, 1))
+        grid = (2 * batch * classes if features else 0) + all_sums.numel()
+        launch(
+            prototypes_kernel, (grid,),
+            sums_a, sums_b, members, counts, poison, dice, prototypes_a, prototypes_b, all_counts, all_sums,
+            batch, programs, poison.numel(), labelled,
+            EPS=eps, CLASSES=classes, FEATURES_A=f_a, FEATURES_B=f_b, FEATURES_PAD=features_pad,
+            ROWS=max(1, 2048 // features_pad), COUNT_BLOCK=1024, WITH_FEATURES=features is not None,
+            WITH_DICE=labels is not None, num_warps=4,
+        )  # fmt: skip
+    return Statistics(prototypes_a, prototypes_b, all_counts, all_sums)
+
+
+def sums_shape(classes: int, target: Tensor | None) -> tuple[int]:
+    """Shape of `Statistics.sums`."""
+    return (1 if target is None else 1 + 5 * classes,)
+
+
+def weighting(
+    logits: Sequence[Tensor],
+    features: Sequence[Tensor] | None,
+    known: Statistics,
+    confidence: str | None,
+    on_logits: bool,
+    eps: float,
+    *,
+    with_record: bool,
+    terms: Terms = MUTUAL_ALONE,
+) -> tuple[Tensor, Tensor, Record]:
+    """Run the second pass, 2 launches: total 0-dim, (dice, mutual) as (2,), both float32; and the record."""
+    za = logits[0]
+    classes = za.shape[1]
+    values, code = record_shapes(za, confidence, with_record, terms.target)
+    record = Record(za.new_empty(values, dtype=torch.float32), za.new_empty(code, dtype=torch.uint8))
+    numerators = _weight(logits, features, known, confidence, on_logits, eps, terms, record=record, maps=None)
+    total = za.new_empty((), dtype=torch.float32)
+    both = za.new_empty((2,), dtype=torch.float32)
+    with current_device(za):
+        launch(
+            loss_kernel, (1,),
+            numerators, known.counts, known.sums, _weight_pointer(terms, known), total, both,
+            terms.mutual_factor, terms.dice_weight, numerators[0].numel(),
+            EPS=eps, CLASSES=classes, CLASSES_PAD=tiling.power_of_two(classes), WITH_DICE=terms.labels(za) is not None,
+            HAS_WEIGHT=terms.mutual_weight is not None, **terms.chosen(), BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+    return total, both, record
+
+
+def record_shapes(
+    z: Tensor, confidence: str | None, with_record: bool, target: Tensor | None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of `Record`: nothing unless wanted, and no code where both networks may learn everywhere or C = 2."""
+    if not with_record:
+        return (0, 0), (0, 0)
+    batch, classes = z.shape[:2]
+    width = -(-sizes(z)[0] // tiling.RECORD_ALIGNMENT) * tiling.RECORD_ALIGNMENT
+    if confidence is None:
+        return (2 * batch, width), (0, 0)
+    if classes > 2:
+        return (batch, width), (batch, width)
+    return (batch + (0 if target is None else target.shape[0]), width), (0, 0)
+
+
+def maps(
+    logits: Sequence[Tensor],
+    features: Sequence[Tensor] | None,
+    known: Statistics,
+    confidence: str | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Run the second pass for its weights (2, B, V) float32 and masks (2, B, V) int8, student a first."""
+    za = logits[0]
+    shape = (2, za.shape[0], sizes(za)[0])
+    weights = za.new_empty(shape, dtype=torch.float32)
+    masks = za.new_empty(shape, dtype=torch.int8)
+    _weight(logits, features, known, confidence, True, eps, MUTUAL_ALONE, record=None, maps=(weights, masks))
+    return weights, masks
+
+
+def _weight(
+    logits: Sequence[Tensor],
+    features: Sequence[Tensor] | None,
+    known: Statistics,
+    confidence: str | None,
+    on_logits: bool,
+    eps: float,
+    terms: Terms,
+    *,
+    record: Record | None,
+    maps: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    za, zb = logits
+    batch, classes = za.shape[:2]
+    voxels, size1, size2 = sizes(za)
+    with_record = record is not None and record.values.numel() > 0
+    labels = terms.labels(za) if with_record and classes == 2 else None  # for C > 2 the backward pass reads them
+    flat, wide = addressing([*logits, *(features or []), *([] if labels is None else [labels])], voxels)
+    f_a, f_b = channels(features)
+    fa, fb = features if features else (za, zb)
+    tiles = tiling.weighting_tiles(
+        classes, max(f_a, f_b), max(fa.element_size(), fb.element_size()), channels_last=fa.stride(1) == 1
+    )
+    programs, per_program = split(voxels, tiles.groups * tiles.group, batch, za.device)
+    numerators = za.new_empty((2, batch, programs), dtype=torch.float32)
+    # Pointers that a variant of the kernel does not touch still need a tensor.
+    weights, masks = maps if maps else (numerators, known.counts)
+    values, code = record if record is not None and with_record else (numerators, numerators)
+    with current_device(za):
+        launch(
+            weighting_kernel, (programs, batch),
+            za, zb, fa, fb, za if labels is None else labels, known.prototypes_a, known.prototypes_b,
+            known.counts, known.sums, _weight_pointer(terms, known),
+            numerators, values, code if code.numel() else numerators, weights, masks,
+            terms.mutual_factor, terms.dice_weight, 0 if labels is None else labels.shape[0],
+            voxels, values.shape[1] if with_record else 0, size1, size2, *_label_strides(labels, flat),
+            *strides(za, flat), *strides(zb, flat), *strides(fa, flat), *strides(fb, flat), per_program,
+            EPS=eps, CLASSES=classes, CLASSES_PAD=tiles.classes_pad,
+            FEATURES_A=f_a, FEATURES_B=f_b, FEATURE_BLOCK=tiles.feature_block,
+            GROUPS=tiles.groups, GROUP=tiles.group, CONFIDENCE=confidence or "none",
+            WITH_FEATURES=features is not None, ON_LOGITS=on_logits, WITH_RECORD=with_record,
+            DICE_IN_RECORD=labels is not None, HAS_WEIGHT=terms.mutual_weight is not None, **terms.chosen(),
+            WITH_MAPS=maps is not None, UNROLL=tiles.unroll, FLAT=flat, WIDE=wide, num_warps=tiles.warps,
+        )  # fmt: skip
+    return numerators
+
+
+def gradient(
+    upstream: Tensor,
+    sums: Tensor,
+    record: Record,
+    logits: Sequence[Tensor],
+    confidence: str | None,
+    on_logits: bool,
+    terms: Terms = MUTUAL_ALONE,
+) -> tuple[Tensor, Tensor]:
+    """Run the backward pass, 1 launch: gradients with the shapes and dtypes of the logits."""
+    za, zb = logits
+    batch, classes = za.shape[:2]
+    voxels, size1, size2 = sizes(za)
+    labels = terms.labels(za)
+    grads = torch.empty_like(za), torch.empty_like(zb)
+    flat, wide = addressing([*logits, *grads, *([] if labels is None else [labels])], voxels)
+    tiles = tiling.gradient_tiles(classes, max(za.element_size(), zb.element_size()))
+    with current_device(za):
+        launch(
+            gradient_kernel, (-(-voxels // (tiles.groups * tiles.group)), batch),
+            upstream, sums, record.values, record.code if record.code.numel() else record.values, za, zb,
+            za if labels is None else labels, *grads,
+            terms.dice_weight, 0 if labels is None else labels.shape[0],
+            voxels, record.values.shape[1], size1, size2, *_label_strides(labels, flat),
+            *strides(za, flat), *strides(zb, flat), *strides(grads[0], flat), *strides(grads[1], flat),
+            CLASSES=classes, CLASSES_PAD=tiles.classes_pad, GROUPS=tiles.groups, GROUP=tiles.group,
+            BOTH=confidence is None, WITH_DICE=labels is not None, **terms.chosen(), ON_LOGITS=on_logits,
+            FLAT=flat, WIDE=wide, num_warps=tiles.warps,
+        )  # fmt: skip
+    return grads
+
+
+def _label_strides(labels: Tensor | None, flat: bool) -> tuple[int, ...]:
+    """Batch and spatial strides; zeros without labels."""
+    if labels is None:
+        return 0, 0, 0, 0
+    found = strides(labels, flat)
+    return found.batch, found.axis0, found.axis1, found.axis2
+
+
+def _weight_pointer(terms: Terms, known: Statistics) -> Any:
+    return known.sums if terms.mutual_weight is None else terms.mutual_weight
