@@ -4,15 +4,20 @@ On a GPU the caching allocator counts; on a CPU the profiler reports every alloc
 compiled code alike. What a library allocates behind torch's back (a BLAS workspace, say) is not seen.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from rplib.errors import UserError
+
+# The profiler writes a line on stderr whenever it starts and stops, unless told otherwise before it first does.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 _FORWARD, _BACKWARD = "rplib.bench.memory forward", "rplib.bench.memory backward"
 
@@ -84,10 +89,10 @@ def _moments(found: profile) -> Iterator[tuple[int, str, int]]:
     """(time in ns, name of a pass that begins or "", change of live bytes)."""
     results = getattr(found.profiler, "kineto_results", None)
     if results is None:
-        raise UserError(f"torch {torch.__version__} keeps its profiler's events elsewhere; memory cannot be measured on this CPU.")
+        raise UserError(f"torch {torch.__version__} keeps its profiler's events elsewhere; memory cannot be measured here.")
     for event in results.events():
         name = event.name()
-        if name == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
+        if name == "[memory]" and event.device_type() == DeviceType.CPU:
             yield event.start_ns(), "", event.nbytes()
         elif name in (_FORWARD, _BACKWARD):
             yield event.start_ns(), name, 0

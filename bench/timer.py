@@ -53,7 +53,7 @@ class Clock(Protocol):
 
 
 def clock_for(device: torch.device) -> Clock:
-    """Wall-clock time on a CPU; CUDA events around the call, with a cold L2 cache, on a GPU; elsewhere wall-clock time waited for."""
+    """On a CPU wall-clock time; on a CUDA GPU events around the call, with a cold L2 cache; elsewhere wall-clock time."""
     if device.type == "cuda":
         return _CudaClock(device)
     if device.type == "cpu":
@@ -83,7 +83,7 @@ def interleaved(
         [3, 3]
     """
     if not calls or repeats < 1 or warmup < 0:
-        raise ValueError(f"{len(calls)} calls, {repeats} repeats, {warmup} warm-up rounds; expected at least one call and repeat.")
+        raise ValueError(f"{len(calls)} calls, {repeats} repeats, warmup {warmup}; expected at least one call and one repeat.")
     clock = clock_for(device)
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}

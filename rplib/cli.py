@@ -20,9 +20,10 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "bench": Command("rplib.bench.benchmark", "time, memory and bytes of every implementation of the loss on this machine"),
     "check": Command("rplib.check", "compare the implementations with the naive form in float64 on this machine"),
     "info": Command("rplib.info", "versions, devices, and which implementation `auto` takes; for bug reports"),
-    "data": Command("rplib.reference.data", "write a generated data set, or check the one you have"),
+    "data": Command("rplib.reference.data", "convert a raw release, write a generated data set, or check one"),
     "train": Command("rplib.reference.train", "train the two-decoder V-Net by a recipe"),
     "evaluate": Command("rplib.reference.evaluate", "score a trained run: CSV, NIfTI and a picture sheet"),
     "demo": Command("rplib.reference.demo", "the whole job on generated data in a minute or two"),
@@ -31,7 +32,7 @@ COMMANDS = {
 # Import names that come with an extra, so that a missing one is told as such and not as a traceback.
 EXTRAS = {
     "triton": ("triton",),
-    "reference": ("h5py", "matplotlib", "monai", "nibabel", "numpy", "rich", "scipy", "tensorboard", "tqdm"),
+    "reference": ("h5py", "matplotlib", "monai", "nibabel", "numpy", "rich", "scipy", "SimpleITK", "tensorboard", "tqdm"),
 }
 
 EXIT_MISTAKE = 2

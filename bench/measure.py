@@ -1,0 +1,215 @@
+"""Measure every implementation on one input: first whether it is right, then memory, bytes and launches, then time by turns."""
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from rplib.bench import rows as r
+from rplib.bench.correctness import Truth
+from rplib.bench.eager_traffic import EagerTraffic, eager_traffic
+from rplib.bench.implementations import BASELINE, Implementation, Loss
+from rplib.bench.memory import peak_memory
+from rplib.bench.metered import Metered, MeterFailedError
+from rplib.bench.rows import Row
+from rplib.bench.shapes import Case, clear_gradients, make_inputs
+from rplib.bench.timer import DeviceCopy, as_cuda_graph, copy_size, interleaved
+
+Say = Callable[[str], None]
+Meter = Callable[[], Metered | None]
+_COPY = "device copy"
+
+
+def measure(
+    case: Case,
+    implementations: Sequence[Implementation],
+    device: torch.device,
+    repeats: int,
+    meter: Meter,
+    say: Say,
+    save: Callable[[list[Row]], None],
+) -> list[Row]:
+    """One row per implementation, in their order.
+
+    Args:
+        meter: counts the Triton form's bytes on (a smaller volume of) this input; None: not known yet, see `fill_in`;
+            raises MeterFailedError.
+        say: told what is being done.
+        save: given the rows whenever there is more in them, so that a kill loses little.
+    """
+    rows = {i.name: r.new_row(case, i.name) for i in implementations}
+    running = [i for i in implementations if _can_run(i, rows[i.name], device)]
+    for implementation in implementations:
+        if implementation.form == "triton":
+            say(f"{implementation.name}: bytes, by the interpreter")
+            fill_in(rows[implementation.name], meter)
+    if running:
+        torch.compiler.reset()  # its caches keep a few shapes only, and then refuse
+        try:
+            _Measurement(case, rows, device, say).run(running, repeats, save)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            for implementation in running:
+                if rows[implementation.name].status == r.FAILED:
+                    rows[implementation.name].status = r.OUT_OF_MEMORY
+    save(list(rows.values()))
+    return list(rows.values())
+
+
+def _can_run(implementation: Implementation, row: Row, device: torch.device) -> bool:
+    obstacle = implementation.obstacle(device)
+    if obstacle:
+        row.status, row.detail = r.LEFT_OUT, obstacle
+    return obstacle is None
+
+
+def fill_in(row: Row, meter: Meter) -> None:
+    """Bytes and launches of the Triton form, once counted; on a machine that cannot time it, also whether it is right."""
+    try:
+        found = meter()
+    except MeterFailedError as error:
+        row.bytes_from = f"not counted: {error}"
+        if row.status == r.LEFT_OUT:
+            row.status, row.detail = r.FAILED, f"in the interpreter: {error}"
+        return
+    if found is None:
+        return
+    if not found.right:
+        row.status, row.detail = r.WRONG, f"in the interpreter, {found.volume}: {found.verdict}"
+        return
+    row.lane_bytes_per_voxel, row.sector_bytes_per_voxel = found.lane_bytes, found.sector_bytes
+    row.launches = row.launches or found.launches
+    row.bytes_from = f"interpreter, {found.volume}"
+    if row.status == r.LEFT_OUT:
+        row.status, row.detail = r.COUNTED, f"not timed: {row.detail}"
+
+
+class _Measurement:
+    def __init__(self, case: Case, rows: dict[str, Row], device: torch.device, say: Say) -> None:
+        self.rows = rows
+        self.device = device
+        self.say = say
+        self.voxels = case.shape.voxels
+        self.logits, self.features = make_inputs(case, device)
+        self.losses: dict[str, Loss] = {}  # those that are right
+
+    def run(self, implementations: Sequence[Implementation], repeats: int, save: Callable[[list[Row]], None]) -> None:
+        self.say("the truth in float64")
+        truth = Truth(self.logits, self.features)
+        for implementation in implementations:
+            row = self.rows[implementation.name]
+            self.say(f"{implementation.name}: first call" + (", compiling" if implementation.form == "compiled" else ""))
+            try:
+                self._examine(implementation, row, truth)
+            except Exception as error:  # one implementation's failure must not cost the others' figures
+                row.status = r.OUT_OF_MEMORY if _is_out_of_memory(error) else r.FAILED
+                row.detail = _one_line(error)
+                self.losses.pop(implementation.name, None)
+            self._tidy()
+        del truth
+        self._tidy()
+        save(list(self.rows.values()))
+        if not self.losses:
+            return
+        self.say(f"timing {', '.join(self.losses)}: {repeats} rounds")
+        self._time(repeats)
+        save(list(self.rows.values()))
+        if self.device.type == "cuda":
+            self._time_graphs(repeats)
+
+    def _examine(self, implementation: Implementation, row: Row, truth: Truth) -> None:
+        loss_fn = implementation.make()
+        begin = time.perf_counter()
+        with eager_traffic() if implementation.form == "eager" else nullcontext() as traffic:
+            loss = loss_fn(self.logits, self.features)
+            loss.backward()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if implementation.form != "eager":
+            row.first_call_seconds = time.perf_counter() - begin
+        verdict = truth.judge(loss, self._gradients(), exact_order=implementation.exact_order)
+        row.loss_error, row.gradient_error, row.near_ties = verdict.loss_error, verdict.gradient_error, verdict.near_ties
+        if not verdict.right:
+            row.status, row.detail = r.WRONG, str(verdict)
+            return
+        if isinstance(traffic, EagerTraffic):
+            row.lane_bytes_per_voxel = traffic.bytes / self.voxels
+            row.launches = traffic.operations
+            row.bytes_from = "operands and results of every operation"
+        del loss
+        self.losses[implementation.name] = loss_fn
+        row.status = r.MEASURED
+
+        clear_gradients([*self.logits, *self.features])
+        memory = peak_memory(lambda: loss_fn(self.logits, self.features), self.device)
+        row.forward_bytes, row.backward_bytes = memory.forward, memory.backward
+        if self.device.type == "cuda":
+            row.launches = cuda_launches(self._call(loss_fn)) or row.launches
+
+    def _time(self, repeats: int) -> None:
+        copy = DeviceCopy(self.device, copy_size(self.device))
+        calls = {name: self._call(loss_fn) for name, loss_fn in self.losses.items()}
+        timings = interleaved({**calls, _COPY: copy}, self.device, repeats, warmup=0, before=self._clear)
+        bandwidth = copy.bandwidth(timings[_COPY])
+        for name in self.losses:
+            row, timing = self.rows[name], timings[name]
+            row.repeats, row.seconds, row.seconds_minimum = repeats, timing.median, timing.minimum
+            row.seconds_first_quartile, row.seconds_third_quartile = timing.quartiles
+            row.copy_bandwidth = bandwidth
+            assert row.floor_bytes_per_voxel is not None
+            row.copy_fraction = row.floor_bytes_per_voxel * self.voxels / timing.median / bandwidth
+        if BASELINE in self.losses:
+            r.compare_with(self.rows[BASELINE], self.rows.values())
+
+    def _time_graphs(self, repeats: int) -> None:
+        graphs = {}
+        for name, loss_fn in self.losses.items():
+            self._clear()
+            try:
+                graphs[name] = as_cuda_graph(self._call(loss_fn))
+            except Exception as error:  # a form that cannot be captured has no such figure
+                self.say(f"{name}: no CUDA graph, {_one_line(error)}")
+        if graphs:
+            for name, timing in interleaved(graphs, self.device, repeats).items():
+                self.rows[name].graph_seconds = timing.median
+
+    def _call(self, loss_fn: Loss) -> Callable[[], None]:
+        return lambda: loss_fn(self.logits, self.features).backward()
+
+    def _gradients(self) -> list[Tensor]:
+        return [torch.zeros_like(z) if z.grad is None else z.grad for z in self.logits]
+
+    def _clear(self) -> None:
+        clear_gradients([*self.logits, *self.features])
+
+    def _tidy(self) -> None:
+        self._clear()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def cuda_launches(call: Callable[[], object]) -> int | None:
+    """Kernels, memsets and copies that ``call`` puts on the GPU; None where the profiler does not see them."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as found:
+        call()
+        torch.cuda.synchronize()
+    events = [e for e in found.events() or [] if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    return len(events) or None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    text = f"{type(error).__name__}: {lines[0]}"
+    return text if len(text) <= 200 else text[:197] + "..."

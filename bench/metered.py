@@ -1,0 +1,112 @@
+"""What the Triton form moves, counted in Triton's interpreter, in a process of its own and on any machine.
+
+The interpreter must be chosen before Triton is imported, so that a process which times kernels on a GPU cannot count them:
+`metered` starts another one. It takes a smaller volume of the same shape, because the interpreter needs about a millisecond
+per block; bytes per voxel hardly depend on it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+
+from rplib.bench.shapes import Case, Shape
+
+_TIME_LIMIT = 600  # seconds
+
+
+@dataclass(frozen=True)
+class Metered:
+    """Figures of one forward and backward pass.
+
+    Attributes:
+        volume: what was counted on, as B x spatial.
+        lane_bytes, sector_bytes: per voxel, loads and stores together (see `rplib.bench.traffic`).
+        launches: of kernels.
+        right, verdict: whether loss and gradient agree with the formula in float64, and the errors.
+    """
+
+    volume: str
+    lane_bytes: float
+    sector_bytes: float
+    launches: int
+    right: bool
+    verdict: str
+
+
+class MeterFailedError(Exception):
+    """The other process gave no figures; the text says why, in one line."""
+
+
+def reduced(case: Case) -> Case:
+    """One sample of at most 64 voxels along an axis of three (32 where there are more than 4 classes).
+
+    Shapes that differ in size alone become one.
+
+    >>> from rplib.bench.shapes import SHAPES
+    >>> str(reduced(Case(SHAPES["left-atrium"])).shape)
+    '1x2x16x64x64x64'
+    """
+    shape = case.shape
+    most = 256 if len(shape.spatial) < 3 else 64 if shape.classes <= 4 else 32
+    smaller = Shape("reduced", 1, shape.classes, shape.features, tuple(min(size, most) for size in shape.spatial))
+    return replace(case, shape=smaller)
+
+
+def metered(case: Case) -> Metered:
+    """Count ``case`` as it is: see `reduced`.
+
+    Raises:
+        MeterFailedError: Triton is missing, a kernel failed, or it took too long.
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    command = [sys.executable, "-m", "rplib.bench.metered", json.dumps(asdict(case))]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIME_LIMIT)
+    except subprocess.TimeoutExpired:
+        raise MeterFailedError(f"the interpreter took more than {_TIME_LIMIT} s") from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise MeterFailedError(lines[-1])
+    return Metered(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def count(case: Case) -> Metered:
+    """The figures, in a process started with TRITON_INTERPRET=1."""
+    import torch
+
+    import rplib
+    from rplib.bench.correctness import Truth
+    from rplib.bench.shapes import make_inputs
+    from rplib.bench.traffic import kernel_traffic
+
+    logits, features = make_inputs(case, torch.device("cpu"))
+    loss_fn = rplib.ReliableMutualLoss(impl="triton")
+    with kernel_traffic() as traffic:
+        loss = loss_fn(logits, features)
+        loss.backward()
+    gradients = [z.grad for z in logits if z.grad is not None]
+    verdict = Truth(logits, features).judge(loss, gradients, exact_order=True)
+    shape = case.shape
+    return Metered(
+        volume="x".join(map(str, (shape.batch, *shape.spatial))),
+        lane_bytes=traffic.lane_bytes / shape.voxels,
+        sector_bytes=traffic.sector_bytes / shape.voxels,
+        launches=traffic.launches,
+        right=verdict.right,
+        verdict=str(verdict),
+    )
+
+
+def main() -> int:
+    words = json.loads(sys.argv[1])
+    shape = words.pop("shape")
+    case = Case(Shape(**{**shape, "spatial": tuple(shape["spatial"])}), **words)
+    print(json.dumps(asdict(count(case))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
