@@ -1,0 +1,152 @@
+"""Nobody makes the kernels move more, unseen: bytes per voxel and launches of one forward and backward pass, as ceilings.
+
+python tests/test_bench_guard.py        prints the table CEILINGS as it is now (PYTHONPATH=. TRITON_INTERPRET=1)
+"""
+
+import itertools
+import math
+import os
+
+import pytest
+import torch
+from fast_interpreter import fast_interpreter
+
+import rplib
+from rplib.bench.eager_traffic import eager_traffic
+from rplib.bench.traffic import kernel_traffic
+
+pytest.importorskip("triton")
+INTERPRETED = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="the kernel meter needs the interpreter; run with TRITON_INTERPRET=1"
+)
+THOROUGH = pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "thorough", reason="HYPOTHESIS_PROFILE=thorough; a minute")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last_3d": torch.channels_last_3d}
+
+# Bytes per voxel (by lane, by 32-byte sector) of one sample of 8 x 8 x 32 voxels, the teacher changing every 16 voxels of a row.
+# The volume is small for the interpreter's sake, so partial sums weigh more than in a training (C = 14: some 14 B).
+SMALL = (8, 8, 32)
+CEILINGS = {
+    (2, 16, "float32", "contiguous"): (249.82, 250.44),
+    (2, 16, "float32", "channels_last_3d"): (253.32, 253.94),
+    (2, 16, "bfloat16", "contiguous"): (130.32, 130.94),
+    (2, 16, "bfloat16", "channels_last_3d"): (131.32, 131.94),
+    (4, 16, "float32", "contiguous"): (332.53, 333.38),
+    (4, 16, "float32", "channels_last_3d"): (346.53, 347.38),
+    (4, 16, "bfloat16", "contiguous"): (174.53, 175.38),
+    (4, 16, "bfloat16", "channels_last_3d"): (178.53, 179.38),
+    (14, 32, "float32", "contiguous"): (885.04, 890.32),
+    (14, 32, "float32", "channels_last_3d"): (913.04, 918.32),
+    (14, 32, "bfloat16", "contiguous"): (469.04, 474.32),
+    (14, 32, "bfloat16", "channels_last_3d"): (497.04, 502.32),
+}
+LAUNCHES = 5
+
+
+def floor(classes, features, size):
+    """Bytes per voxel that nothing can go below: logits and features read, logits and the teacher's features read, gradients."""
+    return (2 * (classes + features) + 2 * classes + features + 2 * classes) * size
+
+
+def teachers(spatial, cube):
+    """(*spatial): which network teaches, alternating from cube to cube; at random without one."""
+    if cube is None:
+        return torch.randint(0, 2, spatial)
+    axes = torch.meshgrid(*(torch.arange(n) // cube for n in spatial), indexing="ij")
+    return sum(axes) % 2
+
+
+def networks(classes, features, dtype, memory_format, spatial, cube=16):
+    """One sample of two networks, of which the teacher is far more confident; everything requires a gradient."""
+    torch.manual_seed(7)
+    teacher = teachers(spatial, cube)
+    logits, feats = [], []
+    for k in range(2):
+        z = 0.1 * torch.randn(1, classes, *spatial)
+        winner = torch.randint(0, classes, (1, 1, *spatial))
+        z.scatter_add_(1, winner, torch.where(teacher == k, 5.0, 0.0)[None, None])
+        logits.append(z)
+        feats.append(torch.randn(1, features, *spatial))
+    return tuple(
+        [t.to(dtype).contiguous(memory_format=memory_format).requires_grad_() for t in tensors] for tensors in (logits, feats)
+    )
+
+
+def measure(classes, features, dtype, memory_format, spatial, cube=16):
+    logits, feats = networks(classes, features, DTYPES[dtype], FORMATS[memory_format], spatial, cube)
+    loss_fn = rplib.ReliableMutualLoss(impl="triton")
+    with fast_interpreter(), kernel_traffic(tensors={"logits": logits, "features": feats}) as traffic:
+        loss_fn(logits, feats).backward()
+    assert all(z.grad is not None and z.grad.stride() == z.stride() for z in logits)
+    return traffic, math.prod(spatial)
+
+
+def per_voxel(traffic, voxels):
+    return traffic.lane_bytes / voxels, traffic.sector_bytes / voxels
+
+
+@INTERPRETED
+@pytest.mark.parametrize(("classes", "features", "dtype", "memory_format"), list(CEILINGS))
+def test_bytes_per_voxel(classes, features, dtype, memory_format):
+    traffic, voxels = measure(classes, features, dtype, memory_format, SMALL)
+    lanes, sectors = per_voxel(traffic, voxels)
+    assert lanes >= floor(classes, features, DTYPES[dtype].itemsize), "less than must be read: has the meter missed something?"
+    most_lanes, most_sectors = CEILINGS[classes, features, dtype, memory_format]
+    assert lanes <= most_lanes and sectors <= most_sectors
+    assert traffic.launches <= LAUNCHES
+
+
+@INTERPRETED
+def test_the_targets_at_two_classes():
+    """Half of the cubes each: 1.10 of the floor by lane, 1.15 by sector."""
+    traffic, voxels = measure(2, 16, "float32", "contiguous", (32, 32, 32))
+    lanes, sectors = per_voxel(traffic, voxels)
+    assert 240 <= lanes <= 1.10 * 240 and 240 <= sectors <= 1.15 * 240
+    features = traffic.by_tensor["features"]
+    assert features.load_sector_bytes == voxels * 4 * (32 + 16), "all features once, then the teacher's alone"
+    assert features.store_lane_bytes == traffic.by_tensor["logits"].store_lane_bytes == 0, "no input is written to"
+
+
+@INTERPRETED
+@THOROUGH
+@pytest.mark.parametrize("memory_format", list(FORMATS))
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_the_targets_at_two_classes_on_the_large_volume(dtype, memory_format):
+    traffic, voxels = measure(2, 16, dtype, memory_format, (64, 64, 64))
+    lanes, sectors = per_voxel(traffic, voxels)
+    least = floor(2, 16, DTYPES[dtype].itemsize)
+    assert lanes <= 1.10 * least and sectors <= 1.15 * least
+
+
+@INTERPRETED
+def test_nothing_beside_the_kernels():
+    """PyTorch itself touches scalars at most."""
+    logits, feats = networks(2, 16, torch.float32, torch.contiguous_format, SMALL)
+    with eager_traffic() as traffic:
+        rplib.ReliableMutualLoss(impl="triton")(logits, feats).backward()
+    assert traffic.custom_operators
+    beside = {name: op for name, op in traffic.by_operation.items() if name not in traffic.custom_operators}
+    assert sum(op.bytes for op in beside.values()) <= 64, beside
+
+
+def test_the_naive_form_is_a_fair_baseline():
+    """The authors' mutual loss takes 428 operations and 4,633 bytes per voxel at C = 2, F = 16 and a batch of 4."""
+    logits = [torch.randn(4, 2, 16, 16, 16, requires_grad=True) for _ in range(2)]
+    features = [torch.randn(4, 16, 16, 16, 16, requires_grad=True) for _ in range(2)]
+    loss_fn = rplib.ReliableMutualLoss(impl="naive")
+    with eager_traffic() as traffic:
+        loss_fn(logits, features).backward()
+    assert traffic.operations == pytest.approx(428, rel=0.1)
+    assert traffic.bytes / (4 * 16**3) == pytest.approx(4633, rel=0.1)
+
+
+def _print_ceilings():
+    for (classes, features), dtype, memory_format in itertools.product([(2, 16), (4, 16), (14, 32)], DTYPES, FORMATS):
+        traffic, voxels = measure(classes, features, dtype, memory_format, SMALL)
+        lanes, sectors = (math.ceil(100 * x) / 100 for x in per_voxel(traffic, voxels))
+        print(f'    ({classes}, {features}, "{dtype}", "{memory_format}"): ({lanes:.2f}, {sectors:.2f}),', flush=True)
+    print(f"LAUNCHES = {traffic.launches}")
+
+
+if __name__ == "__main__":
+    _print_ceilings()
