@@ -3,12 +3,10 @@
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from fast_interpreter import fast_interpreter
 from loss_cases import DEVICE
 
 from rplib.bench.traffic import kernel_traffic
@@ -17,7 +15,6 @@ from rplib.errors import UserError
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-builtin_load = tl.load
 ROOT = Path(__file__).resolve().parent.parent
 INTERPRETED = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="the kernel meter needs the interpreter; run with TRITON_INTERPRET=1"
@@ -341,19 +338,6 @@ class TestKernels:
         assert split(traffic) == ((4 * 64, 4 * 64), (8 * 64, 8 * 64))
         assert list(traffic.kernels["copy_tile"].by_argument) == ["source", "out"]
         assert split(traffic.by_tensor["x"])[0] == (256, 256)
-
-    def test_the_fast_interpreter_computes_the_same(self):
-        import triton.runtime.interpreter as interpreter
-
-        patch = interpreter._patch_lang
-        x = floats(8)
-        for context in (nullcontext, fast_interpreter, nullcontext):
-            y = torch.zeros(8, device=DEVICE)
-            with context(), kernel_traffic() as traffic:
-                halves[(1,)](x, y, BLOCK=4)
-                choose[(1,)](x, x, y, BLOCK=8)
-            assert torch.equal(x, y) and traffic.lane_bytes == 128
-        assert interpreter._patch_lang is patch and tl.load is builtin_load
 
     def test_nested(self):
         x, y = floats(8), floats(8)
