@@ -1,13 +1,43 @@
-"""Write a generated data set (`phantom`), or read the one you have and say what is wrong with which file (`check`)."""
+"""Get a data set ready: convert a raw public release, write a generated one, or check the one you have.
+
+examples:
+  rplib data left-atrium RAW DEST          lgemri.nrrd and laendo.nrrd of the 2018 challenge
+  rplib data pancreas RAW DEST             Pancreas-CT: DICOM series or NIfTI, and the label files
+  rplib data brats RAW DEST                BraTS-2019 training data: *_flair.nii.gz and *_seg.nii.gz
+  rplib data phantom DEST                  a generated set, if you have no data yet
+  rplib data check DEST                    reads every case, says what is wrong with which file
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
+RELEASES = {
+    "left-atrium": "the 2018 Left Atrium challenge (NRRD)",
+    "pancreas": "Pancreas-CT (DICOM or NIfTI)",
+    "brats": "BraTS-2019 (NIfTI), FLAIR alone",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The words of `rplib data`."""
-    commands = parser.add_subparsers(dest="data_command", metavar="phantom|check", required=True)
+    commands = parser.add_subparsers(dest="data_command", metavar="|".join([*RELEASES, "phantom", "check"]), required=True)
+
+    for name, what in RELEASES.items():
+        release = commands.add_parser(name, help=f"convert the raw release of {what}")
+        release.add_argument("raw", type=Path, metavar="RAW", help="folder of the raw release; searched with its folders")
+        release.add_argument("dest", type=Path, metavar="DEST", help="folder to write; what is there already is not done again")
+        release.add_argument(
+            "--lists", type=Path, metavar="DIR",
+            help="folder with the lists of train and test cases to use (default: those in DEST or RAW, else a seeded split "
+            "of the published sizes)",
+        )  # fmt: skip
+        release.add_argument("--seed", type=int, default=1337, help="of the crop's margins and the split (default: %(default)s)")
+        if name == "pancreas":
+            release.add_argument(
+                "--flip-labels", default="", metavar="AXES",
+                help="axes (x, y, z or several) to flip the label files along, where their headers do not place them on the CT",
+            )  # fmt: skip
 
     phantom = commands.add_parser("phantom", help="write a generated data set in the layout of the Left Atrium data")
     phantom.add_argument("dest", type=Path, metavar="DEST", help="folder to write; new or empty")
@@ -23,22 +53,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     phantom.add_argument("--seed", type=int, default=1337, help="the same seed writes the same voxels (default: %(default)s)")
 
-    check = commands.add_parser("check", help="read every case of both lists; exit code 2 if anything is wrong")
+    check = commands.add_parser("check", help="read every case of all lists; exit code 2 if anything is wrong")
     check.add_argument("dest", type=Path, metavar="DEST", help="folder of the data set")
-    check.add_argument("--layout", default="left-atrium", help="layout on disk (default: %(default)s)")
-    check.add_argument("--classes", type=int, default=2, help="background included (default: %(default)s)")
+    check.add_argument("--layout", help="left-atrium, pancreas, brats or generic (default: told from the folder)")
+    check.add_argument("--classes", type=int, help="background included (default: 2; for generic those that are found)")
+    check.add_argument("--channels", type=int, help="for generic: of each image (default: as the first image has)")
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"phantom": _phantom, "check": _check}[args.data_command](args)
+    if args.data_command == "check":
+        from rplib.reference.check_data import check
+
+        return check(args.dest, args.layout, args.classes, args.channels)
+    if args.seed < 0:
+        from rplib.errors import UserError
+
+        raise UserError(f"--seed is {args.seed}; expected 0 or more.")
+    return _phantom(args) if args.data_command == "phantom" else _convert(args)
 
 
 def _phantom(args: argparse.Namespace) -> int:
-    from rplib.errors import UserError
     from rplib.reference.phantom import write_phantoms
 
-    if args.seed < 0:
-        raise UserError(f"--seed is {args.seed}; expected 0 or more.")
     test_cases = args.cases // 4 + 1 if args.test_cases is None else args.test_cases
     written = write_phantoms(args.dest, args.cases, test_cases, tuple(args.size), args.seed)
     print(
@@ -48,48 +84,39 @@ def _phantom(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
+def _convert(args: argparse.Namespace) -> int:
+    from rplib.reference.conversion import Release, convert
 
-    from rplib.errors import UserError
-    from rplib.reference.datasets import open_dataset
+    release: Release
+    if args.data_command == "left-atrium":
+        from rplib.reference.convert_left_atrium import LeftAtriumRelease
 
-    dataset = open_dataset(args.dest, args.layout, args.classes)
-    problems: list[str] = []
-    names: dict[str, list[str]] = {}
-    for split in ("train", "test"):
-        try:
-            names[split] = dataset.names(split)
-        except UserError as error:
-            problems.append(str(error))
-            names[split] = []
-    for name in sorted(set(names["train"]) & set(names["test"])):
-        problems.append(f"case {name} is in train.list and in test.list; take it out of one of them.")
+        release = LeftAtriumRelease(args.seed)
+    elif args.data_command == "pancreas":
+        from rplib.reference.convert_pancreas import PancreasRelease
 
-    unlabelled, sizes = 0, []
-    todo = [(split, name) for split in names for name in names[split]]
-    for split, name in tqdm(todo, desc="checking", unit="case", leave=False):
-        try:
-            case = dataset.load(name, needs_label=split == "test")
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        sizes.append(case.image.shape)
-        if case.label is None:
-            unlabelled += 1
-        elif not case.label.any():
-            problems.append(f"{dataset.path(name)}: 'label' is background everywhere; take the key out if it is unlabelled.")
+        release = PancreasRelease(args.flip_labels)
+    else:
+        from rplib.reference.convert_brats import BratsRelease
 
-    for problem in problems:
+        release = BratsRelease()
+    converted = convert(release, args.raw, args.dest, args.lists, args.seed)
+    for problem in converted.problems:
         print(problem)
-    if sizes:
-        axes = [f"{min(axis)}-{max(axis)}" for axis in zip(*sizes, strict=True)]
+    written = len(converted.written)
+    print(
+        f"{args.dest}: {written} case{'s' * (written != 1)} written, {len(converted.kept)} were there already, "
+        f"{len(converted.unlabelled)} without a label"
+    )
+    for remark in converted.remarks:
+        print(remark)
+    if converted.problems:
+        many = len(converted.problems)
         print(
-            f"{args.dest}: {len(names['train'])} training cases ({unlabelled} without a label), "
-            f"{len(names['test'])} test cases; {' x '.join(axes)} voxels"
+            f"rplib: error: {many} case{'s' * (many != 1)} of {args.raw} could not be converted; mend or remove "
+            f"{'them' if many != 1 else 'it'} and run the command again (what is done is not done again)",
+            file=sys.stderr,
         )
-    if problems:
-        print(f"rplib: error: {len(problems)} problem{'s' * (len(problems) != 1)} found in {args.dest}", file=sys.stderr)
         return 2
-    print("nothing wrong")
+    print(f"next: rplib data check {args.dest}")
     return 0

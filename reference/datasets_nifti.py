@@ -243,9 +243,12 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _open(path: Path) -> nibabel.Nifti1Image:
     try:
-        return nibabel.Nifti1Image.from_filename(path)
+        nifti = nibabel.load(path)
     except Exception as error:  # a damaged file fails in many ways: header, gzip, image type
         raise UserError(f"{path} is not a readable NIfTI file ({_reason(error)}); write it again.") from error
+    if not isinstance(nifti, nibabel.Nifti1Image):  # NIfTI-2 is a kind of it
+        raise UserError(f"{path} is a {type(nifti).__name__}; expected NIfTI.")
+    return nifti
 
 
 def _values(nifti: nibabel.Nifti1Image, path: Path) -> np.ndarray:
