@@ -6,10 +6,12 @@ Every figure is of a forward and a backward pass, with features that require gra
   ms, quartiles   median and spread of the runs, made by turns with the other implementations
   x naive         how many times faster than the naive form in the same turns
   graph ms        the same kernels replayed as a CUDA graph: without the time that the host needs to launch them
-  launches        kernels on a GPU (of the Triton form: counted in the interpreter on a CPU); operations of an eager form on a CPU
+  launches        kernels on a GPU (on a CPU: of the Triton form those that the interpreter ran, of an eager form operations, of
+                  compiled code its fused groups of operations)
   MB fwd, bwd     peak memory beyond the inputs during each pass; x less: than the naive form needs
   B/voxel         bytes moved: by the Triton form's loads and stores (sectors: in whole 32-byte sectors), counted on a smaller
-                  volume in Triton's interpreter; by an eager form's operations, operands and results. Compiled code: unknown
+                  volume in Triton's interpreter; by an eager form's operations, operands and results; of compiled code ~ the
+                  compiler's own estimate
   x floor         B/voxel over the fewest bytes that the method can move
   of copy         bandwidth of a device copy in the same turns that the floor's bytes reach in this time
 

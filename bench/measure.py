@@ -2,8 +2,8 @@
 
 import gc
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -14,11 +14,13 @@ from rplib.bench import rows as r
 from rplib.bench.correctness import Truth
 from rplib.bench.eager_traffic import EagerTraffic, eager_traffic
 from rplib.bench.implementations import BASELINE, Implementation, Loss
+from rplib.bench.inductor_traffic import InductorEstimate, inductor_estimate
 from rplib.bench.memory import peak_memory
 from rplib.bench.metered import Metered, MeterFailedError
 from rplib.bench.rows import Row
 from rplib.bench.shapes import Case, clear_gradients, make_inputs
 from rplib.bench.timer import DeviceCopy, as_cuda_graph, copy_size, interleaved
+from rplib.errors import UserError
 
 Say = Callable[[str], None]
 Meter = Callable[[], Metered | None]
@@ -126,7 +128,7 @@ class _Measurement:
     def _examine(self, implementation: Implementation, row: Row, truth: Truth) -> None:
         loss_fn = implementation.make()
         begin = time.perf_counter()
-        with eager_traffic() if implementation.form == "eager" else nullcontext() as traffic:
+        with _instrument(implementation.form) as traffic:
             loss = loss_fn(self.logits, self.features)
             loss.backward()
         if self.device.type == "cuda":
@@ -141,7 +143,11 @@ class _Measurement:
         if isinstance(traffic, EagerTraffic):
             row.lane_bytes_per_voxel = traffic.bytes / self.voxels
             row.launches = traffic.operations
-            row.bytes_from = "operands and results of every operation"
+            row.bytes_from = r.OPERATIONS
+        elif isinstance(traffic, InductorEstimate) and traffic.graphs:
+            row.lane_bytes_per_voxel = traffic.bytes / self.voxels
+            row.launches = traffic.kernels
+            row.bytes_from = r.ESTIMATE
         del loss
         self.losses[implementation.name] = loss_fn
         row.status = r.MEASURED
@@ -193,6 +199,20 @@ class _Measurement:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+@contextmanager
+def _instrument(form: str) -> Iterator[EagerTraffic | InductorEstimate | None]:
+    """What counts bytes while a form is called for the first time; the Triton form is counted by `metered`."""
+    with ExitStack() as stack:
+        if form == "eager":
+            yield stack.enter_context(eager_traffic())
+            return
+        estimate = None
+        if form == "compiled":
+            with suppress(UserError):  # a torch without such an estimate: then there is no figure
+                estimate = stack.enter_context(inductor_estimate())
+        yield estimate
 
 
 def cuda_launches(call: Callable[[], object]) -> int | None:

@@ -24,6 +24,10 @@ FAILED = "failed"
 OUT_OF_MEMORY = "out of memory"
 LEFT_OUT = "left out"
 
+# Where bytes of PyTorch forms come from.
+OPERATIONS = "operands and results of every operation"
+ESTIMATE = "inductor's estimate"
+
 
 @dataclass
 class Row:
@@ -38,10 +42,10 @@ class Row:
         times_faster: median of the naive form / own median, of the same turns.
         graph_seconds: median of the same kernels replayed as a CUDA graph, by turns.
         first_call_seconds: of a compiled form, the compiler's time included.
-        launches: kernels on a GPU; on a CPU operations of an eager form.
+        launches: kernels on a GPU; on a CPU operations of an eager form, fused groups of operations of a compiled one.
         forward_bytes, backward_bytes: peak of live memory beyond the inputs during each pass.
-        lane_bytes_per_voxel, sector_bytes_per_voxel: loads and stores; of eager forms operands and results of every operation,
-            as ``bytes_from`` says.
+        lane_bytes_per_voxel, sector_bytes_per_voxel: loads and stores of the Triton form; of eager forms operands and results of
+            every operation; of compiled ones an estimate: ``bytes_from`` says.
         copy_fraction: floor's bytes / seconds, as a fraction of ``copy_bandwidth`` (bytes per second, same turns).
     """
 
@@ -194,7 +198,7 @@ def _cells(row: Row) -> list[str]:
         _number(row.forward_bytes, 1e-6),
         _number(row.backward_bytes, 1e-6),
         _number(row.times_less_memory),
-        _number(lanes),
+        ("~" if row.bytes_from == ESTIMATE else "") + _number(lanes),
         _number(row.sector_bytes_per_voxel),
         "-" if lanes is None or not floor else f"{lanes / floor:.2f}",
         "-" if row.copy_fraction is None else f"{100 * row.copy_fraction:.1f} %",

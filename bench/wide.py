@@ -1,0 +1,71 @@
+"""A wide network, 32 classes and 256 feature channels: do the kernels still fit into registers, and how much do they move?
+
+    python -m rplib.bench.wide
+
+Compiles the kernels ahead of time for sm_80, sm_90 and sm_100, and counts their bytes in Triton's interpreter: several minutes.
+Exit code 1 if a kernel spills registers, a result is wrong, or the bytes pass 1.3 times the floor.
+"""
+
+import argparse
+import sys
+from itertools import product
+
+from rplib.bench.ahead_of_time import matrix, report_all, table
+from rplib.bench.floor import floor_bytes
+from rplib.bench.metered import MeterFailedError, metered
+from rplib.bench.shapes import DTYPES, LAYOUTS, Case, Shape
+from rplib.errors import UserError
+
+CLASSES, FEATURES = 32, 256
+TARGETS = ("sm_80", "sm_90", "sm_100")
+MOST_BYTES = 1.3  # of the floor
+
+
+def bytes_moved(case: Case) -> tuple[str, bool]:
+    """One line about a case, and whether it is as it should be."""
+    shape = case.shape
+    floor = floor_bytes(shape.classes, shape.features, DTYPES[case.dtype].itemsize)
+    try:
+        found = metered(case)
+    except MeterFailedError as error:
+        return f"{case}: failed: {error}", False
+    lanes, sectors = found.lane_bytes / floor, found.sector_bytes / floor
+    good = found.right and lanes <= MOST_BYTES
+    return (
+        f"{case}: {found.lane_bytes:.0f} B/voxel by lane, {lanes:.2f} x the floor of {floor}; "
+        f"{found.sector_bytes:.0f} by sector, {sectors:.2f} x; {found.launches} launches; {found.verdict}"
+        f"{'' if found.right else '  WRONG'}{'' if lanes <= MOST_BYTES else f'  more than {MOST_BYTES} x'}"
+    ), good
+
+
+def run(spatial: tuple[int, ...], jobs: int) -> int:
+    """Print both reports; 1 where something is not as it should be."""
+    rows = report_all(matrix(shapes=[(CLASSES, FEATURES)], targets=TARGETS), jobs)
+    print(table(rows), flush=True)
+    spilling = [row for row in rows if row.spills]
+    print(f"\n{len(rows)} kernels compiled for {', '.join(TARGETS)}; {len(spilling)} spill registers.\n", flush=True)
+    bad = len(spilling)
+    for dtype, layout in product(DTYPES, LAYOUTS):
+        line, good = bytes_moved(Case(Shape("wide", 1, CLASSES, FEATURES, spatial), dtype, layout))
+        print(line, flush=True)
+        bad += not good
+    print("OK" if not bad else f"{bad} of {len(rows)} kernels and {len(DTYPES) * len(LAYOUTS)} counts are not as they should be.")
+    return 1 if bad else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m rplib.bench.wide", description=__doc__.split("\n")[0])
+    parser.add_argument("--edge", type=int, default=32, help="voxels along an edge of the counted volume (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="compiling processes (default %(default)s)")
+    args = parser.parse_args()
+    if args.edge < 1 or args.jobs < 1:
+        parser.error(f"--edge is {args.edge} and --jobs {args.jobs}; expected at least 1")
+    try:
+        return run((args.edge,) * 3, args.jobs)
+    except UserError as error:
+        print(f"rplib: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
