@@ -125,8 +125,7 @@ class Traffic(Bytes):
         ]
 
     def _access(self, load: bool, addresses: np.ndarray, mask: np.ndarray, size: int) -> None:
-        if mask.shape != addresses.shape:
-            mask = np.broadcast_to(mask, addresses.shape)
+        mask = np.broadcast_to(np.asarray(mask, dtype=bool), addresses.shape)  # some masks come as integers 0 and 1
         touched = np.asarray(addresses[mask], dtype=np.uint64)  # also flattens
         if touched.size == 0:
             return

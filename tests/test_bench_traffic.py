@@ -49,6 +49,14 @@ def read_some(x, y, keep, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def copy_samples(x, y, samples, BLOCK: tl.constexpr):
+    """A mask of one value for the whole tile: this program's sample is wanted or not."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    wanted = tl.broadcast_to(tl.program_id(0) < samples, i.shape)
+    tl.store(y + i, tl.load(x + i, mask=wanted, other=0.0))
+
+
+@triton.jit
 def scale(x, y, factor, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y + i, tl.load(x + i) * tl.load(factor))
@@ -152,6 +160,15 @@ class TestKernels:
             copy_masked[(2,)](x, y, 0, BLOCK=8)
         assert (traffic.lane_bytes, traffic.sector_bytes, traffic.launches) == (0, 0, 1)
         assert traffic.kernels["copy_masked"].by_argument == {}
+
+    @pytest.mark.parametrize("samples", [0, 1, 3, 4])
+    def test_mask_from_a_scalar(self, samples):
+        x, y = floats(128) + 1, floats(128)
+        with kernel_traffic() as traffic:
+            copy_samples[(4,)](x, y, samples, BLOCK=32)
+        assert split(traffic) == ((samples * 128, samples * 128), (512, 512))
+        assert y.count_nonzero() == samples * 32
+        assert "other" not in traffic.kernels["copy_samples"].by_argument
 
     @pytest.mark.parametrize(
         ("kept", "lanes", "sectors"),
