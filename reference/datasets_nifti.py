@@ -59,10 +59,7 @@ class NiftiFolder(Dataset):
             raise UserError(f"no .nii or .nii.gz file in {self.root / 'images'}; expected {self.expected}.")
         self._labels = _nifti_files(self.root / "labels")
         self._images = _group_channels(images, self._labels, channels, self.root / "images")
-        first_name = next(iter(self._images))
-        first = _open(self._images[first_name][0]).shape
-        self.dims = dims if dims is not None else _guess_dims(first, channels)
-        self.channels = channels if channels is not None else self._guess_channels(first_name, first)
+        self.dims, self.channels = self._guess(dims, channels)
         self._grids: dict[tuple[str, tuple[float, ...]], str] = {}  # (orientation, voxel size) -> an example
         strangers = sorted(set(self._labels) - set(self._images))
         if strangers:
@@ -170,9 +167,21 @@ class NiftiFolder(Dataset):
             return np.moveaxis(values[:, :, 0], 2, 0)
         raise UserError(f"{path} has shape {values.shape}; expected a {self.dims}-D image (patch has {self.dims} numbers).")
 
-    def _guess_channels(self, name: str, shape: tuple[int, ...]) -> int:
-        in_file = shape[-1] if len(_squeezed(shape)) > self.dims else 1
-        return len(self._images[name]) * in_file
+    def _guess(self, dims: int | None, channels: int | None) -> tuple[int, int]:
+        """What is not given, from the first image that can be read; a damaged one is told when it is loaded."""
+        for files in self._images.values():
+            if dims is not None and channels is not None:
+                break
+            try:
+                shape = _open(files[0]).shape
+            except UserError:
+                continue
+            if dims is None:
+                flat = len(shape) == 2 or shape[2] == 1 or (len(shape) == 3 and shape[2] == channels)
+                dims = 2 if flat else 3
+            if channels is None:
+                channels = len(files) * (shape[-1] if len(_squeezed(shape)) > dims else 1)
+        return dims or 3, channels or 1
 
 
 def normalised(image: np.ndarray, how: str) -> np.ndarray:
@@ -230,10 +239,6 @@ def _group_channels(
                 f"{', '.join(f'{n:04d}' for n in expected)}."
             )
     return {base: [images[f"{base}_{number:04d}"] for number in expected] for base in bases}
-
-
-def _guess_dims(shape: tuple[int, ...], channels: int | None) -> int:
-    return 2 if len(shape) == 2 or shape[2] == 1 or (len(shape) == 3 and shape[2] == channels) else 3
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
