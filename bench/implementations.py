@@ -73,7 +73,7 @@ def vectorised(logits: Sequence[Tensor], features: Sequence[Tensor], eps: float 
                 continue
             mask = entropy[i] > entropy[j]
             cross_entropy = F.cross_entropy(z[i], label[j], reduction="none")  # (B, V)
-            total = total + (mask * reliable[j] * cross_entropy).sum() / (mask.sum() + eps)
+            total = total + (mask * reliable[j] * cross_entropy).sum() / (mask.sum().to(dtype) + eps)
     return total
 
 

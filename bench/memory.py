@@ -5,7 +5,7 @@ compiled code alike. What a library allocates behind torch's back (a BLAS worksp
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -78,11 +78,10 @@ def _on_cpu(forward: Callable[[], Tensor]) -> PeakMemory:
         with record_function(_BACKWARD):
             loss.backward()
     moments = sorted(_moments(found), key=lambda moment: moment[0])
-    starts = {name: when for when, name, _ in moments if name}
     live = list(accumulate(change for _, _, change in moments))
-    levels = [(when, level) for (when, name, _), level in zip(moments, live, strict=True) if not name]
-    split = starts[_BACKWARD]
-    return PeakMemory(_highest(level for when, level in levels if when < split), _highest(level for _, level in levels))
+    split = next(n for n, (_, name, _) in enumerate(moments) if name == _BACKWARD)
+    # The first level of the backward pass is what the forward pass left.
+    return PeakMemory(max(live[: split + 1]), max(live[split:]))
 
 
 def _moments(found: profile) -> Iterator[tuple[int, str, int]]:
@@ -96,7 +95,3 @@ def _moments(found: profile) -> Iterator[tuple[int, str, int]]:
             yield event.start_ns(), "", event.nbytes()
         elif name in (_FORWARD, _BACKWARD):
             yield event.start_ns(), name, 0
-
-
-def _highest(levels: Iterable[int]) -> int:
-    return max(levels, default=0)

@@ -55,7 +55,7 @@ def run(spatial: tuple[int, ...], jobs: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m rplib.bench.wide", description=__doc__.split("\n")[0])
-    parser.add_argument("--edge", type=int, default=32, help="voxels along an edge of the counted volume (default %(default)s)")
+    parser.add_argument("--edge", type=int, default=16, help="voxels along an edge of the counted volume (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="compiling processes (default %(default)s)")
     args = parser.parse_args()
     if args.edge < 1 or args.jobs < 1:
