@@ -44,7 +44,7 @@ def start(
     if data is None:
         sessions = read_sessions(out) if resume else []
         if not sessions:
-            raise UserError("--data is missing: the folder with train.list, test.list and the cases.")
+            raise UserError("--data is missing: the folder of the data set.")
         data = Path(sessions[-1]["data"])
     try:
         train(config, data, out, resume=resume, device=device, deterministic=deterministic)

@@ -15,9 +15,11 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The words of `rplib train`."""
     parser.add_argument(
-        "--recipe", metavar="NAME|FILE.toml", help="settings: la-4, la-8, la-16, each also with -supervised, or a file"
-    )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with train.list, test.list and the cases")
+        "--recipe", metavar="NAME|FILE.toml",
+        help="settings: la-4, la-8, la-16, pancreas-6, pancreas-12, brats-25, brats-50, generic (your own NIfTI folder), each "
+        "also with -supervised; or a file",
+    )  # fmt: skip
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set")
     parser.add_argument("--out", type=Path, metavar="RUN", required=True, help="run folder; new or empty unless --resume")
     parser.add_argument(
         "--set",

@@ -171,6 +171,11 @@ def test_real_left_atrium_cases_come_back(tmp_path, capsys):
     for name in ids:
         ours, theirs = converted.load(name, needs_label=True), published.load(name, needs_label=True)
         assert ours.label.sum() == theirs.label.sum()
+        for axis in (0, 1):  # the published crops keep the rule themselves, but for one voxel at the upper end
+            low, high = conversion.bounds(theirs.label)[axis]
+            short = max(113 - (high - low), 0) // 2
+            assert 10 <= low - short <= 19
+            assert 9 <= theirs.image.shape[axis] - high - short <= 18
         assert ours.image.shape[2] == 88
         np.testing.assert_array_equal(np.diag(ours.affine)[:3], [0.625, 0.625, 0.625])
         boxes = [conversion.bounds(case.label) for case in (ours, theirs)]
