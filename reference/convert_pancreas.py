@@ -20,7 +20,8 @@ from rplib.reference.geometry import Placed, affine_of, flipped, on_grid, read_d
 SPACING = 1.0  # mm
 WINDOW = (-125.0, 275.0)  # HU
 LEAST, MARGIN = 96, 25  # voxels in x and in y
-SOFT_TISSUE = (-50.0, 250.0)  # HU: where the median of a pancreas with contrast agent lies; fat is about -100, air -1000
+SOFT_TISSUE = (-50.0, 250.0)  # HU: a pancreas with contrast agent; fat is about -100, air -1000
+LEAST_TISSUE = 0.75  # share of the label
 
 _NIFTI_IMAGE = re.compile(r"(?:pancreas|image|img)[_-]?(\d{4})(?:_0000)?\.nii(?:\.gz)?", re.IGNORECASE)
 _NIFTI_LABEL = re.compile(r"label[_-]?(\d{4})\.nii(?:\.gz)?", re.IGNORECASE)
@@ -83,7 +84,7 @@ class PancreasRelease(Release):
         return Prepared(crop, label[x0:x1, y0:y1], affine_of(volume, (x0, y0, 0)), remark)
 
     def _placed(self, image: sitk.Image, label_path: Path, image_path: Path) -> Placed:
-        """The label on the CT's grid, and on soft tissue: what a flipped label is not."""
+        """The label on the CT's grid, and on soft tissue; a mirrored one mostly is not."""
         label = read_volume(label_path)
         if self.flip_labels:
             if label.GetSize() != image.GetSize():
@@ -95,11 +96,12 @@ class PancreasRelease(Release):
         placed = on_grid(label, image, label_path, image_path, by_index=True)
         inside = sitk.GetArrayViewFromImage(placed.label) != 0
         if inside.any():
-            median = float(np.median(sitk.GetArrayViewFromImage(image)[inside]))
-            if not SOFT_TISSUE[0] <= median <= SOFT_TISSUE[1]:
+            values = sitk.GetArrayViewFromImage(image)[inside]
+            share = float(np.mean((values >= SOFT_TISSUE[0]) & (values <= SOFT_TISSUE[1])))
+            if share < LEAST_TISSUE:
                 raise UserError(
-                    f"{label_path} does not lie on soft tissue of {image_path} (median {median:.0f} HU, expected "
-                    f"{SOFT_TISSUE[0]:.0f} to {SOFT_TISSUE[1]:.0f}); it may be stored mirrored: try --flip-labels y."
+                    f"{label_path} does not lie on soft tissue of {image_path} ({share:.0%} of it is between "
+                    f"{SOFT_TISSUE[0]:.0f} and {SOFT_TISSUE[1]:.0f} HU); it may be stored mirrored: try --flip-labels y."
                 )
         return placed
 
