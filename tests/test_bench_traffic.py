@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from loss_cases import DEVICE
 
 from rplib.bench.traffic import kernel_traffic
@@ -54,6 +56,12 @@ def copy_samples(x, y, samples, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wanted = tl.broadcast_to(tl.program_id(0) < samples, i.shape)
     tl.store(y + i, tl.load(x + i, mask=wanted, other=0.0))
+
+
+@triton.jit
+def gather(x, y, at, keep, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + tl.load(at + i), mask=tl.load(keep + i), other=0))
 
 
 @triton.jit
@@ -198,6 +206,23 @@ class TestKernels:
             read_strided[(1,)](x, y, step, BLOCK=64, WIDE=wide)
         assert split(traffic) == ((64 * 4, 64 * per_lane), (256, 256))
         assert torch.equal(y, x[::step])
+
+    @given(
+        lanes=st.lists(st.tuples(st.integers(0, 99), st.booleans()), min_size=32, max_size=32),
+        dtype=st.sampled_from([torch.int8, torch.float16, torch.float32, torch.float64]),
+        start=st.integers(0, 20),
+    )
+    def test_any_addresses_and_masks(self, lanes, dtype, start):
+        """Against a count of sets, for two programs of 16 lanes."""
+        x, y = floats(120, dtype)[start:], floats(32, dtype)
+        at = torch.tensor([index for index, _ in lanes], device=DEVICE)
+        keep = torch.tensor([kept for _, kept in lanes], device=DEVICE)
+        with kernel_traffic(tensors={"x": x}) as traffic:
+            gather[(2,)](x, y, at, keep, BLOCK=16)
+        first = x.data_ptr() - x.data_ptr() // 32 * 32
+        touched = {(n // 16, (first + index * dtype.itemsize) // 32) for n, (index, kept) in enumerate(lanes) if kept}
+        kept = sum(kept for _, kept in lanes)
+        assert split(traffic.by_tensor["x"]) == ((kept * dtype.itemsize, 32 * len(touched)), (0, 0))
 
     def test_start_within_a_sector(self):
         """64 floats from the fourth byte of a sector on lie in nine sectors."""
