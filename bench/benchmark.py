@@ -19,6 +19,7 @@ Rows are saved to --csv after every step, so that a run which is cut short keeps
 """
 
 import argparse
+import os
 import sys
 import time
 from collections import Counter
@@ -111,7 +112,7 @@ class _Session:
         self.begin = time.monotonic()
         # Beside a GPU's work the interpreter disturbs nobody; on a CPU it would share the cores that are being timed.
         self.beside = device.type == "cuda"
-        self.pool = ThreadPoolExecutor(2 if self.beside else 1)
+        self.pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2) if self.beside else 1)
         self.counted: dict[Case, Future[Metered]] = {}
 
     def run(self) -> list[Row]:

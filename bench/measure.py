@@ -161,7 +161,8 @@ class _Measurement:
     def _time(self, repeats: int) -> None:
         copy = DeviceCopy(self.device, copy_size(self.device))
         calls = {name: self._call(loss_fn) for name, loss_fn in self.losses.items()}
-        timings = interleaved({**calls, _COPY: copy}, self.device, repeats, warmup=0, before=self._clear)
+        warmup = 0 if self.device.type == "cpu" else 2  # a GPU's allocator was emptied; on a CPU nothing is kept between calls
+        timings = interleaved({**calls, _COPY: copy}, self.device, repeats, warmup=warmup, before=self._clear)
         bandwidth = copy.bandwidth(timings[_COPY])
         for name in self.losses:
             row, timing = self.rows[name], timings[name]
@@ -176,9 +177,8 @@ class _Measurement:
     def _time_graphs(self, repeats: int) -> None:
         graphs = {}
         for name, loss_fn in self.losses.items():
-            self._clear()
             try:
-                graphs[name] = as_cuda_graph(self._call(loss_fn))
+                graphs[name] = as_cuda_graph(self._call_anew(loss_fn))
             except Exception as error:  # a form that cannot be captured has no such figure
                 self.say(f"{name}: no CUDA graph, {_one_line(error)}")
         if graphs:
@@ -187,6 +187,15 @@ class _Measurement:
 
     def _call(self, loss_fn: Loss) -> Callable[[], None]:
         return lambda: loss_fn(self.logits, self.features).backward()
+
+    def _call_anew(self, loss_fn: Loss) -> Callable[[], None]:
+        """With gradients that are allocated, not added to, also within a captured graph."""
+
+        def call() -> None:
+            self._clear()
+            loss_fn(self.logits, self.features).backward()
+
+        return call
 
     def _gradients(self) -> list[Tensor]:
         return [torch.zeros_like(z) if z.grad is None else z.grad for z in self.logits]

@@ -10,10 +10,12 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
+from math import prod
 
 from rplib.bench.shapes import Case, Shape
 
 _TIME_LIMIT = 600  # seconds
+_MOST_VOXELS = 50_000
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,16 @@ class MeterFailedError(Exception):
 
 
 def reduced(case: Case) -> Case:
-    """One sample of at most 64 voxels along an axis of three (32 where there are more than 4 classes).
-
-    Shapes that differ in size alone become one.
+    """One sample, of 32^3 or 128^2 voxels if it is larger. Shapes that differ in size alone become one.
 
     >>> from rplib.bench.shapes import SHAPES
     >>> str(reduced(Case(SHAPES["left-atrium"])).shape)
-    '1x2x16x64x64x64'
+    '1x2x16x32x32x32'
     """
     shape = case.shape
-    most = 256 if len(shape.spatial) < 3 else 64 if shape.classes <= 4 else 32
-    smaller = Shape("reduced", 1, shape.classes, shape.features, tuple(min(size, most) for size in shape.spatial))
-    return replace(case, shape=smaller)
+    most = 32 if len(shape.spatial) == 3 else 128
+    spatial = shape.spatial if prod(shape.spatial) <= _MOST_VOXELS else tuple(min(size, most) for size in shape.spatial)
+    return replace(case, shape=Shape("reduced", 1, shape.classes, shape.features, spatial))
 
 
 def metered(case: Case) -> Metered:
