@@ -98,7 +98,7 @@ def test_bytes_per_voxel(classes, features, dtype, memory_format):
 @INTERPRETED
 def test_the_targets_at_two_classes():
     """Half of the cubes each: 1.10 of the floor by lane, 1.15 by sector."""
-    traffic, voxels = measure(2, 16, "float32", "contiguous", (32, 32, 32))
+    traffic, voxels = measure(2, 16, "float32", "contiguous", (16, 32, 32))
     lanes, sectors = per_voxel(traffic, voxels)
     assert 240 <= lanes <= 1.10 * 240 and 240 <= sectors <= 1.15 * 240
     features = traffic.by_tensor["features"]
@@ -158,9 +158,10 @@ def test_dice_reads_no_more(classes):
 def test_nothing_beside_the_kernels(objective):
     """PyTorch itself touches scalars at most."""
     logits, feats = networks(2, 16, torch.float32, torch.contiguous_format, SMALL)
+    target = torch.zeros(1, *SMALL, dtype=torch.uint8)
     with eager_traffic() as traffic:
         if objective:
-            rplib.MutualObjective(impl="triton")(logits, feats, torch.zeros(1, *SMALL, dtype=torch.uint8), 0.1).total.backward()
+            rplib.MutualObjective(impl="triton")(logits, feats, target, 0.1).total.backward()
         else:
             rplib.ReliableMutualLoss(impl="triton")(logits, feats).backward()
     assert traffic.custom_operators
