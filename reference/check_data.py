@@ -54,7 +54,8 @@ def check(root: Path, layout: str | None = None, classes: int | None = None, cha
         except UserError as error:
             problems.append(str(error))
             continue
-        sizes.append(case.image.shape)
+        several = isinstance(dataset, NiftiFolder) and dataset.channels > 1
+        sizes.append(case.image.shape[several:])
         if case.label is None:
             unlabelled += 1
             continue

@@ -199,7 +199,8 @@ def _which_weights(run: Path, weights: str | None, config: Config) -> str:
 def _which_cases(split: str, scored: int, skipped: int, limit: int | None, config: Config) -> str:
     first = "the first " if limit is not None else ""
     without = f" ({skipped} without a label left out)" if skipped else ""
-    seen = f" The first {config.labelled} were trained on with their labels." if split == "train" else ""
+    which = f"The first {config.labelled} were" if config.labelled else "All that have a label were"
+    seen = f" {which} trained on with their labels." if split == "train" else ""
     return f"Scored: {first}{scored} cases of the {split} list{without}.{seen}"
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 AXES = ("x", "y", "z")
 TRUTH, PREDICTION, OTHER = "#56B4E9", "#E69F00", "#CC79A7"  # of Okabe and Ito: told apart by the colour-blind too
 _ROW, _COLUMN = 2.5, 2.9  # inches of a panel
+_LEAST_WIDTH = 9.0  # inches, for the title
 _TEXT = 9
 
 
@@ -93,7 +94,7 @@ def write_sheet(
         raise ValueError("rows is empty; expected at least one")
     columns = max(len(panels) for _, panels in rows)
     head = 0.45 + 0.2 * (title.count("\n") + 1)  # inches for title and legend
-    height, width = head + _ROW * len(rows), 1.9 + _COLUMN * columns
+    height, width = head + _ROW * len(rows), max(1.9 + _COLUMN * columns, _LEAST_WIDTH)
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(

@@ -151,19 +151,24 @@ def _mean_table(report: Report, metrics: Sequence[str]) -> Table:
 
 
 def _write_pictures(report: Report, path: Path, number: int, spacing: Sequence[float] | None) -> None:
-    scores: dict[str, Scores] = {}
+    scores: dict[str, dict[int, Scores]] = {}
     for row in report.rows:
-        if row.method == DECODER_1 and row.klass == 1:
-            scores[row.case] = row.scores
+        if row.method == DECODER_1:
+            scores.setdefault(row.case, {})[row.klass] = row.scores
     names = report.worst_first()[:number]
     rows = []
     for name in names:
         case = report.dataset.load(name)
-        s = scores[name]
-        caption = (
-            f"{name}\n\nDice    {shown(s.dice, 'dice')} %\nJaccard {shown(s.jaccard, 'jaccard')} %\n"
-            f"95HD    {shown(s.hd95, 'hd95')} voxel\nASD     {shown(s.asd, 'asd')} voxel"
-        )
+        s = scores[name][1]
+        if len(scores[name]) == 1:
+            caption = (
+                f"{name}\n\nDice    {shown(s.dice, 'dice')} %\nJaccard {shown(s.jaccard, 'jaccard')} %\n"
+                f"95HD    {shown(s.hd95, 'hd95')} voxel\nASD     {shown(s.asd, 'asd')} voxel"
+            )
+        else:
+            caption = f"{name}\n\nDice %" + "".join(
+                f"\nclass {klass:3} {shown(of_class.dice, 'dice'):>6}" for klass, of_class in scores[name].items()
+            )
         found = report.predictions[name]
         image = case.image if case.image.ndim == found.ndim else case.image[0]  # the first channel stands for all
         panels = three_planes(image, case.label, found, report.dataset.axes)

@@ -205,7 +205,9 @@ def test_channels_in_files_or_in_one(tmp_path, capsys, layout):
         image = dataset.load("b_0001").image
         expected = (channels - channels.mean((1, 2, 3), keepdims=True)) / channels.std((1, 2, 3), keepdims=True)
         np.testing.assert_allclose(image, expected, atol=1e-5)
-    assert check(capsys, tmp_path)[0] == 0
+    code, out = check(capsys, tmp_path)
+    assert code == 0
+    assert "6-6 x 5-5 x 4-4 voxels" in out and "3-D, 3 channels" in out
     with pytest.raises(UserError, match=r"channels"):
         open_dataset(tmp_path, "generic", channels=2).load("a")
 
