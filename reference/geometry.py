@@ -57,6 +57,10 @@ def read_dicom_series(folder: Path) -> sitk.Image:
     if len(series) != 1:
         raise UserError(f"{folder} holds {len(series)} DICOM series; expected one: remove the others.")
     files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
+    names = {Path(file).name for file in files}
+    strangers = [path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".dcm" and path.name not in names]
+    if strangers:  # GDCM passes over what it cannot read
+        raise UserError(f"{strangers[0]} is no readable slice of its series ({len(strangers)} such files); copy it again.")
     positions = []
     header = sitk.ImageFileReader()
     for file in files:

@@ -357,15 +357,19 @@ def test_labels_whose_header_says_nothing_are_laid_over_the_ct_and_must_meet_tis
     assert "letters of xyz" in mistake(capsys, "data", "pancreas", tmp_path / "raw", tmp_path / "x", "--flip-labels", "yy")
 
 
-def test_a_missing_slice_is_told(tmp_path, capsys):
+def test_a_missing_slice_and_a_damaged_one_are_told(tmp_path, capsys):
     hu, label = ct()
     write_dicom(tmp_path / "raw" / "PANCREAS_0001", hu, (1, 1, 2.5), (0, 0, 0), skip=(5,))
+    write_dicom(tmp_path / "raw" / "PANCREAS_0004", hu, (1, 1, 2.5), (0, 0, 0))
+    damaged = sorted((tmp_path / "raw" / "PANCREAS_0004").iterdir())[3]
+    damaged.write_bytes(damaged.read_bytes()[:-300])
     for number in (2, 3):
         save(tmp_path / "raw" / f"PANCREAS_000{number}.nii.gz", hu)
         save(tmp_path / "raw" / f"label000{number}.nii.gz", label)
     code, out, _ = run(capsys, "pancreas", tmp_path / "raw", tmp_path / "dest")
     assert code == 2
     assert "are 5.00 mm apart, the others 2.50 mm" in out
+    assert f"{damaged} is no readable slice of its series" in out
 
 
 def test_withdrawn_cases_are_left_out_of_published_lists(tmp_path, capsys):
