@@ -171,9 +171,14 @@ def gradient_kernel(
     ga_b, ga_c, ga_0, ga_1, ga_2, gb_b, gb_c, gb_0, gb_1, gb_2,
     CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
     BOTH: tl.constexpr, WITH_DICE: tl.constexpr, CHOSEN: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    ON_LOGITS: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    ON_LOGITS: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks, B)."""
+    if PACKED:  # a constant tells the compiler how wide it may load and store
+        za_2 = CLASSES
+        zb_2 = CLASSES
+        ga_2 = CLASSES
+        gb_2 = CLASSES
     BLOCK: tl.constexpr = GROUPS * GROUP
     sample = tl.program_id(1)
     start = tl.program_id(0) * BLOCK

@@ -110,6 +110,11 @@ def addressing(tensors: Sequence[Tensor], voxels: int) -> tuple[bool, bool]:
     return all(_is_flat(t) for t in tensors), any(2 * span > _INT32_LIMIT for span in spans)
 
 
+def packed(tensors: Sequence[Tensor]) -> bool:
+    """True where every tensor (B, C, *spatial) has its channels side by side, voxel after voxel: channels last."""
+    return all(t.stride(1) == 1 and _is_flat(t) and _flat_stride(t) == t.shape[1] for t in tensors)
+
+
 def split(voxels: int, block: int, batch: int, device: torch.device) -> tuple[int, int]:
     """(programs per sample, whole blocks per program); the last program also takes the ragged tail."""
     blocks = max(1, voxels // block)

@@ -275,6 +275,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
         ctx.confidence, ctx.on_logits, _, ctx.factor, ctx.dice_weight, ctx.dice_classes, ctx.with_record,
     ) = inputs  # fmt: skip
     _, terms, record, code = output
+    ctx.set_materialize_grads(False)  # no zeros, as large as the record, for outputs that nobody differentiates
     ctx.mark_non_differentiable(terms, record, code)
     ctx.save_for_backward(terms, sums, record, code, logits_a, logits_b, target)
 

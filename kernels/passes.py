@@ -8,9 +8,10 @@ from torch import Tensor
 
 from rplib.kernels import tiling
 from rplib.kernels.gradient import gradient_kernel
-from rplib.kernels.launch import addressing, channels, current_device, launch, sizes, split, strides
+from rplib.kernels.launch import addressing, channels, current_device, launch, packed, sizes, split, strides
 from rplib.kernels.statistics import prototypes_kernel, statistics_kernel
-from rplib.kernels.weighting import loss_kernel, weighting_kernel
+from rplib.kernels.total import loss_kernel
+from rplib.kernels.weighting import weighting_kernel
 
 
 class Statistics(NamedTuple):
@@ -83,7 +84,8 @@ def statistics(
     labelled = 0 if labels is None else labels.shape[0]
     flat, wide = addressing([*logits, *(features or []), *([] if labels is None else [labels])], voxels)
     f_a, f_b = channels(features)
-    tiles = tiling.statistics_tiles(classes, max(f_a, f_b))
+    fa, fb = features if features else (za, zb)  # not read without features
+    tiles = tiling.statistics_tiles(classes, max(f_a, f_b), max(fa.element_size(), fb.element_size()))
     programs, per_program = split(voxels, tiles.block, batch, za.device)
     feature_blocks = max(1, -(-max(f_a, f_b) // tiles.feature_block))
     new = za.new_empty
@@ -93,7 +95,6 @@ def statistics(
     counts = new((2, batch, programs), dtype=torch.int32)
     poison = new((batch, programs, feature_blocks), dtype=torch.float32)
     dice = new((labelled, programs, 4, classes), dtype=torch.float32)
-    fa, fb = features if features else (za, zb)  # not read without features
     with current_device(za):
         launch(
             statistics_kernel, (programs, batch, feature_blocks),
@@ -103,7 +104,7 @@ def statistics(
             EPS=eps, CLASSES=classes, CLASSES_PAD=tiles.classes_pad, CLASSES_DOT=tiles.classes_dot,
             FEATURES_A=f_a, FEATURES_B=f_b, FEATURE_BLOCK=tiles.feature_block, BLOCK=tiles.block,
             CONFIDENCE=confidence or "none", WITH_FEATURES=features is not None, WITH_DICE=labels is not None, DOT=tiles.dot,
-            FLAT=flat, WIDE=wide, num_warps=tiles.warps,
+            FLAT=flat, WIDE=wide, PACKED=packed(logits), num_warps=tiles.warps,
         )  # fmt: skip
         prototypes_a = new((batch, classes, f_a), dtype=torch.float32)
         prototypes_b = new((batch, classes, f_b), dtype=torch.float32)
@@ -209,8 +210,9 @@ def _weight(
     f_a, f_b = channels(features)
     fa, fb = features if features else (za, zb)
     tiles = tiling.weighting_tiles(
-        classes, max(f_a, f_b), max(fa.element_size(), fb.element_size()), channels_last=fa.stride(1) == 1
-    )
+        classes, max(f_a, f_b), max(fa.element_size(), fb.element_size()),
+        channels_last=fa.stride(1) == 1, dice=labels is not None,
+    )  # fmt: skip
     programs, per_program = split(voxels, tiles.groups * tiles.group, batch, za.device)
     numerators = za.new_empty((2, batch, programs), dtype=torch.float32)
     # Pointers that a variant of the kernel does not touch still need a tensor.
@@ -230,7 +232,7 @@ def _weight(
             GROUPS=tiles.groups, GROUP=tiles.group, CONFIDENCE=confidence or "none",
             WITH_FEATURES=features is not None, ON_LOGITS=on_logits, WITH_RECORD=with_record,
             DICE_IN_RECORD=labels is not None, HAS_WEIGHT=terms.mutual_weight is not None, **terms.chosen(),
-            WITH_MAPS=maps is not None, UNROLL=tiles.unroll, FLAT=flat, WIDE=wide, num_warps=tiles.warps,
+            WITH_MAPS=maps is not None, UNROLL=tiles.unroll, FLAT=flat, WIDE=wide, PACKED=packed(logits), num_warps=tiles.warps,
         )  # fmt: skip
     return numerators
 
@@ -262,7 +264,7 @@ def gradient(
             *strides(za, flat), *strides(zb, flat), *strides(grads[0], flat), *strides(grads[1], flat),
             CLASSES=classes, CLASSES_PAD=tiles.classes_pad, GROUPS=tiles.groups, GROUP=tiles.group,
             BOTH=confidence is None, WITH_DICE=labels is not None, **terms.chosen(), ON_LOGITS=on_logits,
-            FLAT=flat, WIDE=wide, num_warps=tiles.warps,
+            FLAT=flat, WIDE=wide, PACKED=packed([*logits, *grads]), num_warps=tiles.warps,
         )  # fmt: skip
     return grads
 

@@ -91,7 +91,7 @@ def record_launches(
         shape = (batch, channels, *spatial)
         made = [torch.empty(shape, dtype=dtype, device="meta") for _ in range(2)]
         if channels_last:
-            made = [t.transpose(1, -1).contiguous().transpose(1, -1) for t in made]
+            made = [t.movedim(1, -1).contiguous().movedim(-1, 1) for t in made]
         return made
 
     logits = tensors(classes)

@@ -144,9 +144,12 @@ def statistics_kernel(
     EPS: tl.constexpr, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, CLASSES_DOT: tl.constexpr,
     FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
     CONFIDENCE: tl.constexpr, WITH_FEATURES: tl.constexpr, WITH_DICE: tl.constexpr, DOT: tl.constexpr,
-    FLAT: tl.constexpr, WIDE: tl.constexpr,
+    FLAT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs, B, feature blocks)."""
+    if PACKED:  # a constant tells the compiler how wide it may load
+        za_2 = CLASSES
+        zb_2 = CLASSES
     program = tl.program_id(0)
     sample = tl.program_id(1)
     feature_block = tl.program_id(2)
@@ -216,18 +219,18 @@ def statistics_kernel(
     if feature_block == 0:
         tl.store(counts + here, tl.sum(count_ab, axis=0))
         tl.store(counts + batch * programs + here, tl.sum(count_ba, axis=0))
-        row = here * CLASSES
+        per_class = here * CLASSES
         plane = batch * programs * CLASSES
         if WITH_FEATURES:
-            _store_per_class(members + row, members_a, CLASSES, CLASSES_PAD)
-            _store_per_class(members + plane + row, members_b, CLASSES, CLASSES_PAD)
+            _store_per_class(members + per_class, members_a, CLASSES, CLASSES_PAD)
+            _store_per_class(members + plane + per_class, members_b, CLASSES, CLASSES_PAD)
         if WITH_DICE:
             if sample < labelled:
-                _store_per_class(members + 2 * plane + row, truth, CLASSES, CLASSES_PAD)
-                _store_per_class(dice + 4 * row, overlap_a, CLASSES, CLASSES_PAD)
-                _store_per_class(dice + 4 * row + CLASSES, overlap_b, CLASSES, CLASSES_PAD)
-                _store_per_class(dice + 4 * row + 2 * CLASSES, soft_a, CLASSES, CLASSES_PAD)
-                _store_per_class(dice + 4 * row + 3 * CLASSES, soft_b, CLASSES, CLASSES_PAD)
+                _store_per_class(members + 2 * plane + per_class, truth, CLASSES, CLASSES_PAD)
+                _store_per_class(dice + 4 * per_class, overlap_a, CLASSES, CLASSES_PAD)
+                _store_per_class(dice + 4 * per_class + CLASSES, overlap_b, CLASSES, CLASSES_PAD)
+                _store_per_class(dice + 4 * per_class + 2 * CLASSES, soft_a, CLASSES, CLASSES_PAD)
+                _store_per_class(dice + 4 * per_class + 3 * CLASSES, soft_b, CLASSES, CLASSES_PAD)
 
 
 @triton.jit

@@ -31,7 +31,8 @@ class StatisticsTiles(NamedTuple):
 
 
 class WeightingTiles(NamedTuple):
-    """Tiles of weighting_kernel: groups x group voxels, a group being one sector of features; unroll: the loop over classes."""
+    """Tiles of weighting_kernel: groups x group voxels, a group being one sector of features; unroll: the loops over
+    classes and blocks of features."""
 
     groups: int
     group: int
@@ -50,8 +51,8 @@ class GradientTiles(NamedTuple):
     warps: int
 
 
-def statistics_tiles(classes: int, features: int) -> StatisticsTiles:
-    """Tiles for C classes and at most this many features per network (0: no features are read)."""
+def statistics_tiles(classes: int, features: int, itemsize: int) -> StatisticsTiles:
+    """Tiles for C classes and at most this many features per network (0: none are read) of ``itemsize`` bytes."""
     pad = power_of_two(classes)
     widest = power_of_two(max(features, 1))
     if classes <= 4:
@@ -59,21 +60,31 @@ def statistics_tiles(classes: int, features: int) -> StatisticsTiles:
         feature_block = min(widest, 32)
         block = min(max(4096 // (pad * feature_block), 32), 512)
         return StatisticsTiles(block, pad, 16, feature_block, False, 4)
-    return StatisticsTiles(32, pad, max(pad, 16), min(max(widest, 16), 32), True, 8)
+    # Sums by a product: (pad, feature_block) per network; operands go through shared memory, of which gfx942 has 64 KB.
+    feature_block = min(max(widest, 16), 128)
+    if feature_block <= 32:
+        block, warps = (32, 4) if itemsize == 4 else (64, 8)  # 128-bit loads of either type, no spills
+        return StatisticsTiles(block, pad, max(pad, 16), feature_block, True, warps)
+    return StatisticsTiles(32 if feature_block == 64 else 16, pad, max(pad, 16), feature_block, True, 8)
 
 
-def weighting_tiles(classes: int, features: int, itemsize: int, channels_last: bool) -> WeightingTiles:
-    """Tiles for features of ``itemsize`` bytes (the wider of the two networks' types), channels next to each other or not."""
+def weighting_tiles(classes: int, features: int, itemsize: int, channels_last: bool, dice: bool = False) -> WeightingTiles:
+    """Tiles for features of ``itemsize`` bytes (the wider of the two networks' types), channels next to each other or not.
+
+    dice: the record of labelled samples carries the gradient of Dice too, which takes registers.
+    """
     group = SECTOR // itemsize
     pad = power_of_two(classes)
     widest = power_of_two(max(features, 1))
     if classes > 4:
-        block = max((1024 if channels_last else 2048) // pad, 32)
-        return WeightingTiles(max(block // group, 1), group, pad, min(widest, 32), False, 4)
+        # Prototypes are read once a block: small blocks would read them more often than features. Loops stay rolled.
+        many = pad >= 32 or (pad == 16 and channels_last)
+        block = 64 if pad == 64 else 256 if pad == 8 and not channels_last else 128
+        return WeightingTiles(block // group, group, pad, min(widest, 32 if channels_last else 16), False, 8 if many else 4)
     if channels_last:  # a sector or two of every voxel
         block = 512 // itemsize // pad
         return WeightingTiles(block // group, group, pad, min(widest, 16), True, 4)
-    block = (1024 if itemsize == 4 else 512) // pad
+    block = (1024 if itemsize == 4 else 256 if dice else 512) // pad
     return WeightingTiles(block // group, group, pad, min(widest, 8), True, 4)
 
 

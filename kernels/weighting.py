@@ -20,94 +20,19 @@ Programs and their blocks run in the reverse order of the first pass: what that 
 import triton
 import triton.language as tl
 
-from rplib.kernels.dice import dice_coefficients, dice_slope, dice_value, load_target
+from rplib.kernels.dice import dice_coefficients, dice_slope, load_target
+from rplib.kernels.similarity import reliability
+from rplib.kernels.total import mutual_weight_of
 from rplib.kernels.voxels import (
     channel_offsets,
     cross_entropy,
     less_confident,
     load,
     pick,
-    sectors,
     slope,
     softmax_parts,
     voxel_offsets,
 )
-
-
-@triton.jit
-def _load_features(
-    base, offsets, stride_c, use, valid, f,
-    FEATURES: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
-    WIDE: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Features of the voxels in use, zero elsewhere: (FEATURE_BLOCK, GROUPS, GROUP)."""
-    wanted = sectors(use, valid, MASKED)[None, :, :]
-    if RAGGED:
-        wanted = wanted & (f < FEATURES)[:, None, None]
-    pointers = base + channel_offsets(f, stride_c, WIDE)[:, None, None] + offsets[None, :, :]
-    x = tl.load(pointers, mask=wanted, other=0.0).to(tl.float32)
-    return tl.where(use[None, :, :], x, 0.0)
-
-
-@triton.jit
-def _product(x, prototypes, c, f, FEATURES: tl.constexpr, RAGGED: tl.constexpr):
-    """<f, mu_c> over one block of features: (GROUPS, GROUP)."""
-    at = prototypes + c * FEATURES + f
-    if RAGGED:
-        mu = tl.load(at, mask=f < FEATURES, other=0.0)
-    else:
-        mu = tl.load(at)
-    return tl.sum(x * mu[:, None, None], axis=0)
-
-
-@triton.jit
-def _add_similarity(
-    dots, square, base, prototypes, offsets, stride_c, use, valid, first,
-    FEATURES: tl.constexpr, FEATURE_BLOCK: tl.constexpr, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, UNROLL: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Add one block of the teacher's features: products with its prototypes, and the square of the feature's length."""
-    RAGGED: tl.constexpr = FEATURES % FEATURE_BLOCK != 0
-    f = first + tl.arange(0, FEATURE_BLOCK)
-    x = _load_features(base, offsets, stride_c, use, valid, f, FEATURES, GROUPS, GROUP, WIDE, RAGGED, MASKED)
-    square += tl.sum(x * x, axis=0)
-    cls = tl.arange(0, CLASSES_PAD)[:, None, None]
-    if UNROLL:
-        for c in tl.static_range(CLASSES):
-            dots += tl.where(cls == c, _product(x, prototypes, c, f, FEATURES, RAGGED)[None, :, :], 0.0)
-    else:  # one class's products live at a time
-        for c in range(CLASSES):
-            dots += tl.where(cls == c, _product(x, prototypes, c, f, FEATURES, RAGGED)[None, :, :], 0.0)
-    return dots, square
-
-
-@triton.jit
-def _reliability(
-    p, use_a, use_b, valid, fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls,
-    READ_A: tl.constexpr, READ_B: tl.constexpr,
-    FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr,
-    CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
-    UNROLL: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """r of the teacher with probabilities p: network a where use_a, network b where use_b: (GROUPS, GROUP)."""
-    dots = tl.zeros((CLASSES_PAD, GROUPS, GROUP), tl.float32)
-    square = tl.zeros((GROUPS, GROUP), tl.float32)
-    if READ_A:
-        for first in tl.static_range(0, FEATURES_A, FEATURE_BLOCK):
-            dots, square = _add_similarity(
-                dots, square, fa, prototypes_a, fa_v, fa_c, use_a, valid, first, FEATURES_A, FEATURE_BLOCK,
-                CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE, MASKED,
-            )  # fmt: skip
-    if READ_B:
-        for first in tl.static_range(0, FEATURES_B, FEATURE_BLOCK):
-            dots, square = _add_similarity(
-                dots, square, fb, prototypes_b, fb_v, fb_c, use_b, valid, first, FEATURES_B, FEATURE_BLOCK,
-                CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE, MASKED,
-            )  # fmt: skip
-    inverse = 1.0 / tl.maximum(tl.sqrt(square), 1e-8)
-    difference = tl.where(cls < CLASSES, dots * inverse[None, :, :] - p, 0.0)
-    # square * 0: a feature whose square overflows float32 gives NaN, not a similarity of 0
-    return 1.0 - tl.sum(difference * difference, axis=0) / CLASSES + square * 0.0
 
 
 @triton.jit
@@ -137,11 +62,11 @@ def _both_teach(
     w_ab = valid.to(tl.float32)
     w_ba = valid.to(tl.float32)
     if WITH_FEATURES:
-        r_b = _reliability(
+        r_b = reliability(
             p_b, valid, valid, valid, fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls, False, True,
             FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE, MASKED,
         )  # fmt: skip
-        r_a = _reliability(
+        r_a = reliability(
             p_a, valid, valid, valid, fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls, True, False,
             FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE, MASKED,
         )  # fmt: skip
@@ -176,7 +101,7 @@ def _one_teaches(
     any_teacher = m_ab | m_ba
     weight = any_teacher.to(tl.float32)
     if WITH_FEATURES:
-        r = _reliability(
+        r = reliability(
             p_t, m_ba, m_ab, valid, fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls, True, True,
             FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE, MASKED,
         )  # fmt: skip
@@ -288,15 +213,6 @@ def _block(
 
 
 @triton.jit
-def mutual_weight_of(factor, weight, HAS_WEIGHT: tl.constexpr):
-    """cw: a number, or a number times a 0-dim tensor."""
-    if HAS_WEIGHT:
-        return factor * tl.load(weight).to(tl.float32)
-    else:
-        return factor
-
-
-@triton.jit
 def weighting_kernel(
     za, zb, fa, fb, target, prototypes_a, prototypes_b,
     counts, sums,  # of prototypes_kernel
@@ -315,9 +231,12 @@ def weighting_kernel(
     GROUPS: tl.constexpr, GROUP: tl.constexpr, CONFIDENCE: tl.constexpr, WITH_FEATURES: tl.constexpr,
     ON_LOGITS: tl.constexpr, WITH_RECORD: tl.constexpr, DICE_IN_RECORD: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     CHOSEN: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    WITH_MAPS: tl.constexpr, UNROLL: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    WITH_MAPS: tl.constexpr, UNROLL: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs, B)."""
+    if PACKED:  # a constant tells the compiler how wide it may load
+        za_2 = CLASSES
+        zb_2 = CLASSES
     BLOCK: tl.constexpr = GROUPS * GROUP
     programs = tl.num_programs(0)
     batch = tl.num_programs(1)
@@ -382,34 +301,3 @@ def weighting_kernel(
     here = sample * programs + program
     tl.store(numerators + here, tl.sum(tl.sum(loss_ab, axis=1), axis=0))
     tl.store(numerators + batch * programs + here, tl.sum(tl.sum(loss_ba, axis=1), axis=0))
-
-
-@triton.jit
-def loss_kernel(
-    numerators, counts, sums, mutual_weight,
-    total,  # out: () float32, cw * mutual + dice_weight * dice
-    terms,  # out: (2,) float32: dice (sum over both networks), mutual
-    mutual_factor, dice_weight, n,
-    EPS: tl.constexpr, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, WITH_DICE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    CHOSEN: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Grid: (1,). mutual = sum of L_ij = numerator_ij / (count_ij + eps), in a fixed order."""
-    i = tl.arange(0, BLOCK)
-    total_ab = tl.zeros((BLOCK,), tl.float32)
-    total_ba = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, n, BLOCK):
-        at = start + i
-        total_ab += tl.load(numerators + at, mask=at < n, other=0.0)
-        total_ba += tl.load(numerators + n + at, mask=at < n, other=0.0)
-    n_ab = tl.load(counts).to(tl.float32) + EPS
-    n_ba = tl.load(counts + 1).to(tl.float32) + EPS
-    mutual = tl.sum(total_ab, axis=0) / n_ab + tl.sum(total_ba, axis=0) / n_ba + tl.load(sums)
-    value = mutual * mutual_weight_of(mutual_factor, mutual_weight, HAS_WEIGHT)
-    dice = 0.0
-    if WITH_DICE:
-        dice = dice_value(sums, 0, CLASSES, CLASSES_PAD, CHOSEN, LOW, HIGH)
-        dice += dice_value(sums, 1, CLASSES, CLASSES_PAD, CHOSEN, LOW, HIGH)
-        value += dice_weight * dice
-    tl.store(total, value)
-    tl.store(terms, dice)
-    tl.store(terms + 1, mutual)

@@ -25,7 +25,7 @@ def blocks(classes: int, features: int, *, itemsize: int = 4, channels_innermost
     weighting = tiling.weighting_tiles(classes, features, itemsize, channels_innermost)
     gradient = tiling.gradient_tiles(classes, itemsize)
     return {
-        tiling.statistics_tiles(classes, features).block,
+        tiling.statistics_tiles(classes, features, itemsize).block,
         weighting.groups * weighting.group,
         gradient.groups * gradient.group,
     }

@@ -104,5 +104,5 @@ def test_specifications_follow_the_launches():
     assert statistics.signature["za"] == "*bf16"
     assert statistics.signature["sums_a"] == "*fp32"
     assert statistics.constexprs["fa_c"] == 1  # channels last
-    assert statistics.constexprs["BLOCK"] == tiling.statistics_tiles(2, 16).block
+    assert statistics.constexprs["BLOCK"] == tiling.statistics_tiles(2, 16, 4).block
     assert [["tt.divisibility", 16]] in statistics.attrs.values()
