@@ -54,12 +54,12 @@ def measure(
         torch.compiler.reset()  # its caches keep a few shapes only, and then refuse
         try:
             _Measurement(case, rows, device, say).run(running, repeats, save)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
+        except Exception as error:  # one input's failure must not cost the others' figures
             for implementation in running:
-                if rows[implementation.name].status == r.FAILED:
-                    rows[implementation.name].status = r.OUT_OF_MEMORY
+                row = rows[implementation.name]
+                if row.seconds is None and row.status in (r.FAILED, r.MEASURED):
+                    row.status = r.OUT_OF_MEMORY if _is_out_of_memory(error) else r.FAILED
+                    row.detail = row.detail or _one_line(error)
     save(list(rows.values()))
     return list(rows.values())
 
@@ -123,7 +123,10 @@ class _Measurement:
         self._time(repeats)
         save(list(self.rows.values()))
         if self.device.type == "cuda":
-            self._time_graphs(repeats)
+            try:
+                self._time_graphs(repeats)
+            except Exception as error:
+                self.say(f"no CUDA graphs: {_one_line(error)}")
 
     def _examine(self, implementation: Implementation, row: Row, truth: Truth) -> None:
         loss_fn = implementation.make()

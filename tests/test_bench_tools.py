@@ -438,6 +438,25 @@ def test_one_failure_costs_one_row(tiny, tmp_path, capsys, monkeypatch):
     assert rows == {"broken": "failed", "huge": "out of memory", "torch": "measured", "triton": "failed"}
 
 
+def test_an_input_that_fails_costs_its_own_rows(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(SHAPES, "large", replace(TINY, name="large", batch=3))
+    make = make_inputs
+
+    def no_room(case, device):
+        if case.shape.name == "large":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much\nmore")
+        return make(case, device)
+
+    monkeypatch.setattr(measure, "make_inputs", no_room)
+    words = ["--shapes", "large,tiny", "--implementations", "torch", "--csv", str(tmp_path / "r.csv")]
+    assert cli.main([*tiny, *words]) == 0
+    assert [(row["shape"], row["status"]) for row in read(tmp_path / "r.csv")] == [
+        ("large", "out of memory"),
+        ("tiny", "measured"),
+    ]
+    assert "CUDA out of memory. Tried to allocate much\n" in capsys.readouterr().out
+
+
 def test_a_run_cut_short_keeps_what_it_has(tiny, tmp_path, monkeypatch):
     timed = []
 
