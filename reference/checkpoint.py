@@ -17,15 +17,15 @@ _TEMPORARY = ".tmp"
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that at every moment, a kill included, the path holds the old content or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
+    written = temporary(path)
     try:
-        with open(temporary, "wb") as file:
+        with open(written, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(written, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        written.unlink(missing_ok=True)
         raise
     if os.name == "posix":  # the rename itself reaches the disk with the folder
         folder = os.open(path.parent, os.O_RDONLY)
@@ -33,6 +33,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def temporary(path: Path) -> Path:
+    """Where a file is written before it takes its name; `remove_leftovers` finds it."""
+    return path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -18,6 +18,19 @@ from rplib.errors import UserError
 RECIPES = Path(__file__).resolve().parent / "recipes"
 DEPTH = 16  # the network halves each axis four times
 
+CACHES = ("auto", "device", "ram")
+CONSISTENCY = "mutual-consistency"
+# What each method leaves out of the paper's loss: which (the confidence), how (the weighting).
+_LEAVES_OUT = {
+    "both": (),
+    "which-only": ("weighting",),
+    "how-only": ("confidence",),
+    "neither": ("confidence", "weighting"),
+    "cross-pseudo-supervision": ("confidence", "weighting"),
+    CONSISTENCY: ("confidence", "weighting"),
+}
+METHODS = tuple(_LEAVES_OUT)
+
 
 def _key(
     default: Any,
@@ -71,6 +84,7 @@ class Config:
     batch_size: int = _key(4, "labelled and unlabelled together", least=1)
     labelled_per_batch: int = _key(2, "equal to batch_size: labelled only, unlabelled cases are not even read", least=1)
     augmentation: str = _key("mirror-rotate", "in the first two axes; 'none' crops only", choices=("mirror-rotate", "none"))
+    cache: str = _key("auto", "where the volumes are kept: on the device, where they fit, or in RAM", choices=CACHES)
 
     in_channels: int = _key(1, "channels of the image", least=1, section="network")
     filters: int = _key(16, "channels at full resolution; 16 gives 12,347,716 parameters", least=1)
@@ -80,8 +94,10 @@ class Config:
     consistency: float = _key(1.0, "maximum weight of the mutual loss; 0 trains on labels alone", least=0.0)
     ramp_length: int = _key(40, "steps of the ramp-up of that weight; 0: maximum from the start", least=0)
     ramp_every: int = _key(150, "iterations per step", least=1)
+    method: str = _key("both", "of mutual learning, see README.md", choices=METHODS)
     confidence: str = _key("entropy", "which network teaches", choices=("entropy", "max_probability", "none"))
     weighting: str = _key("similarity", "how reliable its pseudo-label is", choices=("similarity", "none"))
+    temperature: float = _key(0.1, "of the sharpened probabilities; 'mutual-consistency' only", above=0.0)
     cross_entropy_on: str = _key(
         "logits", "'probabilities' is the authors' upload of January 2024", choices=("logits", "probabilities")
     )
@@ -94,7 +110,9 @@ class Config:
     schedule: str = _key("constant", "'polynomial': times (1 - t/iterations)^0.9", choices=("constant", "polynomial"))
     seed: int = _key(1337, "of weights, dropout, order of cases, crops", least=0, most=2**63 - 1)
     amp: str = _key("off", "mixed precision of the network, on a GPU", choices=("off", "bfloat16"))
+    tf32: bool = _key(True, "TensorFloat-32 convolutions on GPUs that have them, as is PyTorch's habit; false: float32")
     channels_last: bool = _key(False, "memory layout; faster convolutions on most devices, last bits differ")
+    compile: bool = _key(False, "torch.compile the network's training; the first step then takes a minute or so")
 
     protocol: str = _key(
         "held-out",
@@ -138,6 +156,9 @@ class Config:
                 f"validation={self.validation} leaves none of the {self.labelled} labelled cases for training; "
                 "lower validation or raise labelled."
             )
+        for method, key, remedy in (("which-only", "confidence", "entropy"), ("how-only", "weighting", "similarity")):
+            if self.method == method and getattr(self, key) == "none":
+                raise UserError(f"method={method} and {key}=none leave nothing; set {key}={remedy}, or method=neither.")
         if self.protocol == "paper" and self.validation:
             raise UserError(
                 f"protocol 'paper' chooses by the test list, so validation={self.validation} has no use; "
@@ -157,10 +178,11 @@ class Config:
     @property
     def loss_keywords(self) -> dict[str, Any]:
         """Keywords for `rplib.MutualObjective`."""
+        out = _LEAVES_OUT[self.method]
         return {
             "dice_weight": self.dice_weight,
-            "confidence": None if self.confidence == "none" else self.confidence,
-            "weighting": None if self.weighting == "none" else self.weighting,
+            "confidence": None if "confidence" in out or self.confidence == "none" else self.confidence,
+            "weighting": None if "weighting" in out or self.weighting == "none" else self.weighting,
             "cross_entropy_on": self.cross_entropy_on,
             "impl": self.impl,
         }

@@ -141,7 +141,7 @@ def write_curves(run: Path) -> None:
     write_atomically(run / CURVES, lambda file: file.write(picture.getvalue()))
 
 
-def record_session(run: Path, device: torch.device, data: Path, done: int, deterministic: bool) -> None:
+def record_session(run: Path, device: torch.device, data: Path, done: int, deterministic: bool, processes: int = 1) -> None:
     """environment.json: versions and hardware, and one entry per start or resumption."""
     path = run / ENVIRONMENT
     sessions = read_sessions(run)
@@ -152,6 +152,7 @@ def record_session(run: Path, device: torch.device, data: Path, done: int, deter
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "from_iteration": done,
             "deterministic": deterministic,
+            "processes": processes,
             "device": str(device),
             "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
             "threads": torch.get_num_threads(),

@@ -1,28 +1,30 @@
 """One step of training."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
-
-from rplib import MutualObjective
 
 
 def training_step(
     network: nn.Module,
-    objective: MutualObjective,
+    objective: nn.Module,
     optimiser: torch.optim.Optimizer,
     images: Tensor,
     labels: Tensor,
     consistency_weight: float | Tensor,
     autocast_dtype: torch.dtype | None = None,
+    mark: Callable[[str], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward, backward and update; nothing here waits for the device.
 
     Args:
         network: in training mode; gives (logits, features), a list each.
-        objective: total = dice_weight * dice + consistency_weight * mutual.
+        objective: `rplib.MutualObjective` or one called like it; total = dice_weight * dice + consistency_weight * mutual.
         images: (B, channels, X, Y, Z), labelled samples first.
         labels: (B_l, X, Y, Z) of those.
         autocast_dtype: precision of the network's forward pass under autocast; None: that of the weights.
+        mark: called with the name of each part that is through, to time it.
 
     Returns:
         (total, dice, mutual), detached 0-dim tensors on the device.
@@ -30,7 +32,16 @@ def training_step(
     optimiser.zero_grad(set_to_none=True)
     with torch.autocast(images.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
         logits, features = network(images)
+    _mark(mark, "forward")
     loss = objective(logits, features, labels, consistency_weight)
+    _mark(mark, "loss")
     loss.total.backward()
+    _mark(mark, "backward")
     optimiser.step()
+    _mark(mark, "optimiser")
     return loss.total.detach(), loss.dice, loss.mutual
+
+
+def _mark(mark: Callable[[str], None] | None, part: str) -> None:
+    if mark is not None:
+        mark(part)
