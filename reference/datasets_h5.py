@@ -39,29 +39,39 @@ class H5Dataset(Dataset):
         path = self.path(name)
         if not path.is_file():
             raise UserError(f"case {name} has no file {path}; take its name out of the list or add the file.")
-        try:
-            with h5py.File(path, "r") as file:
-                arrays = {key: file[key][()] for key in ("image", "label") if isinstance(file.get(key), h5py.Dataset)}
-                keys = ", ".join(file) or "none"
-                affine = np.array(file.attrs[AFFINE], np.float64) if AFFINE in file.attrs else None
-        except (OSError, RuntimeError, KeyError) as error:  # h5py raises these for truncated and damaged files
-            raise UserError(f"{path} is not a readable h5 file ({error}); copy it again from its source.") from error
-        if "image" not in arrays:
-            raise UserError(f"{path} lacks the key 'image' (keys found: {keys}); expected 'image' and, if labelled, 'label'.")
+        arrays, affine, keys = read_h5(path)
         if needs_label and "label" not in arrays:
             raise UserError(f"{path} lacks the key 'label' (keys found: {keys}) but is used as a labelled case.")
-        image = np.asarray(arrays["image"])
+        image = arrays["image"]
         if image.ndim != 3 or image.size == 0:
             raise UserError(f"{path}: 'image' has shape {image.shape}; expected three axes ({', '.join(self.axes)}).")
         image = checked_image(image, path)
         label = None
         if "label" in arrays:
-            label = checked_label(self._classes_of(np.asarray(arrays["label"])), image.shape, path, self.classes)
+            label = checked_label(self._classes_of(arrays["label"]), image.shape, path, self.classes)
         return Case(name, image, label, affine)
 
     def _classes_of(self, label: np.ndarray) -> np.ndarray:
         """The classes trained on, from the values in the file."""
         return label
+
+
+def read_h5(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray | None, str]:
+    """`image` and, where there is one, `label` of a file; its affine or None; and the names of all keys, for messages.
+
+    Raises:
+        UserError: unreadable, or without an image.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            arrays = {key: np.asarray(file[key][()]) for key in ("image", "label") if isinstance(file.get(key), h5py.Dataset)}
+            keys = ", ".join(file) or "none"
+            affine = np.array(file.attrs[AFFINE], np.float64) if AFFINE in file.attrs else None
+    except (OSError, RuntimeError, KeyError) as error:  # h5py raises these for truncated and damaged files
+        raise UserError(f"{path} is not a readable h5 file ({error}); copy it again from its source.") from error
+    if "image" not in arrays:
+        raise UserError(f"{path} lacks the key 'image' (keys found: {keys}); expected 'image' and, if labelled, 'label'.")
+    return arrays, affine, keys
 
 
 class LeftAtrium(H5Dataset):

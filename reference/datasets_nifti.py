@@ -1,6 +1,7 @@
 """One's own data: a plain folder of NIfTI files, C classes, one or several channels, 3-D or 2-D."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel
@@ -11,7 +12,7 @@ from rplib.reference.cases import Case, Dataset, checked_image, checked_label, r
 
 NORMALISATIONS = ("z-score", "z-score-nonzero", "percentiles", "none")
 _SUFFIXES = (".nii.gz", ".nii")
-_CHANNEL = re.compile(r"(.+)_(\d{4})")  # case_0001: the second channel of `case`, as nnU-Net names files
+CHANNEL = re.compile(r"(.+)_(\d{4})")  # case_0001: the second channel of `case`, as nnU-Net names files
 _HELD_OUT_SEED = 1337  # of the split where there is no list; never the training's seed: the test list is always the same
 
 
@@ -95,23 +96,12 @@ class NiftiFolder(Dataset):
             raise UserError(f"case {name} has no file {self.path(name)}; take its name out of the list or add the file.")
         if needs_label and name not in self._labels:
             raise UserError(f"case {name} has no label in {self.root / 'labels'} but is used as a labelled case.")
-        files = self._images[name]
-        opened = [_open(file) for file in files]
-        parts = [self._channels_first(_values(nifti, file), file) for nifti, file in zip(opened, files, strict=True)]
-        shape, affine = parts[0].shape[1:], np.asarray(opened[0].affine, np.float64)
-        for part, nifti, file in zip(parts[1:], opened[1:], files[1:], strict=True):
-            _check_grid(part.shape[1:], nifti.affine, shape, affine, file, files[0])
-        image = np.concatenate(parts)  # (channels, *spatial)
-        if image.shape[0] != self.channels:
-            raise UserError(
-                f"{files[0]} has {image.shape[0]} channels; expected {self.channels}: set in_channels, or add the channels "
-                f"as a further axis or as files {name}_0000.nii.gz, {name}_0001.nii.gz, ..."
-            )
-        image = np.stack([normalised(checked_image(c, files[0], "the image"), self.normalisation) for c in image])
+        image, affine = read_image(self._images[name], self.dims, self.channels, self.normalisation, name)
+        files, shape = self._images[name], image.shape[1:]
         label = None
         if name in self._labels:
             file = self._labels[name]
-            nifti = _open(file)
+            nifti = open_nifti(file)
             values = _values(nifti, file)
             values = values.reshape(shape) if values.size == np.prod(shape) and _squeezed(values.shape) == shape else values
             _check_grid(values.shape, nifti.affine, shape, affine, file, files[0])
@@ -153,27 +143,13 @@ class NiftiFolder(Dataset):
         order = np.random.default_rng(_HELD_OUT_SEED).permutation(len(labelled))
         return [labelled[i] for i in order[: max(1, round(len(labelled) / 5))]]
 
-    def _channels_first(self, values: np.ndarray, path: Path) -> np.ndarray:
-        """(channels, *spatial) of one file."""
-        if values.ndim == 5 and values.shape[3] == 1:  # NIfTI's own place for vectors is the fifth axis
-            values = values[:, :, :, 0]
-        if self.dims == 3 and values.ndim in (3, 4):
-            return np.moveaxis(values, 3, 0) if values.ndim == 4 else values[None]
-        if self.dims == 2 and values.ndim == 2:
-            return values[None]
-        if self.dims == 2 and values.ndim == 3 and (values.shape[2] == 1 or values.shape[2] == self.channels):
-            return np.moveaxis(values, 2, 0)
-        if self.dims == 2 and values.ndim == 4 and values.shape[2] == 1:
-            return np.moveaxis(values[:, :, 0], 2, 0)
-        raise UserError(f"{path} has shape {values.shape}; expected a {self.dims}-D image (patch has {self.dims} numbers).")
-
     def _guess(self, dims: int | None, channels: int | None) -> tuple[int, int]:
         """What is not given, from the first image that can be read; a damaged one is told when it is loaded."""
         for files in self._images.values():
             if dims is not None and channels is not None:
                 break
             try:
-                shape = _open(files[0]).shape
+                shape = open_nifti(files[0]).shape
             except UserError:
                 continue
             if dims is None:
@@ -182,6 +158,34 @@ class NiftiFolder(Dataset):
             if channels is None:
                 channels = len(files) * (shape[-1] if len(_squeezed(shape)) > dims else 1)
         return dims or 3, channels or 1
+
+
+def read_image(
+    files: Sequence[Path], dims: int, channels: int, normalisation: str, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """One image of one or several files as (channels, *spatial) float32, each channel normalised; and its affine.
+
+    Args:
+        files: one file, or one a channel.
+        dims, channels: what is expected.
+        normalisation: one of `NORMALISATIONS`.
+        name: of the case, for messages.
+
+    Raises:
+        UserError: unreadable files, another shape or number of channels, channels on different grids, NaN or infinity.
+    """
+    opened = [open_nifti(file) for file in files]
+    parts = [_channels_first(_values(nifti, file), file, dims, channels) for nifti, file in zip(opened, files, strict=True)]
+    shape, affine = parts[0].shape[1:], np.asarray(opened[0].affine, np.float64)
+    for part, nifti, file in zip(parts[1:], opened[1:], files[1:], strict=True):
+        _check_grid(part.shape[1:], nifti.affine, shape, affine, file, files[0])
+    image = np.concatenate(parts)
+    if image.shape[0] != channels:
+        raise UserError(
+            f"{files[0]} has {image.shape[0]} channels; expected {channels}: set in_channels, or add the channels "
+            f"as a further axis or as files {name}_0000.nii.gz, {name}_0001.nii.gz, ..."
+        )
+    return np.stack([normalised(checked_image(c, files[0], "the image"), normalisation) for c in image]), affine
 
 
 def normalised(image: np.ndarray, how: str) -> np.ndarray:
@@ -221,7 +225,7 @@ def _group_channels(
     images: dict[str, Path], labels: dict[str, Path], channels: int | None, folder: Path
 ) -> dict[str, list[Path]]:
     """Files of every case, in the order of the channels."""
-    matches = {stem: _CHANNEL.fullmatch(stem) for stem in images}
+    matches = {stem: CHANNEL.fullmatch(stem) for stem in images}
     bases: dict[str, list[int]] = {}
     for match in matches.values():
         if match:
@@ -241,12 +245,32 @@ def _group_channels(
     return {base: [images[f"{base}_{number:04d}"] for number in expected] for base in bases}
 
 
+def _channels_first(values: np.ndarray, path: Path, dims: int, channels: int) -> np.ndarray:
+    """(channels, *spatial) of one file."""
+    if values.ndim == 5 and values.shape[3] == 1:  # NIfTI's own place for vectors is the fifth axis
+        values = values[:, :, :, 0]
+    if dims == 3 and values.ndim in (3, 4):
+        return np.moveaxis(values, 3, 0) if values.ndim == 4 else values[None]
+    if dims == 2 and values.ndim == 2:
+        return values[None]
+    if dims == 2 and values.ndim == 3 and (values.shape[2] == 1 or values.shape[2] == channels):
+        return np.moveaxis(values, 2, 0)
+    if dims == 2 and values.ndim == 4 and values.shape[2] == 1:
+        return np.moveaxis(values[:, :, 0], 2, 0)
+    raise UserError(f"{path} has shape {values.shape}; expected a {dims}-D image (patch has {dims} numbers).")
+
+
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Without axes of length 1 beyond the second: NIfTI files of 2-D images often have one."""
     return (*shape[:2], *(n for n in shape[2:] if n != 1))
 
 
-def _open(path: Path) -> nibabel.Nifti1Image:
+def open_nifti(path: Path) -> nibabel.Nifti1Image:
+    """The header, with the voxels still on the disk.
+
+    Raises:
+        UserError: missing, damaged, or of another kind.
+    """
     try:
         nifti = nibabel.load(path)
     except Exception as error:  # a damaged file fails in many ways: header, gzip, image type

@@ -19,13 +19,14 @@ from rplib.errors import UserError
 from rplib.reference.checkpoint import write_text_atomically
 from rplib.reference.config import Config, load_recipe
 from rplib.reference.demo import MARK
+from rplib.reference.devices import find_device
 from rplib.reference.evaluation import BOX, Report, evaluate
 from rplib.reference.inference import DECODER_1
 from rplib.reference.metrics import Scores
 from rplib.reference.phantom import MOST_THRESHOLD_DICE, best_threshold_dice, write_phantoms
 from rplib.reference.pictures import PREDICTION, TRUTH, Panel, largest_slice, truth_and_prediction, write_sheet
 from rplib.reference.report import shown
-from rplib.reference.trainer import find_device, train
+from rplib.reference.trainer import train
 
 TRAINING_CASES, TEST_CASES, SIZE = 24, 6, (48, 48, 40)
 SETTINGS = (

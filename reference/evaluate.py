@@ -26,20 +26,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint of the run (default: best where it was written, else last)",
     )
     parser.add_argument("--split", choices=("test", "train", "val"), default="test", help="which list (default: %(default)s)")
-    parser.add_argument("--cases", type=_positive, metavar="N", help="only the first N cases of the list")
+    parser.add_argument("--cases", type=positive, metavar="N", help="only the first N cases of the list")
     parser.add_argument(
         "--stride",
-        type=_positive,
+        type=positive,
         nargs="+",
         metavar="N",
         help="voxels between windows, one number per axis (default: the run's setting)",
     )
     parser.add_argument(
-        "--batch", type=_positive, metavar="N", help="windows per forward pass (default: the run's setting)"
+        "--batch", type=positive, metavar="N", help="windows per forward pass (default: the run's setting)"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument(
-        "--spacing", type=_length, nargs="+", metavar="MM",
+        "--spacing", type=length, nargs="+", metavar="MM",
         help="voxel size in mm, one number per axis, for distances in mm too and for the NIfTI header (default: as in the "
         "files; the published h5 files do not hold it, Left Atrium: 0.625 0.625 0.625)",
     )  # fmt: skip
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--pictures",
-        type=_count,
+        type=count,
         default=6,
         metavar="N",
         help="worst cases on the picture sheet (default: %(default)s)",
@@ -89,19 +89,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A word of the command line as a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A word of the command line as a whole number of at least 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
     return int(text)
 
 
-def _length(text: str) -> float:
+def length(text: str) -> float:
+    """A word of the command line as millimetres above 0."""
     try:
         number = float(text)
     except ValueError:

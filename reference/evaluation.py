@@ -16,9 +16,9 @@ from rplib.reference.baselines import FixedBox, fit_box
 from rplib.reference.cases import Case, Dataset, voxel_sizes
 from rplib.reference.config import Config
 from rplib.reference.datasets import open_for, split_training
+from rplib.reference.devices import find_device
 from rplib.reference.inference import DECODER_1, OUTPUTS, Segmentation, segment_outputs, window_overlap
-from rplib.reference.metrics import Scores, largest_component, score
-from rplib.reference.trainer import find_device
+from rplib.reference.metrics import Scores, largest_components, score
 
 BOX = "fixed box"
 METRICS = tuple(field.name for field in fields(Scores))
@@ -137,7 +137,7 @@ def evaluate(
             continue
         found = segment_outputs(network, case.image, config.patch, stride, batch or config.window_batch, where)
         if keep_largest:
-            found = {output: one._replace(label=_keep_largest(one.label)) for output, one in found.items()}
+            found = {output: one._replace(label=largest_components(one.label)) for output, one in found.items()}
         predictions[name] = found[DECODER_1].label
         edges = spacing if spacing is not None else voxel_sizes(case)
         for klass in range(1, config.classes):
@@ -202,13 +202,6 @@ def _which_cases(split: str, scored: int, skipped: int, limit: int | None, confi
     which = f"The first {config.labelled} were" if config.labelled else "All that have a label were"
     seen = f" {which} trained on with their labels." if split == "train" else ""
     return f"Scored: {first}{scored} cases of the {split} list{without}.{seen}"
-
-
-def _keep_largest(label: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    kept = np.zeros_like(label)
-    for klass in range(1, int(label.max()) + 1):
-        kept[largest_component(label == klass)] = klass
-    return kept
 
 
 def _times(sizes: Sequence[int]) -> str:

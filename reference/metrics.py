@@ -115,6 +115,18 @@ def largest_component(mask: NDArray) -> Mask:
     return parts == sizes.argmax()
 
 
+def largest_components(label: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Labels with only the largest connected part of each class left.
+
+    >>> largest_components(np.array([2, 0, 1, 1, 0, 1, 2, 2], np.uint8)).tolist()
+    [0, 0, 1, 1, 0, 0, 2, 2]
+    """
+    kept = np.zeros_like(label)
+    for klass in range(1, int(label.max(initial=0)) + 1):
+        kept[largest_component(label == klass)] = klass
+    return kept
+
+
 def _as_masks(prediction: NDArray, truth: NDArray) -> tuple[Mask, Mask]:
     prediction, truth = np.asarray(prediction) != 0, np.asarray(truth) != 0
     if prediction.shape != truth.shape:

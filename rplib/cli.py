@@ -25,7 +25,8 @@ COMMANDS = {
     "info": Command("rplib.info", "versions, devices, and which implementation `auto` takes; for bug reports"),
     "data": Command("rplib.reference.data", "convert a raw release, write a generated data set, or check one"),
     "train": Command("rplib.reference.train", "train the two-decoder V-Net by a recipe"),
-    "evaluate": Command("rplib.reference.evaluate", "score a trained run: CSV, NIfTI and a picture sheet"),
+    "evaluate": Command("rplib.reference.evaluate", "score a trained run: CSV, NIfTI, pictures, and one page with all of it"),
+    "predict": Command("rplib.reference.predict", "segment new images, NIfTI or h5: one label map each, on the image's grid"),
     "demo": Command("rplib.reference.demo", "the whole job on generated data in a minute or two"),
 }
 

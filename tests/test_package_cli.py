@@ -48,7 +48,7 @@ def test_no_command(capsys):
     assert "rplib --help" in mistake(capsys)
 
 
-@pytest.mark.parametrize("word", ["trian", "--recipe", "predict", ""])
+@pytest.mark.parametrize("word", ["trian", "--recipe", "predictions", ""])
 def test_unknown_command(capsys, word):
     message = mistake(capsys, word, "--out", "somewhere")
     assert "rplib --help" in message

@@ -1,0 +1,103 @@
+"""Segment new images by a trained run: NIfTI or h5 in, one NIfTI label map each out, on the grid of its image.
+
+A NIfTI file is taken as it comes from the scanner and prepared as the training data were (Left Atrium: z-score; Pancreas-CT:
+turned, 1 mm, window, z-score; BraTS: FLAIR, turned, z-score of the brain; generic: the recipe's normalisation); the label
+map is brought back to the file's own voxels. An h5 file holds an image that is ready, as those of the training.
+
+examples:
+  rplib predict RUN scan1.nii.gz scan2.nii.gz --out DIR      DIR/scan1_prediction.nii.gz, DIR/scan2_prediction.nii.gz
+  rplib predict RUN new/*.nii.gz --out DIR --existing skip   goes on where an earlier call was stopped
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The words of `rplib predict`."""
+    from rplib.reference.evaluate import length, positive
+
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder of `rplib train`, or a checkpoint (*.pt, *.pth)")
+    parser.add_argument(
+        "images", type=Path, nargs="+", metavar="IMAGE",
+        help="NIfTI (.nii.gz, .nii) or h5 files; several channels as one file, or as NAME_0000.nii.gz NAME_0001.nii.gz ...",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to write")
+    parser.add_argument(
+        "--weights", choices=("best", "last"), help="checkpoint of the run (default: best where it was written, else last)"
+    )
+    parser.add_argument(
+        "--decoder", choices=("1", "mean"), default="1",
+        help="decoder 1, the reported network, or the mean of both decoders' probabilities (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stride", type=positive, nargs="+", metavar="N",
+        help="voxels between windows, one number per axis (default: the run's setting)",
+    )  # fmt: skip
+    parser.add_argument("--batch", type=positive, metavar="N", help="windows per forward pass (default: the run's setting)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument(
+        "--spacing", type=length, nargs="+", metavar="MM",
+        help="voxel size of h5 files that hold none, one number per axis (the published Left Atrium files: 0.625 0.625 0.625)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prepared", action="store_true",
+        help="the NIfTI files are ready, too: turn, resample and normalise nothing",
+    )  # fmt: skip
+    parser.add_argument(
+        "--largest-component", action="store_true", help="keep the largest part of each class (the paper: no)"
+    )
+    parser.add_argument(
+        "--score", action="store_true", help="write NAME_score.nii.gz, too: the probability of not being background"
+    )
+    parser.add_argument(
+        "--existing", choices=("refuse", "skip", "overwrite"), default="refuse",
+        help="where a label map is there already (default: %(default)s, before anything is done)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Segments and returns the exit code; mistakes raise `rplib.errors.UserError`."""
+    from tqdm import tqdm
+
+    from rplib.errors import UserError
+    from rplib.reference.inference import DECODER_1, MEAN
+    from rplib.reference.prediction import predict, summary
+
+    if not args.run_folder.exists():
+        raise UserError(f"no run folder {args.run_folder}; make one with `rplib train --out {args.run_folder}`.")
+    done = predict(
+        args.run_folder,
+        args.images,
+        args.out,
+        weights=args.weights,
+        output=DECODER_1 if args.decoder == "1" else MEAN,
+        stride=args.stride,
+        batch=args.batch,
+        device=args.device,
+        spacing=args.spacing,
+        prepared=args.prepared,
+        keep_largest=args.largest_component,
+        write_score=args.score,
+        existing=args.existing,
+        on_done=lambda one: tqdm.write(summary(one)),
+    )
+    print(f"segmented: {len(done)}, into {args.out}")
+    return 0
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """`rplib predict` with these words (default: the process's own)."""
+    from rplib.cli import main as rplib
+
+    return rplib(["predict", *(sys.argv[1:] if words is None else words)])
+
+
+if __name__ == "__main__":
+    # `python reference/predict.py` finds rplib in the checkout that it lies in, installed or not.
+    root = Path(__file__).resolve().parent.parent
+    if (root / "rplib" / "__init__.py").is_file():
+        sys.path[0] = str(root)
+    sys.exit(main())
