@@ -14,6 +14,7 @@ from dataclasses import astuple, dataclass, fields
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from rplib.bench.compiled_code import TARGETS, Resources, compile_for
 from rplib.errors import UserError
@@ -21,17 +22,27 @@ from rplib.errors import UserError
 SHAPES = ((2, 16), (4, 16), (14, 32))  # (C, F)
 DTYPES = ("float32", "bfloat16")
 LAYOUTS = ("contiguous", "channels_last")
+# What changes the code besides: the loss alone, the whole objective with half the samples labelled, odd sizes on every axis.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "loss": {"labelled": 0, "spatial": (112, 112, 80)},
+    "objective": {"labelled": 2, "spatial": (112, 112, 80)},
+    "odd": {"labelled": 0, "spatial": (111, 113, 79)},
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One point of the matrix: C classes, F features, dtype of logits and features, their memory layout, a target's name."""
+    """One point of the matrix: C classes, F features, dtype of logits and features, their memory layout, a target's name.
+
+    The batch has 4 samples; the variant is one of VARIANTS.
+    """
 
     classes: int
     features: int
     dtype: str
     layout: str
     target: str
+    variant: str = "loss"
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,7 @@ class Row:
     """One kernel at one point of the matrix; figures as `rplib.bench.compiled_code.Resources`."""
 
     target: str
+    variant: str
     classes: int
     features: int
     dtype: str
@@ -61,13 +73,15 @@ def matrix(
     dtypes: Iterable[str] = DTYPES,
     layouts: Iterable[str] = LAYOUTS,
     targets: Iterable[str] = tuple(TARGETS),
+    variants: Iterable[str] = ("loss",),
 ) -> list[Case]:
     """Every combination; targets innermost, so that neighbouring cases share what does not depend on the target.
 
     >>> len(matrix())
     48
     """
-    return [Case(c, f, d, layout, t) for (c, f), d, layout, t in product(shapes, dtypes, layouts, targets)]
+    points = product(shapes, dtypes, layouts, variants, targets)
+    return [Case(c, f, d, layout, t, variant) for (c, f), d, layout, variant, t in points]
 
 
 def report(case: Case) -> list[Row]:
@@ -81,7 +95,8 @@ def report(case: Case) -> list[Row]:
     from rplib.kernels.signatures import iter_specs
 
     rows = []
-    specs = iter_specs(case.classes, case.features, getattr(torch, case.dtype), case.layout == "channels_last")
+    channels_last = case.layout == "channels_last"
+    specs = iter_specs(case.classes, case.features, getattr(torch, case.dtype), channels_last, **VARIANTS[case.variant])
     for spec in specs:
         found = compile_for(TARGETS[case.target], spec.fn, spec.signature, spec.constexprs, spec.attrs, num_warps=spec.num_warps)
         rows.append(_row(case, spec.name, spec.num_warps, found))
@@ -100,6 +115,7 @@ def _row(case: Case, kernel: str, warps: int, found: Resources) -> Row:
     share = found.wide_load_share
     return Row(
         target=case.target,
+        variant=case.variant,
         classes=case.classes,
         features=case.features,
         dtype=case.dtype,
@@ -136,10 +152,12 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """Fixed-width text."""
-    heads = ["target", "C", "F", "dtype", "layout", "kernel", "regs", "spills", "shared", "loads", "128-bit %", "load widths"]
+    heads = ["target", "variant", "C", "F", "dtype", "layout", "kernel", "regs", "spills"]
+    heads += ["shared", "loads", "128-bit %", "load widths"]
     cells = [
         [
             r.target,
+            r.variant,
             str(r.classes),
             str(r.features),
             r.dtype,
@@ -161,19 +179,21 @@ def table(rows: Sequence[Row]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write every figure there as well")
     parser.add_argument("--targets", default=",".join(TARGETS), help="of %(default)s")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="of %(default)s")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    targets = args.targets.split(",")
-    unknown = [name for name in targets if name not in TARGETS]
-    if unknown:
-        raise UserError(f"unknown target {unknown[0]!r}; expected some of {', '.join(TARGETS)}.")
+    targets, variants = args.targets.split(","), args.variants.split(",")
+    for what, asked, known in (("target", targets, TARGETS), ("variant", variants, VARIANTS)):
+        unknown = [name for name in asked if name not in known]
+        if unknown:
+            raise UserError(f"unknown {what} {unknown[0]!r}; expected some of {', '.join(known)}.")
     if args.jobs < 1:
         raise UserError(f"--jobs is {args.jobs}; expected a number of processes, at least 1.")
     if args.csv and not args.csv.parent.is_dir():
         raise UserError(f"--csv: there is no folder {args.csv.parent}; make it first.")
-    rows = report_all(matrix(targets=targets), args.jobs)
+    rows = report_all(matrix(targets=targets, variants=variants), args.jobs)
     print(table(rows))
     spilling = [row for row in rows if row.spills]
     print(f"\n{len(rows)} kernels compiled for {', '.join(targets)}; {len(spilling)} spill registers.")

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from rplib.kernels.dice import dice_coefficients, dice_slope, load_target
-from rplib.kernels.voxels import channel_offsets, load, sectors, slope, softmax_parts, voxel_offsets
+from rplib.kernels.voxels import batch_stride, channel_offsets, load, sectors, slope, softmax_parts, voxel_offsets
 
 
 @triton.jit
@@ -186,10 +186,10 @@ def gradient_kernel(
     record += wide_sample * record_stride
     code += wide_sample * record_stride
     second_plane = record_stride.to(tl.int64) * tl.num_programs(1)
-    za += wide_sample * za_b
-    zb += wide_sample * zb_b
-    out_a += wide_sample * ga_b
-    out_b += wide_sample * gb_b
+    za += wide_sample * batch_stride(za_b, CLASSES, PACKED)
+    zb += wide_sample * batch_stride(zb_b, CLASSES, PACKED)
+    out_a += wide_sample * batch_stride(ga_b, CLASSES, PACKED)
+    out_b += wide_sample * batch_stride(gb_b, CLASSES, PACKED)
     factor = tl.load(upstream).to(tl.float32) + tl.load(sums)
     is_labelled = sample < labelled
     alpha_a = tl.zeros((CLASSES_PAD, 1, 1), tl.float32)

@@ -110,9 +110,16 @@ def addressing(tensors: Sequence[Tensor], voxels: int) -> tuple[bool, bool]:
     return all(_is_flat(t) for t in tensors), any(2 * span > _INT32_LIMIT for span in spans)
 
 
+def aligned(tensors: Sequence[Tensor]) -> bool:
+    """True where every channel of every sample begins at a multiple of 16 elements, as the compiler wants for wide loads."""
+    return all(t.stride(0) % 16 == 0 and t.stride(1) % 16 == 0 for t in tensors)
+
+
 def packed(tensors: Sequence[Tensor]) -> bool:
     """True where every tensor (B, C, *spatial) has its channels side by side, voxel after voxel: channels last."""
-    return all(t.stride(1) == 1 and _is_flat(t) and _flat_stride(t) == t.shape[1] for t in tensors)
+    return all(
+        t.stride(1) == 1 and _is_flat(t) and _flat_stride(t) == t.shape[1] and t.stride(0) % t.shape[1] == 0 for t in tensors
+    )
 
 
 def split(voxels: int, block: int, batch: int, device: torch.device) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rplib.kernels import tiling
 from rplib.kernels.gradient import gradient_kernel
-from rplib.kernels.launch import addressing, channels, current_device, launch, packed, sizes, split, strides
+from rplib.kernels.launch import addressing, aligned, channels, current_device, launch, packed, sizes, split, strides
 from rplib.kernels.statistics import prototypes_kernel, statistics_kernel
 from rplib.kernels.total import loss_kernel
 from rplib.kernels.weighting import weighting_kernel
@@ -211,7 +211,7 @@ def _weight(
     fa, fb = features if features else (za, zb)
     tiles = tiling.weighting_tiles(
         classes, max(f_a, f_b), max(fa.element_size(), fb.element_size()),
-        channels_last=fa.stride(1) == 1, dice=labels is not None,
+        channels_last=fa.stride(1) == 1, aligned=aligned([fa, fb]), dice=labels is not None,
     )  # fmt: skip
     programs, per_program = split(voxels, tiles.groups * tiles.group, batch, za.device)
     numerators = za.new_empty((2, batch, programs), dtype=torch.float32)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from rplib.kernels.dice import load_target
-from rplib.kernels.voxels import channel_offsets, less_confident, load, softmax_parts, voxel_offsets
+from rplib.kernels.voxels import batch_stride, channel_offsets, less_confident, load, softmax_parts, voxel_offsets
 
 
 @triton.jit
@@ -156,8 +156,8 @@ def statistics_kernel(
     batch = tl.num_programs(1)
     programs = tl.num_programs(0)
     wide_sample = sample.to(tl.int64)
-    za += wide_sample * za_b
-    zb += wide_sample * zb_b
+    za += wide_sample * batch_stride(za_b, CLASSES, PACKED)
+    zb += wide_sample * batch_stride(zb_b, CLASSES, PACKED)
     first_feature = feature_block * FEATURE_BLOCK
     if WITH_FEATURES:
         fa += wide_sample * fa_b

@@ -68,10 +68,16 @@ def statistics_tiles(classes: int, features: int, itemsize: int) -> StatisticsTi
     return StatisticsTiles(32 if feature_block == 64 else 16, pad, max(pad, 16), feature_block, True, 8)
 
 
-def weighting_tiles(classes: int, features: int, itemsize: int, channels_last: bool, dice: bool = False) -> WeightingTiles:
-    """Tiles for features of ``itemsize`` bytes (the wider of the two networks' types), channels next to each other or not.
+def weighting_tiles(
+    classes: int, features: int, itemsize: int, *, channels_last: bool, aligned: bool = True, dice: bool = False
+) -> WeightingTiles:
+    """Tiles for features of ``itemsize`` bytes (the wider of the two networks' types).
 
-    dice: the record of labelled samples carries the gradient of Dice too, which takes registers.
+    Args:
+        channels_last: the features of a voxel lie side by side.
+        aligned: every row of voxels begins at a multiple of 16 elements. Elsewhere (an odd number of voxels) a 128-bit load
+            falls into four of 32 bits, each with an address in registers.
+        dice: the record of labelled samples carries the gradient of Dice too, which takes registers.
     """
     group = SECTOR // itemsize
     pad = power_of_two(classes)
@@ -84,8 +90,10 @@ def weighting_tiles(classes: int, features: int, itemsize: int, channels_last: b
     if channels_last:  # a sector or two of every voxel
         block = 512 // itemsize // pad
         return WeightingTiles(block // group, group, pad, min(widest, 16), True, 4)
-    block = (1024 if itemsize == 4 else 256 if dice else 512) // pad
-    return WeightingTiles(block // group, group, pad, min(widest, 8), True, 4)
+    block = 1024 if itemsize == 4 and aligned else 512
+    if dice and not (itemsize == 4 and aligned):
+        block = 256
+    return WeightingTiles(block // pad // group, group, pad, min(widest, 8), True, 4)
 
 
 def gradient_tiles(classes: int, itemsize: int) -> GradientTiles:

@@ -33,6 +33,15 @@ def channel_offsets(channel, stride, WIDE: tl.constexpr):
 
 
 @triton.jit
+def batch_stride(stride, CLASSES: tl.constexpr, PACKED: tl.constexpr):
+    """The stride itself; packed logits' is a multiple of C, written so that the compiler sees it."""
+    if PACKED:
+        return stride // CLASSES * CLASSES
+    else:
+        return stride
+
+
+@triton.jit
 def load(pointers, mask, MASKED: tl.constexpr):
     """Load as float32; whole tiles go unmasked, because a mask that ends anywhere costs the width of the loads."""
     if MASKED:

@@ -24,6 +24,7 @@ from rplib.kernels.dice import dice_coefficients, dice_slope, load_target
 from rplib.kernels.similarity import reliability
 from rplib.kernels.total import mutual_weight_of
 from rplib.kernels.voxels import (
+    batch_stride,
     channel_offsets,
     cross_entropy,
     less_confident,
@@ -243,8 +244,8 @@ def weighting_kernel(
     program = programs - 1 - tl.program_id(0)
     sample = batch - 1 - tl.program_id(1)
     wide_sample = sample.to(tl.int64)
-    za += wide_sample * za_b
-    zb += wide_sample * zb_b
+    za += wide_sample * batch_stride(za_b, CLASSES, PACKED)
+    zb += wide_sample * batch_stride(zb_b, CLASSES, PACKED)
     if WITH_FEATURES:
         fa += wide_sample * fa_b
         fb += wide_sample * fb_b

@@ -111,10 +111,13 @@ def statistics(logits: list[Tensor], features: list[Tensor] | None, options: Opt
             counts = counts + torch.stack([_mask(doubts[i], doubts[j], options).sum() for i, j in pairs])
             poison = poison + sum(n.top.sum() for n in networks) * 0
             for k, f in enumerate(features):
-                of_class = [networks[k].label == c for c in range(classes)]  # (b, 1, v)
                 values = f[b, :, v].to(dtype)
-                piece_sums = torch.stack([(values * m).sum(dim=2) for m in of_class], dim=1)  # (b, C, F)
-                piece_members = torch.cat([m.sum(dim=2) for m in of_class], dim=1)  # (b, C)
+                of_class = networks[k].label == torch.arange(classes, device=f.device)[:, None]  # (b, C, v)
+                if _matrix_product(classes, f.device):
+                    piece_sums = torch.bmm(of_class.to(dtype), values.transpose(1, 2))  # (b, C, F)
+                else:
+                    piece_sums = torch.stack([(values * m).sum(dim=2) for m in of_class.split(1, dim=1)], dim=1)
+                piece_members = of_class.sum(dim=2)  # (b, C)
                 if first == 0:
                     sums[k].append(piece_sums)
                     members[k].append(piece_members)
@@ -134,14 +137,24 @@ def statistics(logits: list[Tensor], features: list[Tensor] | None, options: Opt
 
 
 def similarity(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    """s_j: cosine of every voxel's feature (B, F, V) with every prototype (B, C, F) -> (B, C, V); and ||f||: (B, 1, V).
-
-    Multiply and add, not a matrix product: those may run in TF32 or bfloat16 when the user allows it for the network.
-    """
+    """s_j: cosine of every voxel's feature (B, F, V) with every prototype (B, C, F) -> (B, C, V); and ||f||: (B, 1, V)."""
     unit = prototypes / prototypes.square().sum(dim=2, keepdim=True).sqrt().clamp_min(1e-8)
     length = features.square().sum(dim=1, keepdim=True).sqrt()  # (B, 1, V)
-    dots = [(features * unit[:, c, :, None]).sum(dim=1, keepdim=True) for c in range(unit.shape[1])]
-    return torch.cat(dots, dim=1) / length.clamp_min(1e-8), length
+    if _matrix_product(unit.shape[1], features.device):
+        dots = torch.bmm(unit, features)
+    else:
+        dots = torch.cat([(features * mu[:, 0, :, None]).sum(dim=1, keepdim=True) for mu in unit.split(1, dim=1)], dim=1)
+    return dots / length.clamp_min(1e-8), length
+
+
+def _matrix_product(classes: int, device: torch.device) -> bool:
+    """Whether to sum over features or voxels by a matrix product: for many classes the faster way of eager PyTorch on a CPU.
+
+    Not where it may run in TF32 or bfloat16 because the user allows that for the network, and not under torch.compile, which
+    reads the features once for all classes.
+    """
+    exact = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(device.type)
+    return classes > 4 and device.type == "cpu" and not torch.compiler.is_compiling() and exact
 
 
 class _Network(NamedTuple):

@@ -22,7 +22,7 @@ def blocks(classes: int, features: int, *, itemsize: int = 4, channels_innermost
     """Voxels per block of the kernels' three passes, as they choose them for this call."""
     from rplib.kernels import tiling
 
-    weighting = tiling.weighting_tiles(classes, features, itemsize, channels_innermost)
+    weighting = tiling.weighting_tiles(classes, features, itemsize, channels_last=channels_innermost)
     gradient = tiling.gradient_tiles(classes, itemsize)
     return {
         tiling.statistics_tiles(classes, features, itemsize).block,

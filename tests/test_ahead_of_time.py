@@ -155,7 +155,7 @@ def test_table_and_csv(tmp_path):
     assert done.returncode == 0, done.stderr
     with (tmp_path / "report.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert done.stdout.splitlines()[0].split()[:4] == ["target", "C", "F", "dtype"]
+    assert done.stdout.splitlines()[0].split()[:5] == ["target", "variant", "C", "F", "dtype"]
     assert len(done.stdout.splitlines()) == 1 + len(rows)
     statistics = next(row for row in rows if row["kernel"] == "statistics_kernel")
     assert statistics["target"] == "sm_90" and int(statistics["registers"]) > 16 and statistics["triton"]
