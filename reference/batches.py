@@ -135,9 +135,9 @@ class TwoStreamBatches:
         first, _ = self._volumes[0][0]
         patch, known = self._config.patch, sum(s == 0 for s, _ in mine)
         on_device = isinstance(first, Tensor)
-        where = {"device": first.device} if isinstance(first, Tensor) else {"pin_memory": pinned}
-        images = torch.empty(len(mine), len(first), *patch, **where)  # type: ignore[call-overload]
-        labels = torch.empty(known, 1, *patch, dtype=torch.uint8, **where)  # type: ignore[call-overload]
+        where: dict[str, Any] = {"device": first.device} if isinstance(first, Tensor) else {"pin_memory": pinned}
+        images = torch.empty(len(mine), len(first), *patch, **where)
+        labels = torch.empty(known, 1, *patch, dtype=torch.uint8, **where)
         for i, (s, crop) in enumerate(mine):
             image, label = self._volumes[s][crop.case]
             cut(image, crop, patch, images[i] if on_device else images[i].numpy())
@@ -186,11 +186,12 @@ def padding(shape: Sequence[int], patch: Sequence[int], as_authors: bool = False
     """
     short = [edge - size for size, edge in zip(shape, patch, strict=True)]
     if as_authors:
-        return [(max(s // 2 + 3, 0),) * 2 if max(short) >= 0 else (0, 0) for s in short]  # type: ignore[misc]
+        spare = [max(s // 2 + 3, 0) if max(short) >= 0 else 0 for s in short]
+        return [(s, s) for s in spare]
     return [(max(s, 0) // 2, max(s, 0) - max(s, 0) // 2) for s in short]
 
 
-def cut(volume: Volume, crop: Crop, patch: Sequence[int], out: Volume) -> None:
+def cut(volume: Any, crop: Crop, patch: Sequence[int], out: Any) -> None:
     """Fill `out` (channels, *patch) with a crop of `volume` (channels, *spatial), both in RAM or both on a device."""
     flip: Any = torch.flip if isinstance(volume, Tensor) else np.flip
     shape = list(volume.shape[1:])

@@ -15,6 +15,7 @@ from rplib.reference.cases import Case, Dataset
 from rplib.reference.config import Config
 from rplib.reference.datasets_h5 import Brats, LeftAtrium, Pancreas
 from rplib.reference.datasets_nifti import NiftiFolder
+from rplib.reference.parallel import is_first
 
 __all__ = ["LAYOUTS", "Brats", "Case", "Dataset", "LeftAtrium", "NiftiFolder", "Pancreas", "Split"]
 
@@ -116,5 +117,5 @@ def split_training(dataset: Dataset, config: Config) -> Split:
 
 def load_cases(dataset: Dataset, names: Sequence[str], needs_label: bool, what: str = "cases") -> list[Case]:
     """Read cases once into memory, with a progress bar on stderr."""
-    with tqdm(names, desc=f"reading {what}", unit="case", leave=False, disable=not names) as shown:
+    with tqdm(names, desc=f"reading {what}", unit="case", leave=False, disable=not names or not is_first()) as shown:
         return [dataset.load(name, needs_label) for name in shown]

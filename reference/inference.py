@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rplib.errors import UserError
+from rplib.reference.devices import numerics
+from rplib.reference.network import MutualVNet
 
 DECODER_1 = "decoder 1"
 MEAN = "mean of both"
@@ -71,6 +73,45 @@ def segment_outputs(
     outputs: Sequence[str] = OUTPUTS,
 ) -> dict[str, Segmentation]:
     """As `segment`, for several outputs from the same forward passes; the network must be on `device`."""
+    with numerics(torch.device(device)):  # float32 is float32: windows in batches give the labels of windows one by one
+        averages = _averages(network, image, patch, stride, batch, device, outputs)
+    decided = {output: _decide(average) for output, average in averages.items()}
+    return {
+        output: Segmentation(label.cpu().numpy(), score.float().cpu().numpy()) for output, (label, score) in decided.items()
+    }
+
+
+@torch.inference_mode()
+def labels(
+    network: nn.Module,
+    image: NDArray[np.float32],
+    patch: Sequence[int],
+    stride: Sequence[int],
+    batch: int,
+    device: str | torch.device,
+    autocast_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """What decoder 1 decides, (*spatial) uint8, left on the device; nothing waits for it.
+
+    Args:
+        autocast_dtype: of the network under autocast; probabilities are averaged in float32. None: that of the weights,
+            with TensorFloat-32 or without as PyTorch is set.
+    """
+    averages = _averages(network, image, patch, stride, batch, device, (DECODER_1,), autocast_dtype)
+    return _decide(averages[DECODER_1])[0]
+
+
+def _averages(
+    network: nn.Module,
+    image: NDArray[np.float32],
+    patch: Sequence[int],
+    stride: Sequence[int],
+    batch: int,
+    device: str | torch.device,
+    outputs: Sequence[str],
+    autocast_dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Each output's probabilities (C, *spatial), averaged over the windows, on the device."""
     patch = tuple(int(size) for size in patch)
     overlap = window_overlap(patch, stride)
     unknown = [output for output in outputs if output not in OUTPUTS]
@@ -85,13 +126,16 @@ def segment_outputs(
             f"the image has shape {tuple(image.shape)}, the patch {patch}; give the patch one size per axis."
         )
     volume = volume[None].to(device, next(network.parameters()).dtype)  # (1, channels, *spatial)
+    # Decoder 2 costs as much as decoder 1: it runs only where it is asked for.
+    alone = network.first_logits if isinstance(network, MutualVNet) and MEAN not in outputs else None
 
     def probabilities(windows: Tensor) -> tuple[Tensor, ...]:
-        logits, _ = network(windows)
-        first = logits[0].softmax(1)  # (N, C, *patch)
-        found = {DECODER_1: first}
+        with torch.autocast(volume.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+            logits = network(windows)[0] if alone is None else [alone(windows)]
+        p = [(z.float() if autocast_dtype is not None else z).softmax(1) for z in logits]  # (N, C, *patch)
+        found = {DECODER_1: p[0]}
         if MEAN in outputs:
-            found[MEAN] = torch.stack([first, *(other.softmax(1) for other in logits[1:])]).mean(0)
+            found[MEAN] = torch.stack(p).mean(0)
         return tuple(found[output] for output in outputs)
 
     averages = sliding_window_inference(
@@ -99,7 +143,7 @@ def segment_outputs(
     )
     if isinstance(averages, Tensor):  # MONAI hands a single output back bare
         averages = (averages,)
-    return {output: _decide(average[0]) for output, average in zip(outputs, averages, strict=True)}
+    return {output: average[0] for output, average in zip(outputs, averages, strict=True)}
 
 
 def window_overlap(patch: Sequence[int], stride: Sequence[int]) -> tuple[float, ...]:
@@ -117,8 +161,8 @@ def window_overlap(patch: Sequence[int], stride: Sequence[int]) -> tuple[float, 
     return tuple(max(0.0, 1 - (step + 0.5) / size) for size, step in zip(patch, stride, strict=True))
 
 
-def _decide(probability: Tensor) -> Segmentation:
-    """Class and foreground score from averaged probabilities (C, *spatial)."""
+def _decide(probability: Tensor) -> tuple[Tensor, Tensor]:
+    """Class (uint8) and foreground score from averaged probabilities (C, *spatial)."""
     classes = probability.shape[0]
     if classes == 2:
         # The foreground itself, not 1 - background: it is what the paper's threshold looks at.
@@ -127,4 +171,4 @@ def _decide(probability: Tensor) -> Segmentation:
     else:
         score = 1 - probability[0]
         label = probability.argmax(0)
-    return Segmentation(label.to(torch.uint8).cpu().numpy(), score.float().cpu().numpy())
+    return label.to(torch.uint8), score

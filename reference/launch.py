@@ -9,11 +9,13 @@ import torch
 from rplib.errors import UserError
 from rplib.reference.checkpoint import CONFIG
 from rplib.reference.config import Config, differences, load_config, load_recipe, parse
+from rplib.reference.devices import find_device
+from rplib.reference.parallel import joined, own_device
 from rplib.reference.runlog import read_sessions
 from rplib.reference.trainer import train
 
 # What may change between a run and its resumption: nothing that the numbers of an iteration depend on.
-FREE_ON_RESUME = {"iterations", "checkpoint_every", "log_every"}
+FREE_ON_RESUME = {"iterations", "checkpoint_every", "log_every", "cache"}
 
 
 def start(
@@ -25,11 +27,37 @@ def start(
     device: str | None = None,
     deterministic: bool = False,
 ) -> None:
-    """`rplib train`: finds settings, data and device, then trains.
+    """`rplib train`: finds settings, data, device and, under torchrun, the other ranks, then trains.
 
     Raises:
         UserError: whatever the user can mend.
     """
+    where = find_device(own_device(device))
+    with joined(where) as ranks:
+        found = None
+        with ranks.together():
+            if ranks.first:
+                found = _settings(recipe, data, out, overrides, resume)
+        settings = ranks.from_first(found)
+        assert settings is not None
+        config, data, was_deterministic = settings
+        try:
+            train(config, data, out, resume=resume, device=where, deterministic=deterministic or was_deterministic, ranks=ranks)
+        except KeyboardInterrupt:
+            if ranks.first:
+                print(f"stopped; go on with: rplib train --resume --out {out}", file=sys.stderr)
+            raise
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError(
+                f"the GPU's memory is full with batch_size={config.batch_size}, patch={list(config.patch)}, "
+                f"filters={config.filters}; lower one of them, set cache=ram or amp=bfloat16."
+            ) from error
+
+
+def _settings(
+    recipe: str | None, data: Path | None, out: Path, overrides: Sequence[str], resume: bool
+) -> tuple[Config, Path, bool]:
+    """All settings, the data's folder, and whether the run that goes on was deterministic."""
     saved = load_config(out / CONFIG) if resume and (out / CONFIG).is_file() else None
     if recipe is None and saved is None:
         missing = f"{out} holds no run to resume" if resume else "--recipe is missing"
@@ -41,21 +69,12 @@ def start(
         config = parse(saved.to_toml(), str(out / CONFIG), overrides)
     if saved is not None:
         _check_resumable(saved, config, out)
+    sessions = read_sessions(out) if resume else []
     if data is None:
-        sessions = read_sessions(out) if resume else []
         if not sessions:
             raise UserError("--data is missing: the folder of the data set.")
         data = Path(sessions[-1]["data"])
-    try:
-        train(config, data, out, resume=resume, device=device, deterministic=deterministic)
-    except KeyboardInterrupt:
-        print(f"stopped; go on with: rplib train --resume --out {out}", file=sys.stderr)
-        raise
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(
-            f"the GPU's memory is full with batch_size={config.batch_size}, patch={list(config.patch)}, "
-            f"filters={config.filters}; lower one of them or set amp=bfloat16."
-        ) from error
+    return config, data, bool(sessions and sessions[-1].get("deterministic"))
 
 
 def _check_resumable(saved: Config, wanted: Config, out: Path) -> None:

@@ -55,6 +55,11 @@ class MutualVNet(nn.Module):
         (logits1, features1), (logits2, features2) = self.decoder1(scales), self.decoder2(scales)
         return [logits1, logits2], [features1, features2]
 
+    def first_logits(self, image: Tensor) -> Tensor:
+        """Logits of decoder 1, (B, C, X, Y, Z), without computing decoder 2."""
+        logits: Tensor = self.decoder1(self.encoder(image))[0]
+        return logits
+
 
 class _Layers(NamedTuple):
     """The layers of one number of spatial axes."""

@@ -6,6 +6,7 @@ draws for its own samples.
 """
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -74,6 +75,11 @@ class Ranks:
             raise SystemExit(2)
 
 
+def is_first() -> bool:
+    """Whether this process is the one that talks: rank 0, or alone."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 def started_by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is one of several that torchrun (or whoever sets the same variables) has started."""
     return all(name in environment for name in _TORCHRUN) and int(environment["WORLD_SIZE"]) > 1
@@ -117,12 +123,14 @@ def distributed(network: nn.Module, ranks: Ranks, device: torch.device) -> nn.Mo
     if ranks.group is None:
         return network
     # Batch statistics are those of the whole batch on every rank, so there are no buffers to send around.
+    sync = "forward_sync_buffers"  # its name since torch 2.13
+    new = sync in inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
     return nn.parallel.DistributedDataParallel(
         network,
         device_ids=[device] if device.type == "cuda" else None,
         process_group=ranks.group,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **{sync if new else "broadcast_buffers": False},
     )
 
 
@@ -179,7 +187,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 def total(local: Tensor, group: Any) -> Tensor:
     """The sum over ranks, with its gradient: what every rank's loss says about the sum reaches every rank's part."""
-    return local if group is None else _Sum.apply(local, group)  # type: ignore[no-any-return]
+    return local if group is None else _Sum.apply(local, group)
 
 
 class _Sum(torch.autograd.Function):

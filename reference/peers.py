@@ -8,7 +8,7 @@
 | `neither`, `cross-pseudo-supervision` | everywhere, fully: Chen et al., CVPR 2021, with two decoders for two networks |
 | `mutual-consistency` | probabilities drawn to the other's sharpened ones: Wu et al., MICCAI 2021 (MC-Net) |
 
-All are `rplib.MutualObjective` with its keywords but the last. Data, network, supervised term, ramp and everything else is the same.
+All but the last are `rplib.MutualObjective` with its keywords. Data, network, supervised term, ramp and all else are the same.
 """
 
 from collections.abc import Sequence

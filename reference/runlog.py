@@ -4,7 +4,6 @@ import csv
 import importlib.metadata
 import io
 import json
-import math
 import os
 import platform
 import sys
@@ -17,7 +16,8 @@ import torch
 
 import rplib
 from rplib.errors import UserError
-from rplib.reference.checkpoint import write_atomically, write_text_atomically
+from rplib.reference.checkpoint import CONFIG, write_atomically, write_text_atomically
+from rplib.reference.config import load_config
 
 METRICS, CURVES, ENVIRONMENT = "metrics.csv", "curves.png", "environment.json"
 
@@ -111,34 +111,10 @@ def read_metrics(path: Path) -> list[Row]:
 
 def write_curves(run: Path) -> None:
     """curves.png: the loss terms, and the validation Dice where there is one, over the iterations of metrics.csv."""
-    from matplotlib.figure import Figure
+    from rplib.reference.curves import curves_png
 
-    rows = read_metrics(run / METRICS)
-    validated = [(row.iteration, row.validation_dice) for row in rows if row.validation_dice is not None]
-    iterations = [row.iteration for row in rows]
-    figure = Figure(figsize=(11, 3.6 if not validated else 6.4), layout="constrained")
-    axes = figure.subplots(2 if validated else 1, 2, squeeze=False)
-    for axis, name, label in (
-        (axes[0, 0], "dice", "Dice loss, sum of both decoders"),
-        (axes[0, 1], "mutual", "mutual loss"),
-    ):
-        values = [getattr(row, name) for row in rows]
-        axis.plot(iterations, values, color="0.8", linewidth=0.8)
-        axis.plot(iterations, _smooth(values), linewidth=1.5, label="moving average")
-        axis.set(title=label, xlabel="iteration")
-    weight = axes[0, 1].twinx()
-    weight.plot(iterations, [row.consistency_weight for row in rows], color="tab:green", linewidth=1)
-    weight.set_ylabel("weight of the mutual loss", color="tab:green")
-    weight.set_ylim(0, None)
-    axes[0, 0].legend(frameon=False)
-    if validated:
-        axes[1, 0].plot(*zip(*validated, strict=True), marker="o", markersize=3)
-        axes[1, 0].set(title="validation Dice, decoder 1", xlabel="iteration", ylim=(0, 1))
-        axes[1, 1].plot(iterations, [row.total for row in rows], color="0.6", linewidth=0.8)
-        axes[1, 1].set(title="total loss", xlabel="iteration")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    write_atomically(run / CURVES, lambda file: file.write(picture.getvalue()))
+    picture = curves_png(read_metrics(run / METRICS), load_config(run / CONFIG))
+    write_atomically(run / CURVES, lambda file: file.write(picture))
 
 
 def record_session(run: Path, device: torch.device, data: Path, done: int, deterministic: bool, processes: int = 1) -> None:
@@ -178,15 +154,6 @@ def _cells(row: Row) -> list[str]:
     return [
         "" if value is None else repr(round(value, 6) if name == "seconds" else value) for name, value in row._asdict().items()
     ]
-
-
-def _smooth(values: list[float]) -> list[float]:
-    width, smooth, window = max(1, len(values) // 50), [], 0.0
-    for i, value in enumerate(values):
-        window += value if math.isfinite(value) else 0.0
-        window -= values[i - width] if i >= width and math.isfinite(values[i - width]) else 0.0
-        smooth.append(window / min(i + 1, width))
-    return smooth
 
 
 def _version(package: str) -> str | None:

@@ -4,6 +4,7 @@ examples:
   rplib train --recipe la-8 --data DIR --out RUN
   rplib train --recipe la-8-supervised --data DIR --out RUN --set filters=4 --set patch=64,64,48 --set iterations=1000
   rplib train --resume --out RUN                       goes on after a kill, with the same numbers
+  torchrun --nproc-per-node 4 -m rplib.reference.train --recipe la-8 --data DIR --out RUN     one batch shared by 4 GPUs
 """
 
 import argparse
