@@ -168,8 +168,10 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(x)
         axes, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
-        count = total(x.new_tensor(x.numel() // x.shape[1]), self.group)
-        mean = total(x.sum(axes), self.group) / count  # (C,)
+        here = x.new_tensor([x.numel() // x.shape[1]])
+        sums = total(torch.cat([x.sum(axes), here]), self.group)  # (C + 1,)
+        count = sums[-1].detach()
+        mean = sums[:-1] / count
         centred = x - mean.view(shape)
         variance = total(centred.square().sum(axes), self.group) / count
         with torch.no_grad():
