@@ -51,8 +51,18 @@ def remove_leftovers(run: Path) -> None:
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint atomically. It holds tensors, numbers, text, lists and dicts only."""
-    write_atomically(path, lambda file: torch.save(content, file))
+    """Write a checkpoint atomically. It holds tensors, numbers, text, lists and dicts only.
+
+    Raises:
+        OSError: the disk is full, or the like.
+    """
+    try:
+        write_atomically(path, lambda file: torch.save(content, file))
+    except RuntimeError as error:
+        # torch.save closes its archive even after a failed write, which fails in turn and hides the first reason.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -112,6 +111,8 @@ def _averages(
     autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Each output's probabilities (C, *spatial), averaged over the windows, on the device."""
+    from monai.inferers import sliding_window_inference  # seconds of import, which a training without validation saves
+
     patch = tuple(int(size) for size in patch)
     overlap = window_overlap(patch, stride)
     unknown = [output for output in outputs if output not in OUTPUTS]

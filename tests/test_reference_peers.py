@@ -12,6 +12,12 @@ from rplib.reference.peers import build_objective
 from rplib.reference.runlog import read_metrics
 
 
+@pytest.fixture(autouse=True)
+def _no_curves(monkeypatch):
+    """Drawing them takes as long as these trainings."""
+    monkeypatch.setattr(trainer, "write_curves", lambda _: None)
+
+
 def networks(classes: int, dtype=torch.float64):
     random = torch.Generator().manual_seed(5)
     logits = [torch.randn(3, classes, 4, 5, 3, dtype=dtype, generator=random) * 2 for _ in range(2)]
