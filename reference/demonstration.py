@@ -25,7 +25,7 @@ from rplib.reference.inference import DECODER_1
 from rplib.reference.metrics import Scores
 from rplib.reference.phantom import MOST_THRESHOLD_DICE, best_threshold_dice, write_phantoms
 from rplib.reference.pictures import PREDICTION, TRUTH, Panel, largest_slice, truth_and_prediction, write_sheet
-from rplib.reference.report import shown
+from rplib.reference.tables import shown
 from rplib.reference.trainer import train
 
 TRAINING_CASES, TEST_CASES, SIZE = 24, 6, (48, 48, 40)

@@ -1,5 +1,7 @@
 """Score a trained run on its test cases: Dice, Jaccard, 95HD and ASD per case and on average, beside a fixed box.
 
+RUN/evaluation-test/report.html holds all of it in one file: protocol, tables, pictures, reliability maps, curves, settings.
+
 examples:
   rplib evaluate RUN --data DIR                         all test cases, into RUN/evaluation-test
   rplib evaluate RUN --data DIR --cases 4 --stride 32 32 16     quick look: few cases, few windows
@@ -55,8 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=count,
         default=6,
         metavar="N",
-        help="worst cases on the picture sheet (default: %(default)s)",
+        help="worst cases to show, as slices and as reliability maps (default: %(default)s)",
     )
+    parser.add_argument("--no-maps", action="store_true", help="no reliability maps; they take a few windows a case more")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,8 +87,9 @@ def run(args: argparse.Namespace) -> int:
         spacing=args.spacing,
         keep_largest=args.largest_component,
         on_case=volumes,
+        maps=0 if args.no_maps else args.pictures,
     )
-    write(report, out, args.pictures, args.spacing)
+    write(report, out, args.pictures)
     return 0
 
 

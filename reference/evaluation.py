@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ from rplib.reference.datasets import open_for, split_training
 from rplib.reference.devices import find_device
 from rplib.reference.inference import DECODER_1, OUTPUTS, Segmentation, segment_outputs, window_overlap
 from rplib.reference.metrics import Scores, largest_components, score
+from rplib.reference.progress import window_bar
+from rplib.reference.reliability import ReliabilityMaps, Verdict, map_stride, reliability_maps, verdict
 
 BOX = "fixed box"
 METRICS = tuple(field.name for field in fields(Scores))
@@ -55,6 +57,10 @@ class Report:
     dataset: Dataset
     stride: tuple[int, ...]
     notes: list[str]  # sentences on what the numbers are, for every place that shows them
+    split: str = "test"
+    spacing: tuple[float, ...] | None = None  # that overrules the files'
+    run: Path | None = None  # the folder of the training, if that was given
+    maps: dict[str, ReliabilityMaps] = field(default_factory=dict)  # of the worst cases, as many as were asked for
 
     @property
     def methods(self) -> list[str]:
@@ -73,6 +79,15 @@ class Report:
         if not there:
             return Mean(math.nan, math.nan, len(values))
         return Mean(statistics.fmean(there), statistics.pstdev(there), len(values) - len(there))
+
+    def verdicts(self) -> dict[str, Verdict]:
+        """How the reliability maps fit the truth, in the order of the maps."""
+        found = {}
+        for name, maps in self.maps.items():
+            truth = self.dataset.load(name, needs_label=True).label
+            assert truth is not None
+            found[name] = verdict(maps, truth)
+        return found
 
     def worst_first(self) -> list[str]:
         """Case names by the Dice of decoder 1 (mean over classes), lowest first; missing ones at the very front."""
@@ -96,6 +111,7 @@ def evaluate(
     spacing: Sequence[float] | None = None,
     keep_largest: bool = False,
     on_case: OnCase | None = None,
+    maps: int = 0,
 ) -> Report:
     """Segments the cases of a list and scores both outputs of the network and the best fixed box.
 
@@ -110,6 +126,7 @@ def evaluate(
         spacing: voxel size in mm, for distances in mm as well; None takes that of the files, where they hold it.
         keep_largest: leave only the largest component of each class; the paper does not.
         on_case: called with every case and its segmentations, for instance to write them.
+        maps: of how many of the worst cases to make reliability maps.
 
     Raises:
         UserError: no readable checkpoint, missing or damaged data, no label, impossible stride or device.
@@ -129,17 +146,19 @@ def evaluate(
 
     rows: list[Row] = []
     predictions: dict[str, NDArray[np.uint8]] = {}
-    skipped = 0
+    skipped = unmeasured = 0
     for name in tqdm(names, desc="evaluating", unit="case"):
         case = dataset.load(name, needs_label=split != "train")
         if case.label is None:
             skipped += 1
             continue
-        found = segment_outputs(network, case.image, config.patch, stride, batch or config.window_batch, where)
+        with window_bar(network, case.label.shape, config.patch, stride, name):
+            found = segment_outputs(network, case.image, config.patch, stride, batch or config.window_batch, where)
         if keep_largest:
             found = {output: one._replace(label=largest_components(one.label)) for output, one in found.items()}
         predictions[name] = found[DECODER_1].label
         edges = spacing if spacing is not None else voxel_sizes(case)
+        unmeasured += edges is None
         for klass in range(1, config.classes):
             truth = case.label == klass
             masks = {output: found[output].label == klass for output in OUTPUTS}
@@ -154,8 +173,22 @@ def evaluate(
     notes = [_which_weights(run, weights, config), _which_cases(split, len(names) - skipped, skipped, cases, config)]
     notes.append(f"Windows {_times(config.patch)}, stride {_times(stride)}; ")
     notes[-1] += "largest component kept." if keep_largest else "every component kept."
+    if unmeasured:
+        notes.append(
+            f"No distances in mm for {unmeasured} of {len(predictions)} cases: their files hold no voxel size; "
+            "give it by --spacing."
+        )
     notes.append(box_note)
-    return Report(rows, predictions, boxes, config, dataset, stride, notes)
+    edges, folder = tuple(spacing) if spacing is not None else None, run if run.is_dir() else None
+    report = Report(rows, predictions, boxes, config, dataset, stride, notes, split, edges, folder)
+    if not maps:
+        return report
+    wide, made = map_stride(config, stride), {}
+    for name in tqdm(report.worst_first()[:maps], desc="reliability maps", unit="case"):
+        image = dataset.load(name).image
+        with window_bar(network, predictions[name].shape, config.patch, wide, name):
+            made[name] = reliability_maps(network, image, config, wide, batch or config.window_batch, where)
+    return replace(report, maps=made)
 
 
 def _fit_boxes(dataset: Dataset, config: Config) -> tuple[dict[int, FixedBox], str]:

@@ -1,9 +1,11 @@
-"""Picture sheets: slices of an image with the outlines of masks drawn on them."""
+"""Picture sheets: slices of an image with the outlines of masks drawn on them, and maps laid over them."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -13,8 +15,11 @@ from numpy.typing import NDArray
 AXES = ("x", "y", "z")
 TRUTH, PREDICTION, OTHER = "#56B4E9", "#E69F00", "#CC79A7"  # of Okabe and Ito: told apart by the colour-blind too
 _ROW, _COLUMN = 2.5, 2.9  # inches of a panel
+_BAR = 2.3  # inches of a colour bar
+_SCREEN = 100  # dots per inch, where lines have their width in points
 _LEAST_WIDTH = 9.0  # inches, for the title
 _TEXT = 9
+_OVERLAY = 0.6  # opacity of a map
 
 
 class Outline(NamedTuple):
@@ -23,6 +28,32 @@ class Outline(NamedTuple):
     mask: NDArray  # (X, Y, Z) or (X, Y), nonzero is inside
     colour: str
     width: float = 1.3
+
+
+class Scale(NamedTuple):
+    """How a map is coloured."""
+
+    colours: str  # a colour map of matplotlib
+    low: float
+    high: float
+    title: str  # what the colours mean
+    ends: tuple[str, str]  # in words
+    fades: bool = False  # the higher the value, the less the map covers the image
+
+    def rgba(self, values: NDArray) -> NDArray[np.float64]:
+        """Colours with opacity, (..., 4); NaN is transparent."""
+        where = np.clip((values - self.low) / (self.high - self.low), 0, 1)
+        colours = matplotlib.colormaps[self.colours](np.nan_to_num(where))
+        colours[..., 3] = 0.9 * (1 - where) if self.fades else _OVERLAY
+        colours[np.isnan(values), 3] = 0
+        return colours
+
+
+class Overlay(NamedTuple):
+    """A map over an image; where it is NaN the image is bare."""
+
+    values: NDArray[np.float32]  # (X, Y, Z) or (X, Y)
+    scale: Scale
 
 
 class Panel(NamedTuple):
@@ -34,6 +65,7 @@ class Panel(NamedTuple):
     position: int
     title: str = ""
     spacing: Sequence[float] | None = None  # edge lengths of a voxel, for the proportions; None takes the sheet's
+    overlay: Overlay | None = None
 
 
 def truth_and_prediction(truth: NDArray | None, prediction: NDArray) -> list[Outline]:
@@ -77,6 +109,7 @@ def write_sheet(
     title: str,
     legend: Mapping[str, str],
     spacing: Sequence[float] | None = None,
+    scales: Sequence[Scale] = (),
 ) -> None:
     """Writes a sheet of slices as PNG.
 
@@ -86,6 +119,7 @@ def write_sheet(
         title: above the sheet; may have several lines.
         legend: what each line colour means, {text: colour}.
         spacing: edge lengths of a voxel, for the panels' proportions; None takes cubes.
+        scales: of the panels' overlays, each told by a bar beside the legend.
 
     Raises:
         ValueError: no row.
@@ -123,20 +157,77 @@ def write_sheet(
         ncols=len(lines),
         frameon=False,
         fontsize=_TEXT,
+        labelcolor="black",
     )
+    for place, scale in enumerate(scales):
+        left = 0.01 + (1.1 * len(lines) + 0.7 + (_BAR + 0.4) * place) / width
+        box = figure.add_axes((left, 1 - (head - 0.16) / height, _BAR / width, 0.1 / height))
+        draw_scale(box, scale)
     figure.savefig(path, pil_kwargs={"optimize": True})
+
+
+def panel_png(panel: Panel, zoom: float = 2.0) -> bytes:
+    """One slice without any text, as PNG; `zoom` screen dots for the smallest edge of a voxel."""
+    across, up = _edges(panel, None)
+    width, height = _cut(panel.image, panel).shape
+    scale = zoom / min(across, up)
+    size = width * across * scale, height * up * scale
+    figure = Figure(figsize=(size[0] / _SCREEN, size[1] / _SCREEN), dpi=_SCREEN, facecolor="black")
+    FigureCanvasAgg(figure)
+    _draw(figure.add_axes((0, 0, 1, 1)), panel._replace(title=""), None)
+    return _png(figure)
+
+
+def draw_scale(axes: Any, scale: Scale) -> None:
+    """The colours of a map over grey, low to high, with what they mean."""
+    _colours(axes, scale)
+    axes.set(xticks=[-0.5, 255.5], yticks=[])
+    axes.set_xticklabels(scale.ends, fontsize=_TEXT - 2)
+    axes.tick_params(length=0, pad=1)
+    left, right = axes.get_xticklabels()
+    left.set_ha("left")
+    right.set_ha("right")
+    axes.set_title(scale.title, fontsize=_TEXT, pad=2)
+
+
+def scale_png(scale: Scale) -> bytes:
+    """The same colours alone."""
+    figure = Figure(figsize=(2.4, 0.12), dpi=_SCREEN)
+    FigureCanvasAgg(figure)
+    _colours(figure.add_axes((0, 0, 1, 1)), scale)
+    return _png(figure)
+
+
+def _colours(axes: Any, scale: Scale) -> None:
+    axes.imshow(np.full((1, 256), 0.6), cmap="gray", vmin=0, vmax=1, aspect="auto")
+    axes.imshow(scale.rgba(np.linspace(scale.low, scale.high, 256)[None]), aspect="auto")
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", pil_kwargs={"optimize": True})
+    return content.getvalue()
 
 
 def _cut(volume: NDArray, panel: Panel) -> NDArray:
     return volume if volume.ndim == 2 else np.take(volume, panel.position, panel.axis)
 
 
-def _draw(axes: Any, panel: Panel, spacing: Sequence[float] | None) -> None:
+def _edges(panel: Panel, spacing: Sequence[float] | None) -> tuple[float, float]:
+    """Edge lengths of a voxel to the right and upwards: the slice is shown with its first axis to the right."""
     spacing = panel.spacing if panel.spacing is not None else spacing
-    across, up = (a for a in range(3) if a != panel.axis)  # transposed below: the first axis runs to the right
-    aspect = spacing[up] / spacing[across] if spacing is not None else 1.0
+    across, up = (a for a in range(3) if a != panel.axis)
+    return (spacing[across], spacing[up]) if spacing is not None else (1.0, 1.0)
+
+
+def _draw(axes: Any, panel: Panel, spacing: Sequence[float] | None) -> None:
+    across, up = _edges(panel, spacing)
+    aspect = up / across
     picture = _cut(panel.image, panel).T
     dark, bright = np.percentile(picture, (1, 99.5))
+    axes.set_facecolor("black")
     axes.imshow(
         picture,
         cmap="gray",
@@ -146,6 +237,9 @@ def _draw(axes: Any, panel: Panel, spacing: Sequence[float] | None) -> None:
         aspect=aspect,
         interpolation="nearest",
     )
+    if panel.overlay is not None:
+        values, scale = _cut(panel.overlay.values, panel).T, panel.overlay.scale
+        axes.imshow(scale.rgba(values), origin="lower", aspect=aspect, interpolation="nearest")
     for outline in panel.outlines:
         mask = _cut(outline.mask, panel).T != 0
         if mask.any():

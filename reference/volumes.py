@@ -47,6 +47,19 @@ def diagonal_affine(spacing: Sequence[float] | None) -> NDArray[np.float64]:
     return np.diag([*([*spacing, 1.0, 1.0][:3] if spacing is not None else (1.0, 1.0, 1.0)), 1.0])
 
 
+def with_spacing(affine: NDArray[np.float64], spacing: Sequence[float] | None) -> NDArray[np.float64]:
+    """An affine with other voxel sizes, its directions and its origin kept; None leaves it.
+
+    >>> with_spacing(np.array([[0.0, -2, 0, 9], [1, 0, 0, 8], [0, 0, 3, 7], [0, 0, 0, 1]]), (5.0, 4.0)).tolist()
+    [[0.0, -4.0, 0.0, 9.0], [5.0, 0.0, 0.0, 8.0], [0.0, 0.0, 3.0, 7.0], [0.0, 0.0, 0.0, 1.0]]
+    """
+    if spacing is None:
+        return affine
+    changed, axes = affine.astype(np.float64), len(spacing)
+    changed[:3, :axes] *= np.asarray(spacing) / np.linalg.norm(affine[:3, :axes], axis=0)
+    return changed
+
+
 def _of_the_grid(header: nibabel.Nifti1Header) -> nibabel.Nifti1Header:
     kept = nibabel.Nifti1Header()
     for key in ("pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",

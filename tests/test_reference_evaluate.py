@@ -19,7 +19,8 @@ from rplib.reference.checkpoint import load_network
 from rplib.reference.datasets import open_dataset
 from rplib.reference.evaluation import BOX, evaluate
 from rplib.reference.inference import DECODER_1, MEAN, OUTPUTS, segment
-from rplib.reference.report import nifti_writer, render, scores_csv, summary_csv, write
+from rplib.reference.report import nifti_writer, write
+from rplib.reference.tables import render, scores_csv, summary_csv
 from rplib.reference.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +61,10 @@ def test_files(evaluated, data):
         "scores.csv",
         "summary.csv",
         "report.txt",
+        "report.html",
         "pictures.png",
+        "reliability.png",
+        "reliability.csv",
         "nifti",
     }
     expected = {f"{name}_{what}.nii.gz" for name in names for what in ("prediction", "score", "image", "truth")}
@@ -132,10 +136,16 @@ def test_picture_sheet_is_a_picture(evaluated):
         assert (np.abs(sheet[..., :3] - rgb).max(-1) < 0.02).sum() > 100  # its outlines and its line in the legend
 
 
+def test_without_a_voxel_size_there_are_no_millimetres_and_the_report_says_so(run, data):
+    report = evaluate(run, data, cases=2, device="cpu")
+    assert "No distances in mm for 2 of 2 cases" in report.notes[-2]
+    assert " mm" not in render(report, per_case=True).replace("in mm for", "")
+
+
 def test_pictures_show_the_worst_first(run, data, monkeypatch, tmp_path):
     shown = {}
     report = evaluate(run, data, device="cpu")
-    monkeypatch.setattr("rplib.reference.report.write_sheet", lambda path, rows, *rest: shown.update(rows=rows))
+    monkeypatch.setattr("rplib.reference.sheets.write_sheet", lambda path, rows, *rest: shown.update(rows=rows))
     write(report, tmp_path, pictures=2)
     dice = {row.case: row.scores.dice for row in report.rows if row.method == DECODER_1}
     worst = sorted(dice, key=dice.__getitem__)[:2]
@@ -149,7 +159,7 @@ def test_the_script_takes_the_same_words(run, data, tmp_path):
     done = subprocess.run([*map(str, script)], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert "Scored: the first 1 cases of the test list" in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"scores.csv", "summary.csv", "report.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"scores.csv", "summary.csv", "report.txt", "report.html"}
 
 
 class _Threshold(torch.nn.Module):
