@@ -10,7 +10,7 @@ from rplib.errors import UserError
 from rplib.reference.checkpoint import CONFIG
 from rplib.reference.config import Config, differences, load_config, load_recipe, parse
 from rplib.reference.devices import find_device
-from rplib.reference.parallel import joined, own_device
+from rplib.reference.parallel import joined, own_device, started_by_torchrun
 from rplib.reference.runlog import read_sessions
 from rplib.reference.trainer import train
 
@@ -52,6 +52,23 @@ def start(
                 f"the GPU's memory is full with batch_size={config.batch_size}, patch={list(config.patch)}, "
                 f"filters={config.filters}; lower one of them, set cache=ram or amp=bfloat16."
             ) from error
+
+
+def start_profile(
+    recipe: str | None, data: Path | None, overrides: Sequence[str], device: str | None, steps: int, deterministic: bool
+) -> None:
+    """`rplib train --profile`: settings as of a training, nothing is written.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    from rplib.reference.profiling import report
+
+    if recipe is None or data is None or steps < 1:
+        raise UserError("--profile needs --recipe, --data and at least 1 step: rplib train --recipe la-8 --data DIR --profile.")
+    if started_by_torchrun():
+        raise UserError("--profile is for one process; start it without torchrun.")
+    report(load_recipe(recipe, overrides), data, device, steps, deterministic)
 
 
 def _settings(

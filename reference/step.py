@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+PARTS = ("forward", "loss", "loss backward", "backward", "optimiser")
+
 
 def training_step(
     network: nn.Module,
@@ -24,7 +26,7 @@ def training_step(
         images: (B, channels, X, Y, Z), labelled samples first.
         labels: (B_l, X, Y, Z) of those.
         autocast_dtype: precision of the network's forward pass under autocast; None: that of the weights.
-        mark: called with the name of each part that is through, to time it.
+        mark: called with the name of each of `PARTS` that is through, to time it.
 
     Returns:
         (total, dice, mutual), detached 0-dim tensors on the device.
@@ -35,6 +37,9 @@ def training_step(
     _mark(mark, "forward")
     loss = objective(logits, features, labels, consistency_weight)
     _mark(mark, "loss")
+    if mark is not None:
+        for z in logits:  # its gradient is through when the loss's backward pass is, and before the network's begins
+            z.register_hook(lambda _: mark("loss backward"))
     loss.total.backward()
     _mark(mark, "backward")
     optimiser.step()

@@ -4,6 +4,7 @@ examples:
   rplib train --recipe la-8 --data DIR --out RUN
   rplib train --recipe la-8-supervised --data DIR --out RUN --set filters=4 --set patch=64,64,48 --set iterations=1000
   rplib train --resume --out RUN                       goes on after a kill, with the same numbers
+  rplib train --recipe la-8 --data DIR --profile       where a step's time goes on this machine
   torchrun --nproc-per-node 4 -m rplib.reference.train --recipe la-8 --data DIR --out RUN     one batch shared by 4 GPUs
 """
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "also with -supervised; or a file",
     )  # fmt: skip
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set")
-    parser.add_argument("--out", type=Path, metavar="RUN", required=True, help="run folder; new or empty unless --resume")
+    parser.add_argument("--out", type=Path, metavar="RUN", help="run folder; new or empty unless --resume")
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
@@ -33,18 +34,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in RUN")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=10,
+        metavar="STEPS",
+        help="train nothing: time the parts of a step and of a validation (default: %(const)s steps)",
+    )
     parser.add_argument("--deterministic", action="store_true", help="deterministic algorithms on the GPU too (slower)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains and returns the exit code; mistakes raise `rplib.errors.UserError`."""
-    from rplib.reference.launch import start
+    from rplib.errors import UserError
+    from rplib.reference.launch import start, start_profile
 
+    overrides = [word for words in args.overrides for word in words]
+    if args.profile is not None:
+        start_profile(args.recipe, args.data, overrides, args.device, args.profile, args.deterministic)
+        return 0
+    if args.out is None:
+        raise UserError("--out is missing: the run folder, new or empty unless --resume.")
     start(
         recipe=args.recipe,
         data=args.data,
         out=args.out,
-        overrides=[word for words in args.overrides for word in words],
+        overrides=overrides,
         resume=args.resume,
         device=args.device,
         deterministic=args.deterministic,

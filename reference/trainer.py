@@ -80,11 +80,16 @@ def train(
         if ranks.first:
             run_folder.prepare(out, resume, config)
     with numerics(device, deterministic, config.tf32):
-        trainer = _Trainer(config, data, out, device, deterministic, resume, ranks)
+        trainer = Training(config, data, out, device, deterministic, resume, ranks)
         return trainer.run()
 
 
-class _Trainer:
+class Training:
+    """Everything that a training is made of, ready for its first step (or for the next one of an interrupted run).
+
+    Arguments as of `train`, which calls it; a profile takes it apart.
+    """
+
     def __init__(
         self, config: Config, data: Path, out: Path, device: torch.device, deterministic: bool, resume: bool, ranks: Ranks
     ) -> None:
@@ -123,7 +128,7 @@ class _Trainer:
         self.model = distributed(stepped, ranks, device)
         if saved is not None:
             self._restore(saved, batches)
-        self.feed = Feed(batches, device, memory_format)
+        self.batches, self.feed = batches, Feed(batches, device, memory_format)
 
         self.log: RunLog | None = None
         if ranks.first:

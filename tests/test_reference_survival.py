@@ -250,3 +250,31 @@ def test_a_compiled_training_has_the_same_numbers_and_checkpoints(data, tmp_path
     assert losses(tmp_path / "true") == losses(tmp_path / "false")
     network, _ = checkpoint.load_network(tmp_path / "true", "last")
     assert not any("_orig_mod" in key for key in network.state_dict())
+
+
+def test_the_profile_tells_where_a_step_goes_and_keeps_nothing(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--recipe", "la-4", "--data", str(data), "--profile", "2", "--device", "cpu", "--set", *TINY]) == 0
+    out = capsys.readouterr().out
+    shares = {line[:24].strip(): float(line[24:34]) for line in out.splitlines() if line.endswith("%")}
+    assert list(shares) == ["data", "forward", "loss", "loss backward", "backward", "optimiser", "sum"]
+    assert shares["sum"] == pytest.approx(sum(list(shares.values())[:-1]), abs=0.1) and min(shares.values()) > 0
+    assert list(tmp_path.iterdir()) == []
+    assert "--out is missing" in mistake(capsys, "train", "--recipe", "la-4", "--data", data)
+    assert "--profile needs --recipe" in mistake(capsys, "train", "--data", data, "--profile")
+
+
+def test_the_parts_of_a_measured_step_are_those_of_a_plain_one():
+    """Marks change nothing, and each comes once a step in order; the loss's backward pass ends before the network's."""
+    from rplib.reference.peers import build_objective
+    from rplib.reference.step import PARTS, training_step
+
+    images, labels, weights, marks = torch.randn(2, 1, 32, 16, 16), torch.zeros(1, 32, 16, 16).long(), [], []
+    for mark in (None, marks.append):
+        torch.manual_seed(0)
+        network = checkpoint.build_network(load_recipe("la-4", [*TINY, "dropout=0"]))
+        optimiser = torch.optim.SGD(network.parameters(), 0.1)
+        training_step(network, build_objective(load_recipe("la-4")), optimiser, images, labels, 1.0, None, mark)
+        weights.append(network.encoder.block_one.conv[0].weight)
+    assert torch.equal(*weights)
+    assert list(dict.fromkeys(marks)) == list(PARTS)
