@@ -27,14 +27,20 @@ def find_device(device: str | torch.device | None) -> torch.device:
 
 
 @contextlib.contextmanager
-def numerics(device: torch.device, deterministic: bool = False, tf32: bool = False) -> Iterator[None]:
-    """cuDNN's search for fast algorithms, or deterministic ones; TensorFloat-32 or not; put back afterwards."""
+def numerics(device: torch.device, deterministic: bool = False, tf32: bool = False, search: bool = True) -> Iterator[None]:
+    """How a GPU computes inside, put back afterwards.
+
+    Args:
+        deterministic: algorithms that give the same bits on every run.
+        tf32: TensorFloat-32 in convolutions and matrix products.
+        search: cuDNN times its algorithms and takes the fastest (not where `deterministic`).
+    """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
-    cudnn.benchmark = device.type == "cuda" and not deterministic
+    cudnn.benchmark = device.type == "cuda" and search and not deterministic
     cudnn.allow_tf32 = matmul.allow_tf32 = tf32
     try:
         yield

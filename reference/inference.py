@@ -72,7 +72,8 @@ def segment_outputs(
     outputs: Sequence[str] = OUTPUTS,
 ) -> dict[str, Segmentation]:
     """As `segment`, for several outputs from the same forward passes; the network must be on `device`."""
-    with numerics(torch.device(device)):  # float32 is float32: windows in batches give the labels of windows one by one
+    # Float32 is float32, and no algorithm hangs on a race: windows in batches give the labels of windows one by one.
+    with numerics(torch.device(device), search=False):
         averages = _averages(network, image, patch, stride, batch, device, outputs)
     decided = {output: _decide(average) for output, average in averages.items()}
     return {

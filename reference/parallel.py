@@ -125,12 +125,13 @@ def distributed(network: nn.Module, ranks: Ranks, device: torch.device) -> nn.Mo
     # Batch statistics are those of the whole batch on every rank, so there are no buffers to send around.
     sync = "forward_sync_buffers"  # its name since torch 2.13
     new = sync in inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+    buffers: dict[str, Any] = {sync if new else "broadcast_buffers": False}
     return nn.parallel.DistributedDataParallel(
         network,
         device_ids=[device] if device.type == "cuda" else None,
         process_group=ranks.group,
         gradient_as_bucket_view=True,
-        **{sync if new else "broadcast_buffers": False},
+        **buffers,
     )
 
 
