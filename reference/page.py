@@ -21,6 +21,8 @@ from rplib.reference.runlog import read_metrics, read_sessions
 from rplib.reference.sheets import TAUGHT, TRUTH_ON_MAP, case_panels, map_panels, percent, scales, scores_of
 from rplib.reference.tables import TITLES, mean_cell, shown, shown_metrics, weight
 
+PLANES = 3  # slices side by side
+
 
 def page(report: Report, pictures: int = 6) -> str:
     """The whole page.
@@ -125,7 +127,7 @@ def _case(report: Report, case: Case) -> str:
     rows = planes(panels, f"{case.name}, truth and prediction")
     return (
         f'<article class="case"><h3 class="mono">{escape(case.name)}</h3><p class="soft">{escape(_told(scores))}</p>'
-        f'<div class="planes" style="--planes: {len(panels)}">{rows}</div></article>'
+        f'<div class="planes" style="--planes: {PLANES}">{rows}</div></article>'
     )
 
 
@@ -152,7 +154,7 @@ def _reliability(report: Report) -> str:
         rows = "".join(planes(panels, f"{name}, {word}") for word, panels in zip(("which", "how"), both, strict=True))
         text += (
             f'<article class="case"><h3 class="mono">{escape(name)}</h3><p class="soft">{escape(_judged(found))}</p>'
-            f'<div class="planes" style="--planes: {len(both[0])}">{rows}</div></article>'
+            f'<div class="planes" style="--planes: {PLANES}">{rows}</div></article>'
         )
     return text
 

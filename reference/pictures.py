@@ -1,6 +1,7 @@
 """Picture sheets: slices of an image with the outlines of masks drawn on them, and maps laid over them."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 AXES = ("x", "y", "z")
 TRUTH, PREDICTION, OTHER = "#56B4E9", "#E69F00", "#CC79A7"  # of Okabe and Ito: told apart by the colour-blind too
-_ROW, _COLUMN = 2.5, 2.9  # inches of a panel
+_ROW, _COLUMN, _BESIDE = 2.5, 2.9, 1.9  # inches: a panel's height and width, the text beside the panels
 _BAR = 2.3  # inches of a colour bar
 _SCREEN = 100  # dots per inch, where lines have their width in points
 _LEAST_WIDTH = 9.0  # inches, for the title
@@ -127,16 +128,18 @@ def write_sheet(
     if not rows:
         raise ValueError("rows is empty; expected at least one")
     columns = max(len(panels) for _, panels in rows)
-    head = 0.45 + 0.2 * (title.count("\n") + 1)  # inches for title and legend
-    height, width = head + _ROW * len(rows), max(1.9 + _COLUMN * columns, _LEAST_WIDTH)
+    width = max(_BESIDE + _COLUMN * columns, _LEAST_WIDTH)
+    lines = [part for line in title.split("\n") for part in textwrap.wrap(line, int(12.5 * width))]
+    head = 0.45 + 0.2 * len(lines)  # inches for title and legend
+    height = head + _ROW * len(rows)
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
         len(rows),
         columns + 1,
-        width_ratios=[1.9, *[_COLUMN] * columns],
+        width_ratios=[_BESIDE, *[_COLUMN] * columns],
         left=0.01,
-        right=0.995,
+        right=0.995 * (_BESIDE + _COLUMN * columns) / width,
         top=1 - head / height,
         bottom=0.01,
         wspace=0.03,
@@ -148,19 +151,20 @@ def write_sheet(
         beside.text(0.02, 0.5, caption, fontsize=_TEXT, va="center", ha="left", linespacing=1.5, family="monospace")
         for column, panel in enumerate(panels):
             _draw(figure.add_subplot(grid[row, column + 1]), panel, spacing)
-    figure.text(0.01, 1 - 0.08 / height, title, fontsize=_TEXT + 1, va="top", ha="left", linespacing=1.4)
-    lines = [Line2D([], [], color=colour, linewidth=2.5, label=text) for text, colour in legend.items()]
+    figure.text(0.01, 1 - 0.08 / height, "\n".join(lines), fontsize=_TEXT + 1, va="top", ha="left", linespacing=1.4)
+    handles = [Line2D([], [], color=colour, linewidth=2.5, label=text) for text, colour in legend.items()]
     figure.legend(
-        handles=lines,
+        handles=handles,
         loc="upper left",
         bbox_to_anchor=(0.0, 1 - (head - 0.42) / height),
-        ncols=len(lines),
+        ncols=len(handles),
         frameon=False,
         fontsize=_TEXT,
         labelcolor="black",
     )
     for place, scale in enumerate(scales):
-        left = 0.01 + (1.1 * len(lines) + 0.7 + (_BAR + 0.4) * place) / width
+        beside_legend = 0.2 + sum(0.6 + 0.075 * len(text) for text in legend)
+        left = (beside_legend + (_BAR + 0.4) * place) / width
         box = figure.add_axes((left, 1 - (head - 0.16) / height, _BAR / width, 0.1 / height))
         draw_scale(box, scale)
     figure.savefig(path, pil_kwargs={"optimize": True})

@@ -104,7 +104,7 @@ def verdict(maps: ReliabilityMaps, truth: NDArray[np.uint8]) -> Verdict:
     >>> maps = ReliabilityMaps(np.ones(4), np.array([0.9, 0.7, 0.3, 0.9]), np.array([1, 1, 1, 0]),
     ...                        (np.array([1, 1, 1, 0]), np.array([1, 0, 0, 0])))
     >>> [round(float(x), 2) for x in verdict(maps, np.array([1, 1, 0, 0]))]
-    [0.8, 2, 0.5, 0.8, 0.3]
+    [0.8, 2.0, 0.5, 0.8, 0.3]
     """
     from rplib.reference.metrics import dice
 

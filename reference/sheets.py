@@ -63,7 +63,7 @@ def write_pictures(report: Report, path: Path, number: int) -> None:
 
 
 def write_reliability(report: Report, path: Path) -> None:
-    """The cases that have maps: a row for which, a row for how."""
+    """The cases that have maps: a row for which, a row for how; of 2-D images both in one row."""
     verdicts, rows = report.verdicts(), []
     for name, found in verdicts.items():
         which, how = map_panels(report, report.dataset.load(name))
@@ -73,7 +73,10 @@ def write_reliability(report: Report, path: Path) -> None:
             f"HOW reliable\nmean weight of\nright labels {weight(found.weight_right)}\n"
             f"wrong labels {weight(found.weight_wrong)}",
         )
-        rows += [(beside[0], which), (beside[1], how)]
+        if len(which) == 1:
+            rows.append(("\n\n".join(beside), [which[0]._replace(title="which"), how[0]._replace(title="how")]))
+        else:
+            rows += [(beside[0], which), (beside[1], how)]
     legend = {"truth (white)": "0.75", "taught pseudo-label": TAUGHT}
     write_sheet(path, rows, _title(report, list(verdicts)), legend, scales=scales(report))
 

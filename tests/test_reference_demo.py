@@ -17,8 +17,8 @@ from rplib.reference.demonstration import LABELLED_ONLY, MUTUAL, demo_configs
 from rplib.reference.evaluation import evaluate
 from rplib.reference.inference import DECODER_1
 from rplib.reference.phantom import best_threshold_dice
-from rplib.reference.report import shown
 from rplib.reference.runlog import read_metrics
+from rplib.reference.tables import shown
 
 ROOT = Path(__file__).resolve().parent.parent
 

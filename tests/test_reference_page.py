@@ -239,6 +239,18 @@ def test_a_panel_has_the_proportions_of_its_voxels():
     assert imread(io.BytesIO(pictures.panel_png(panel, zoom=2))).shape[:2] == (60, 80)  # 15 mm high, 20 mm wide
 
 
+def test_a_long_title_is_wrapped_and_not_cut(tmp_path):
+    image = np.random.default_rng(0).random((8, 9), np.float32)
+    sheets = []
+    for words in (10, 40):
+        rows = [("caption", pictures.three_planes(image, image > 0.5, image > 0.4))]
+        pictures.write_sheet(tmp_path / "sheet.png", rows, "title " * words, {"truth": "red"})
+        sheets.append(imread(tmp_path / "sheet.png"))
+    assert sheets[0].shape[1] == sheets[1].shape[1]
+    assert sheets[0].shape[0] < sheets[1].shape[0]
+    assert (sheets[1][:, -20:, :3] == 1).all()  # nothing reaches the edge
+
+
 def rows(number, validated=False):
     def dice(t):
         return 0.4 + t / 1e4 if validated and t % 50 == 0 else None
