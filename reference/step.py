@@ -38,8 +38,8 @@ def training_step(
     loss = objective(logits, features, labels, consistency_weight)
     _mark(mark, "loss")
     if mark is not None:
-        for z in logits:  # its gradient is through when the loss's backward pass is, and before the network's begins
-            z.register_hook(lambda _: mark("loss backward"))
+        # Autograd goes backwards in time: the network's last layer comes after everything of the loss, before the rest.
+        logits[-1].register_hook(lambda _: mark("loss backward"))
     loss.total.backward()
     _mark(mark, "backward")
     optimiser.step()

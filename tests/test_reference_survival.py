@@ -265,7 +265,7 @@ def test_the_profile_tells_where_a_step_goes_and_keeps_nothing(data, tmp_path, c
 
 
 def test_the_parts_of_a_measured_step_are_those_of_a_plain_one():
-    """Marks change nothing, and each comes once a step in order; the loss's backward pass ends before the network's."""
+    """Marks change nothing, and each comes once, in order; the loss's backward pass ends before the network's begins."""
     from rplib.reference.peers import build_objective
     from rplib.reference.step import PARTS, training_step
 
@@ -273,8 +273,12 @@ def test_the_parts_of_a_measured_step_are_those_of_a_plain_one():
     for mark in (None, marks.append):
         torch.manual_seed(0)
         network = checkpoint.build_network(load_recipe("la-4", [*TINY, "dropout=0"]))
+        for decoder in (network.decoder1, network.decoder2):
+            for parameter in decoder.parameters():
+                parameter.register_hook(lambda _, mark=mark: mark and mark("a decoder's gradient"))
         optimiser = torch.optim.SGD(network.parameters(), 0.1)
         training_step(network, build_objective(load_recipe("la-4")), optimiser, images, labels, 1.0, None, mark)
         weights.append(network.encoder.block_one.conv[0].weight)
     assert torch.equal(*weights)
-    assert list(dict.fromkeys(marks)) == list(PARTS)
+    assert list(dict.fromkeys(marks)) == [*PARTS[:3], "a decoder's gradient", *PARTS[3:]]
+    assert all(marks.count(part) == 1 for part in PARTS)
