@@ -35,6 +35,8 @@ def read_volume(path: Path) -> sitk.Image:
             _check_nifti(path)
         volume = sitk.ReadImage(str(path))
     except (RuntimeError, OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
+        if "orthonormal" in str(error):
+            raise UserError(f"{path}: its header's axes are not at right angles; resample it onto ones that are.") from error
         raise UserError(f"{path} cannot be read ({_reason(error)}); copy it again from its source.") from error
     while volume.GetDimension() == 4 and volume.GetSize()[3] == 1:
         volume = volume[:, :, :, 0]

@@ -19,16 +19,15 @@ from rplib.reference.cases import checked_image
 from rplib.reference.config import Config
 from rplib.reference.conversion import Release, Source
 from rplib.reference.convert_brats import BratsRelease
-from rplib.reference.convert_left_atrium import LeftAtriumRelease
 from rplib.reference.convert_pancreas import PancreasRelease
 from rplib.reference.datasets_h5 import LeftAtrium, read_h5
-from rplib.reference.datasets_nifti import CHANNEL, open_nifti, read_image
+from rplib.reference.datasets_nifti import CHANNEL, NiftiFolder, open_nifti, read_image
 from rplib.reference.geometry import affine_of, read_volume
 from rplib.reference.volumes import diagonal_affine
 
 _NIFTI, _H5 = (".nii.gz", ".nii"), (".h5", ".hdf5")
+# Those that turn, resample or crop; Left Atrium is z-scored as it lies, which reading does (`normalisation`).
 _RELEASES: dict[str, Callable[[], Release]] = {
-    "left-atrium": lambda: LeftAtriumRelease(seed=0),  # the seed is for crops around labels: there are none
     "pancreas": PancreasRelease,
     "brats": BratsRelease,
 }
@@ -114,7 +113,8 @@ def read(item: Input, config: Config, spacing: Sequence[float] | None = None, pr
     if item.files[0].name.lower().endswith(_H5):
         return _from_h5(item, config, spacing)
     if prepared or config.dataset not in _RELEASES:
-        how = "none" if prepared else config.normalisation
+        usual = config.normalisation if config.dataset == NiftiFolder.layout else "z-score"
+        how = "none" if prepared else usual
         image, affine = read_image(item.files, dims, config.in_channels, how, item.name)
         nifti = open_nifti(item.files[0])
         # (X, Y, 1) is a usual shape of 2-D images; the label map gets it too.

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 from tqdm import tqdm
 
+from rplib.reference.network import MutualVNet
+
 
 @contextlib.contextmanager
 def window_bar(
@@ -16,7 +18,9 @@ def window_bar(
     with tqdm(
         total=count_windows(shape, patch, stride), desc=what, unit="window", leave=False, disable=None, mininterval=0.5
     ) as bar:
-        hook = network.register_forward_hook(lambda _, windows, __: bar.update(len(windows[0])))
+        # The encoder sees every window once, whether one decoder follows or both.
+        part = network.encoder if isinstance(network, MutualVNet) else network
+        hook = part.register_forward_hook(lambda _, windows, __: bar.update(len(windows[0])))
         try:
             yield
         finally:

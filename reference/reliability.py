@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import rplib
 from rplib.reference.config import Config
+from rplib.reference.devices import numerics
 from rplib.reference.inference import window_overlap
 
 
@@ -88,7 +89,8 @@ def reliability_maps(
     volume = volume[None] if volume.ndim == dims else volume
     volume = volume[None].to(device, next(network.parameters()).dtype)  # (1, channels, *spatial)
     overlap = window_overlap(config.patch, stride)
-    found = sliding_window_inference(volume, config.patch, batch, ask, overlap=overlap, mode="constant", cval=0.0)
+    with numerics(torch.device(device), search=False):
+        found = sliding_window_inference(volume, config.patch, batch, ask, overlap=overlap, mode="constant", cval=0.0)
     assert isinstance(found, Tensor)
     first, second, weight, *rest = found[0].float()
     taught, of_first, of_second = (

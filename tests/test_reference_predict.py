@@ -13,13 +13,12 @@ from reference_tools import TINY, mistake, write_case, write_dataset
 
 from rplib import cli
 from rplib.errors import UserError
-from rplib.reference import checkpoint
+from rplib.reference import checkpoint, progress
 from rplib.reference.config import load_recipe
 from rplib.reference.datasets import open_dataset
-from rplib.reference.inference import MEAN, Segmentation, segment, segment_outputs
+from rplib.reference.inference import DECODER_1, MEAN, Segmentation, segment, segment_outputs
 from rplib.reference.network import MutualVNet
 from rplib.reference.new_images import find_inputs, group_channels
-from rplib.reference.progress import count_windows
 
 ROOT = Path(__file__).resolve().parent.parent
 SHEARED = np.array([[0.1, -0.8, 0, 12], [1.2, 0.1, 0, -7], [0, 0.2, 2.5, 30], [0, 0, 0, 1.0]])  # odd axes, no right angles
@@ -253,17 +252,36 @@ def test_files_that_are_one_image(tmp_path):
         group_channels(inputs[:2], 3)
 
 
-@pytest.mark.parametrize("stride", [(5, 3), (8, 4)])
-def test_the_bar_counts_the_windows_that_the_network_sees(stride):
-    network, shape = MutualVNet(filters=1, dims=2).eval(), (21, 16)
-    seen = []
-    network.register_forward_hook(lambda _, windows, __: seen.append(len(windows[0])))
-    segment(network, np.zeros(shape, np.float32), (16, 16), stride, batch=2)
-    assert count_windows(shape, (16, 16), stride) == sum(seen) == 2
+@pytest.mark.parametrize("output", [DECODER_1, MEAN])
+def test_the_bar_counts_the_windows_that_the_network_sees(monkeypatch, output):
+    bars = []
+
+    class Bar(progress.tqdm):
+        def __init__(self, **keywords):
+            bars.append(self)
+            super().__init__(**(keywords | {"disable": False}))
+
+    monkeypatch.setattr(progress, "tqdm", Bar)
+    network, shape = MutualVNet(filters=1, dims=2).eval(), (27, 20)
+    with progress.window_bar(network, shape, (16, 16), (5, 3), "case"):
+        segment(network, np.zeros(shape, np.float32), (16, 16), (5, 3), batch=4, output=output)
+    assert [(bar.n, bar.total) for bar in bars] == [(12, 12)]  # 4 x 3
+    segment(network, np.zeros(shape, np.float32), (16, 16), (5, 3))
+    assert bars[0].n == 12  # the hook is gone
 
 
-def test_the_script_takes_the_same_words(run, data, tmp_path):
-    script = [sys.executable, ROOT / "reference" / "predict.py", run, data.path(data.names("test")[0]), "--out", tmp_path / "out"]
-    done = subprocess.run([*map(str, script), "--device", "cpu"], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "segmented: 1" in done.stdout
+def test_axes_that_are_not_at_right_angles(tmp_path, capsys):
+    image = np.random.default_rng(0).normal(size=(20, 18, 17)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(image, SHEARED), tmp_path / "a.nii.gz")
+    turned = run_folder(tmp_path / "turned", "brats-25")
+    assert "not at right angles" in mistake(capsys, "predict", turned, tmp_path / "a.nii.gz", "--out", tmp_path / "out")
+    as_it_lies = run_folder(tmp_path / "as-it-lies", "la-4")
+    assert predict(as_it_lies, tmp_path / "a.nii.gz", "--out", tmp_path / "out") == 0
+    np.testing.assert_allclose(nibabel.load(tmp_path / "out" / "a_prediction.nii.gz").affine, SHEARED, atol=1e-6)
+
+
+def test_the_script_takes_the_same_words(tmp_path):
+    script = [sys.executable, str(ROOT / "reference" / "predict.py"), "no-run", "no-image", "--out", "out"]
+    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("rplib: error: no run folder no-run")
