@@ -182,8 +182,8 @@ def read_image(
     image = np.concatenate(parts)
     if image.shape[0] != channels:
         raise UserError(
-            f"{files[0]} has {image.shape[0]} channels; expected {channels}: set in_channels, or add the channels "
-            f"as a further axis or as files {name}_0000.nii.gz, {name}_0001.nii.gz, ..."
+            f"{files[0]} has {image.shape[0]} channels; expected {channels} (in_channels), several as a further axis or as "
+            f"files {name}_0000.nii.gz, {name}_0001.nii.gz, ..."
         )
     return np.stack([normalised(checked_image(c, files[0], "the image"), normalisation) for c in image]), affine
 

@@ -107,8 +107,15 @@ def read(item: Input, config: Config, spacing: Sequence[float] | None = None, pr
     """An image as the network of these settings takes it.
 
     Raises:
-        UserError: unreadable, or of another shape or number of channels than the network takes.
+        UserError: unreadable, of another shape or number of channels than the network takes, or the same value everywhere.
     """
+    ready = _read(item, config, spacing, prepared)
+    if ready.image.size == 0 or (ready.image == ready.image.flat[0]).all():
+        raise UserError(f"{item.files[0]} has the same value everywhere; there is nothing to segment.")
+    return ready
+
+
+def _read(item: Input, config: Config, spacing: Sequence[float] | None, prepared: bool) -> Ready:
     dims = len(config.patch)
     if item.files[0].name.lower().endswith(_H5):
         return _from_h5(item, config, spacing)

@@ -187,13 +187,18 @@ def test_bad_images_among_good_ones_are_told_and_the_others_done(run, data, tmp_
     good = data.path(data.names("test")[0])
     (tmp_path / "bad.nii.gz").write_bytes(b"no image")
     nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4), np.float32), np.eye(4)), tmp_path / "flat.nii.gz")
-    words = [run, tmp_path / "bad.nii.gz", good, tmp_path / "flat.nii.gz", "--out", tmp_path / "out", "--device", "cpu"]
+    for name, shape in (("constant", (20, 18, 17)), ("empty", (20, 18, 0))):
+        nibabel.save(nibabel.Nifti1Image(np.ones(shape, np.float32), np.eye(4)), tmp_path / f"{name}.nii.gz")
+    bad = [tmp_path / f"{name}.nii.gz" for name in ("bad", "flat", "constant", "empty")]
+    words = [run, bad[0], good, *bad[1:], "--out", tmp_path / "out", "--device", "cpu"]
     assert cli.main(["predict", *map(str, words)]) == 2
     out, err = capsys.readouterr()
     assert "Traceback" not in err
     assert f"bad not segmented: {tmp_path / 'bad.nii.gz'} is not a readable NIfTI" in err
     assert "flat not segmented" in err
-    assert "rplib: error: 2 of 3 images were not segmented, for the reasons above: bad, flat." in err
+    for name in ("constant", "empty"):
+        assert f"{name} not segmented: {tmp_path / name}.nii.gz has the same value everywhere" in err
+    assert "rplib: error: 4 of 5 images were not segmented, for the reasons above: bad, flat, constant, empty." in err
     assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{data.names('test')[0]}_prediction.nii.gz"]
     assert out.count("voxels") == 1
 
