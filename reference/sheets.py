@@ -14,7 +14,7 @@ from rplib.reference.pictures import PREDICTION, TRUTH, Outline, Overlay, Panel,
 from rplib.reference.reliability import ReliabilityMaps
 from rplib.reference.tables import shown, weight
 
-TRUTH_ON_MAP, TAUGHT = "#FFFFFF", "#000000"
+TRUTH_ON_MAP, TAUGHT = "#FFFFFF", "#00D5FF"  # neither is a colour of the maps
 
 
 def scores_of(report: Report, name: str) -> dict[int, Scores]:
