@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.ready
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint gpu clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -42,6 +42,10 @@ test: $(STAMP)  ## the whole test suite
 lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+# GPU_ARGS="--data DATA --minutes 30" also trains; what succeeded is not run again.
+gpu: $(STAMP)  ## everything that needs a CUDA GPU (with a torch built for it): tests, checks, benchmarks
+	@$(BIN)/python -m rplib.bench.gpu $(GPU_ARGS)
 
 clean:  ## remove the environment, caches and builds
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -118,7 +118,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": current_commit(),
     }
 
 
@@ -244,7 +244,7 @@ def _version(package: str) -> str:
         return ""
 
 
-def _commit() -> str:
+def current_commit() -> str:
     """Of the checkout that this file lies in, with a plus sign where files were changed since; "" outside of one."""
     folder = Path(__file__).resolve().parent
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from rplib.kernels.dice import load_target
-from rplib.kernels.voxels import batch_stride, channel_offsets, less_confident, load, softmax_parts, voxel_offsets
+from rplib.kernels.voxels import batch_stride, channel_offsets, doubt, load, more_doubt, softmax_parts, voxel_offsets
 
 
 @triton.jit
@@ -62,11 +62,14 @@ def _block(
     # (CLASSES_PAD, BLOCK)
     a = load(za + channel_offsets(cls, za_c, WIDE)[:, None] + za_v[None, :], cls_ok, MASKED or ragged)
     b = load(zb + channel_offsets(cls, zb_c, WIDE)[:, None] + zb_v[None, :], cls_ok, MASKED or ragged)
+    # One network after the other: with many classes their tiles do not fit into registers together.
     top_a, label_a, rest_a, e_a = softmax_parts(a, column, CLASSES, CLASSES_PAD)
-    top_b, label_b, rest_b, e_b = softmax_parts(b, column, CLASSES, CLASSES_PAD)
     p_a = e_a / (1.0 + rest_a)[None, :]
+    doubt_a, error_a = doubt(a, p_a, rest_a, column, eps, CLASSES, CONFIDENCE)
+    top_b, label_b, rest_b, e_b = softmax_parts(b, column, CLASSES, CLASSES_PAD)
     p_b = e_b / (1.0 + rest_b)[None, :]
-    m_ab, m_ba = less_confident(a, b, p_a, p_b, rest_a, rest_b, column, eps, CLASSES, CONFIDENCE)
+    doubt_b, error_b = doubt(b, p_b, rest_b, column, eps, CLASSES, CONFIDENCE)
+    m_ab, m_ba = more_doubt(doubt_a, error_a, doubt_b, error_b, CLASSES, CONFIDENCE)
 
     if MASKED:  # no class counts a voxel beyond the end
         m_ab = m_ab & valid

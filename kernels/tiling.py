@@ -85,8 +85,9 @@ def weighting_tiles(
     if classes > 4:
         # Prototypes are read once a block: small blocks would read them more often than features. Loops stay rolled.
         many = pad >= 32 or (pad == 16 and channels_last)
-        block = 64 if pad == 64 else 256 if pad == 8 and not channels_last else 128
-        return WeightingTiles(block // group, group, pad, min(widest, 32 if channels_last else 16), False, 8 if many else 4)
+        block = {8: 128 if channels_last else 256, 16: 128, 32: 256, 64: 64}[pad]
+        feature_block = 32 if channels_last and pad < 32 else 16
+        return WeightingTiles(block // group, group, pad, min(widest, feature_block), False, 8 if many else 4)
     if channels_last:  # a sector or two of every voxel
         block = 512 // itemsize // pad
         return WeightingTiles(block // group, group, pad, min(widest, 16), True, 4)

@@ -77,6 +77,13 @@ def softmax_parts(z, cls, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr):
 
 
 @triton.jit
+def probabilities(z, top, rest, cls, CLASSES: tl.constexpr):
+    """softmax(z) (CLASSES_PAD, ...) from what softmax_parts said of z; zero for the padding."""
+    e = tl.exp(z - tl.expand_dims(top, 0))
+    return tl.where(cls < CLASSES, e / tl.expand_dims(1.0 + rest, 0), 0.0)
+
+
+@triton.jit
 def pick(tile, cls, wanted):
     """The row of a tile that each voxel wants: (CLASSES_PAD, ...) -> (...)."""
     return tl.sum(tl.where(cls == wanted, tile, 0.0), axis=0)
@@ -94,30 +101,35 @@ def margin(z, cls):
 
 
 @triton.jit
-def less_confident(
-    za, zb, pa, pb, rest_a, rest_b, cls, eps, CLASSES: tl.constexpr, CONFIDENCE: tl.constexpr
-):
-    """(m_ab, m_ba): where network a is strictly less confident, so that b teaches a, and the reverse.
+def doubt(z, p, rest, cls, eps, CLASSES: tl.constexpr, CONFIDENCE: tl.constexpr):
+    """(d, e): a number that grows as the network's confidence falls, and its rounding error where it matters, else d again.
 
     For two classes entropy and largest probability order voxels alike, for every eps: both fall or rise strictly with the
     margin between the logits, which is compared without rounding.
     """
     if CONFIDENCE == "none":
-        everywhere = tl.full(rest_a.shape, 1, tl.int1)
+        return rest, rest
+    elif CLASSES == 2:
+        distance, error = margin(z, cls)
+        return -distance, -error
+    elif CONFIDENCE == "max_probability":
+        return rest, rest  # max_c p = 1 / (1 + rest)
+    else:
+        entropy = -tl.sum(p * tl.log(p + eps), axis=0)  # padded classes: p = 0
+        return entropy, entropy
+
+
+@triton.jit
+def more_doubt(doubt_a, error_a, doubt_b, error_b, CLASSES: tl.constexpr, CONFIDENCE: tl.constexpr):
+    """(m_ab, m_ba): where network a is strictly less confident, so that b teaches a, and the reverse."""
+    if CONFIDENCE == "none":
+        everywhere = tl.full(doubt_a.shape, 1, tl.int1)
         return everywhere, everywhere
     elif CLASSES == 2:
-        margin_a, error_a = margin(za, cls)
-        margin_b, error_b = margin(zb, cls)
-        same = margin_a == margin_b
-        m_ab = (margin_a < margin_b) | (same & (error_a < error_b))
-        m_ba = (margin_a > margin_b) | (same & (error_a > error_b))
-        return m_ab, m_ba
-    elif CONFIDENCE == "max_probability":
-        return rest_a > rest_b, rest_b > rest_a  # max_c p = 1 / (1 + rest)
+        same = doubt_a == doubt_b
+        return (doubt_a > doubt_b) | (same & (error_a > error_b)), (doubt_a < doubt_b) | (same & (error_a < error_b))
     else:
-        entropy_a = -tl.sum(pa * tl.log(pa + eps), axis=0)  # padded classes: p = 0
-        entropy_b = -tl.sum(pb * tl.log(pb + eps), axis=0)
-        return entropy_a > entropy_b, entropy_b > entropy_a
+        return doubt_a > doubt_b, doubt_b > doubt_a
 
 
 @triton.jit

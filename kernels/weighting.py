@@ -27,9 +27,11 @@ from rplib.kernels.voxels import (
     batch_stride,
     channel_offsets,
     cross_entropy,
-    less_confident,
+    doubt,
     load,
+    more_doubt,
     pick,
+    probabilities,
     slope,
     softmax_parts,
     voxel_offsets,
@@ -82,7 +84,7 @@ def _both_teach(
 
 @triton.jit
 def _one_teaches(
-    a, b, p_a, p_b, top_a, top_b, rest_a, rest_b, label_a, label_b, m_ab, m_ba, valid,
+    a, b, top_a, top_b, rest_a, rest_b, label_a, label_b, m_ab, m_ba, valid,
     fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls,
     FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr,
     CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
@@ -91,10 +93,13 @@ def _one_teaches(
     """Weight, weight * cross-entropy, record entry and the teacher's label: student (s) and teacher (t) are selected first."""
     learner_a = m_ab[None, :, :]
     z_s = tl.where(learner_a, a, b)
-    p_s = tl.where(learner_a, p_a, p_b)
-    p_t = tl.where(learner_a, p_b, p_a)
     top_s = tl.where(m_ab, top_a, top_b)
     rest_s = tl.where(m_ab, rest_a, rest_b)
+    # Probabilities anew, of one network instead of two: tiles of many classes would not all fit into registers.
+    p_s = probabilities(z_s, top_s, rest_s, cls, CLASSES)
+    p_t = probabilities(
+        tl.where(learner_a, b, a), tl.where(m_ab, top_b, top_a), tl.where(m_ab, rest_b, rest_a), cls, CLASSES
+    )  # fmt: skip
     own = tl.where(m_ab, label_a, label_b)
     label = tl.where(m_ab, label_b, label_a)
     ce = cross_entropy(z_s, p_s, top_s, rest_s, label, cls, ON_LOGITS, CLASSES)
@@ -145,11 +150,14 @@ def _block(
     # (CLASSES_PAD, GROUPS, GROUP)
     a = load(za + channel_offsets(cls, za_c, WIDE) + za_v[None, :, :], inside, MASKED or ragged)
     b = load(zb + channel_offsets(cls, zb_c, WIDE) + zb_v[None, :, :], inside, MASKED or ragged)
+    # One network after the other: with many classes their tiles do not fit into registers together.
     top_a, label_a, rest_a, e_a = softmax_parts(a, cls, CLASSES, CLASSES_PAD)
-    top_b, label_b, rest_b, e_b = softmax_parts(b, cls, CLASSES, CLASSES_PAD)
     p_a = e_a / (1.0 + rest_a)[None, :, :]
+    doubt_a, error_a = doubt(a, p_a, rest_a, cls, eps, CLASSES, CONFIDENCE)
+    top_b, label_b, rest_b, e_b = softmax_parts(b, cls, CLASSES, CLASSES_PAD)
     p_b = e_b / (1.0 + rest_b)[None, :, :]
-    m_ab, m_ba = less_confident(a, b, p_a, p_b, rest_a, rest_b, cls, eps, CLASSES, CONFIDENCE)
+    doubt_b, error_b = doubt(b, p_b, rest_b, cls, eps, CLASSES, CONFIDENCE)
+    m_ab, m_ba = more_doubt(doubt_a, error_a, doubt_b, error_b, CLASSES, CONFIDENCE)
     m_ab = m_ab & valid
     m_ba = m_ba & valid
     fa_v = v
@@ -171,7 +179,7 @@ def _block(
         entry_b *= scale_ba
     else:
         weight, part, entry, label = _one_teaches(
-            a, b, p_a, p_b, top_a, top_b, rest_a, rest_b, label_a, label_b, m_ab, m_ba, valid,
+            a, b, top_a, top_b, rest_a, rest_b, label_a, label_b, m_ab, m_ba, valid,
             fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls,
             FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP,
             WITH_FEATURES, ON_LOGITS, UNROLL, WIDE, MASKED,

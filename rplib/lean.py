@@ -153,8 +153,9 @@ def _matrix_product(classes: int, device: torch.device) -> bool:
     Not where it may run in TF32 or bfloat16 because the user allows that for the network, and not under torch.compile, which
     reads the features once for all classes.
     """
-    exact = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(device.type)
-    return classes > 4 and device.type == "cpu" and not torch.compiler.is_compiling() and exact
+    if torch.compiler.is_compiling() or device.type != "cpu" or classes <= 4:
+        return False
+    return torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(device.type)
 
 
 class _Network(NamedTuple):

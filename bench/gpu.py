@@ -1,0 +1,229 @@
+"""Everything that has to be shown on a GPU, in one command that can be stopped and started again.
+
+    make gpu                                                    all parts that need no data
+    python -m rplib.bench.gpu --out DIR [--parts A,B] [--data LEFT_ATRIUM] [--minutes N] [--again]
+
+Every part runs in a process of its own and leaves DIR/<part>.log; DIR/parts.csv says what came of it, with seconds, versions,
+GPU, commit and date. A part that succeeded is not run again, unless --again; one that failed is. With --minutes no part runs past
+the limit: what was stopped goes on at the next start (a training from its last checkpoint). Exit code 1 if a part failed.
+"""
+
+import argparse
+import csv
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rplib.errors import UserError
+
+_PYTHON = sys.executable
+_RPLIB = [_PYTHON, "-m", "rplib"]
+_COLUMNS = ["part", "result", "seconds", "date", "gpu", "torch", "triton", "commit", "command"]
+_METRICS = "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process: its command, what it needs on PATH, and whether it needs the data."""
+
+    name: str
+    summary: str
+    command: Sequence[str]
+    needs: str | None = None
+    data: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def parts(out: Path, data: Path | None) -> list[Part]:
+    """In the order of their worth."""
+    bench = [*_RPLIB, "bench", "--device", "cuda"]
+    found = [
+        Part("check", "implementations against float64", [*_RPLIB, "check"]),
+        Part("tests", "the test suite with the kernels compiled, not interpreted", [_PYTHON, "-m", "pytest", "-q", "-n", "8"]),
+        Part("identical", "200 runs, the same bits", [_PYTHON, "-m", "rplib.bench.gpu_checks", "identical"]),
+        Part("large", "a tensor past 2^31 elements", [_PYTHON, "-m", "rplib.bench.gpu_checks", "large"]),
+        Part("bench", "the benchmark table", [*bench, "--csv", str(out / "bench.csv"), "--plot", str(out / "bench.png")]),
+        *(
+            Part(
+                tool,
+                f"compute-sanitizer {tool} on every variant",
+                ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", _PYTHON, "-m", "rplib.bench.gpu_checks", "once"],
+                needs="compute-sanitizer",
+                environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            )
+            for tool in ("memcheck", "racecheck")
+        ),
+        Part(
+            "ncu",
+            "bytes that the memory moved, per kernel",
+            ["ncu", "--clock-control", "none", "--csv", "--metrics", _METRICS, "-k", "regex:_kernel$",
+             _PYTHON, "-m", "rplib.bench.gpu_checks", "paper"],
+            needs="ncu",
+        ),
+        Part("sweep", "block sizes at the paper's shape", [_PYTHON, "-m", "rplib.bench.sweep", "--csv", str(out / "sweep.csv")]),
+    ]  # fmt: skip
+    for recipe in ("la-8", "la-8-supervised"):
+        run = out / recipe
+        start = ["--resume"] if (run / "last.pt").is_file() else ["--recipe", recipe, "--data", str(data)]
+        found += [
+            Part(f"train-{recipe}", f"15,000 iterations of {recipe}", [*_RPLIB, "train", *start, "--out", str(run)], data=True),
+            Part(f"evaluate-{recipe}", "all test cases", [*_RPLIB, "evaluate", str(run), "--data", str(data)], data=True),
+        ]
+    return found
+
+
+def run_part(part: Part, out: Path, seconds: float | None) -> str:
+    """Run one part with its output in a log; "good", "failed" or "stopped" (at the limit)."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | part.environment
+    with (out / f"{part.name}.log").open("w") as log:
+        log.write(" ".join(part.command) + "\n\n")
+        log.flush()
+        process = subprocess.Popen(part.command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        try:
+            return "good" if process.wait(seconds) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            return "stopped"
+
+
+def bytes_per_kernel(log: str) -> dict[str, dict[str, float]]:
+    """kernel -> metric -> value of its last launch, from what ``ncu --csv`` printed.
+
+    >>> lines = ['==PROF== Connected', '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"',
+    ...          '"0","statistics_kernel","dram__bytes_read.sum","byte","1,024"']
+    >>> bytes_per_kernel("\\n".join(lines))
+    {'statistics_kernel': {'dram__bytes_read.sum': 1024.0}}
+    """
+    lines = log.splitlines()
+    starts = [n for n, line in enumerate(lines) if line.startswith('"ID"')]
+    if not starts:
+        return {}
+    units = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "ns": 1e-9, "us": 1e-6, "ms": 1e-3}
+    units |= {"nsecond": 1e-9, "usecond": 1e-6, "msecond": 1e-3}
+    found: dict[str, dict[str, float]] = {}
+    for row in csv.DictReader(line for line in lines[starts[0] :] if line.startswith('"')):
+        value = float(row["Metric Value"].replace(",", "")) * units.get(row["Metric Unit"], 1.0)
+        found.setdefault(row["Kernel Name"], {})[row["Metric Name"]] = value
+    return found
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    from rplib.bench.rows import current_commit
+
+    try:
+        import triton
+
+        compiler = triton.__version__
+    except ImportError:
+        compiler = ""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {"gpu": gpu, "torch": torch.__version__, "triton": compiler, "commit": current_commit()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu-results"), metavar="DIR", help="logs and results (default %(default)s)"
+    )
+    parser.add_argument("--parts", metavar="A,B", help="some of them, in this order (default: all that can run)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="Left Atrium data, for the parts that train")
+    parser.add_argument("--minutes", type=float, metavar="N", help="stop after this long")
+    parser.add_argument("--again", action="store_true", help="also what succeeded before")
+
+
+def run(args: argparse.Namespace) -> int:
+    known = {part.name: part for part in parts(args.out, args.data)}
+    names = args.parts.split(",") if args.parts else [n for n, p in known.items() if args.data or not p.data]
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown part {name!r}; expected some of {', '.join(known)}.")
+        if known[name].data and not args.data:
+            raise UserError(f"part {name!r} needs --data DIR, the Left Atrium data.")
+    versions = _versions()
+    if not versions["gpu"]:
+        raise UserError("torch finds no CUDA GPU here, and every part needs one.")
+    args.out.mkdir(parents=True, exist_ok=True)
+    table = args.out / "parts.csv"
+    done = _succeeded(table)
+    until = time.monotonic() + 60 * args.minutes if args.minutes else None
+    results = []
+    for name in names:
+        part = parts_now(name, args)
+        if name in done and not args.again:
+            print(f"{name}: done before ({args.out / name}.log)", flush=True)
+            continue
+        if part.needs and shutil.which(part.needs) is None:
+            print(f"{name}: left out, {part.needs} is not installed", flush=True)
+            _note(table, part, "left out", 0.0, versions)
+            continue
+        left = None if until is None else until - time.monotonic()
+        if left is not None and left <= 0:
+            print(f"{name}: not started, no time left", flush=True)
+            continue
+        print(f"{name}: {part.summary} ...", flush=True)
+        begin = time.monotonic()
+        result = run_part(part, args.out, left)
+        _note(table, part, result, time.monotonic() - begin, versions)
+        print(f"{name}: {result}, {time.monotonic() - begin:.0f} s", flush=True)
+        if name == "ncu" and result == "good":
+            _print_bytes((args.out / "ncu.log").read_text())
+        results.append(result)
+    return 1 if "failed" in results else 0
+
+
+def parts_now(name: str, args: argparse.Namespace) -> Part:
+    """A part as the results so far make it: a training that was begun is resumed."""
+    return {part.name: part for part in parts(args.out, args.data)}[name]
+
+
+def _print_bytes(log: str) -> None:
+    for kernel, metrics in bytes_per_kernel(log).items():
+        moved = metrics.get("dram__bytes_read.sum", 0.0) + metrics.get("dram__bytes_write.sum", 0.0)
+        seconds = metrics.get("gpu__time_duration.sum", 0.0)
+        print(f"  {kernel}: {moved / 4_014_080:.2f} B/voxel of the memory, {1e6 * seconds:.1f} us", flush=True)
+
+
+def _succeeded(table: Path) -> set[str]:
+    if not table.is_file():
+        return set()
+    with table.open(newline="") as file:
+        latest = {row["part"]: row["result"] for row in csv.DictReader(file)}
+    return {part for part, result in latest.items() if result == "good"}
+
+
+def _note(table: Path, part: Part, result: str, seconds: float, versions: dict[str, str]) -> None:
+    new = not table.is_file()
+    with table.open("a", newline="") as file:
+        writer = csv.DictWriter(file, _COLUMNS)
+        if new:
+            writer.writeheader()
+        date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
+        row = {"part": part.name, "result": result, "seconds": f"{seconds:.1f}", "date": date}
+        writer.writerow(row | {"command": " ".join(part.command)} | versions)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m rplib.bench.gpu", description=__doc__.split("\n")[0])
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args())
+    except UserError as error:
+        print(f"rplib: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
