@@ -76,9 +76,7 @@ def segment_outputs(
     with numerics(torch.device(device), search=False):
         averages = _averages(network, image, patch, stride, batch, device, outputs)
     decided = {output: _decide(average) for output, average in averages.items()}
-    return {
-        output: Segmentation(label.cpu().numpy(), score.float().cpu().numpy()) for output, (label, score) in decided.items()
-    }
+    return {output: Segmentation(label.cpu().numpy(), score.float().cpu().numpy()) for output, (label, score) in decided.items()}
 
 
 @torch.inference_mode()
@@ -124,9 +122,7 @@ def _averages(
     if volume.ndim == len(patch):
         volume = volume[None]
     if volume.ndim != len(patch) + 1:
-        raise UserError(
-            f"the image has shape {tuple(image.shape)}, the patch {patch}; give the patch one size per axis."
-        )
+        raise UserError(f"the image has shape {tuple(image.shape)}, the patch {patch}; give the patch one size per axis.")
     volume = volume[None].to(device, next(network.parameters()).dtype)  # (1, channels, *spatial)
     # Decoder 2 costs as much as decoder 1: it runs only where it is asked for.
     alone = network.first_logits if isinstance(network, MutualVNet) and MEAN not in outputs else None

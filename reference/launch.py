@@ -52,6 +52,12 @@ def start(
                 f"the GPU's memory is full with batch_size={config.batch_size}, patch={list(config.patch)}, "
                 f"filters={config.filters}; lower one of them, set cache=ram or amp=bfloat16."
             ) from error
+        except RuntimeError as error:
+            # A compiler that is missing, for instance; the modules are not imported for the sake of their classes.
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            reason = " ".join(str(error).partition("\n\n")[0].split())[:200]
+            raise UserError(f"compile=true does not work on this machine ({reason}); train with compile=false.") from error
 
 
 def start_profile(

@@ -282,3 +282,18 @@ def test_the_parts_of_a_measured_step_are_those_of_a_plain_one():
     assert torch.equal(*weights)
     assert list(dict.fromkeys(marks)) == [*PARTS[:3], "a decoder's gradient", *PARTS[3:]]
     assert all(marks.count(part) == 1 for part in PARTS)
+
+
+def test_a_compiler_that_does_not_work_is_told_in_one_sentence(data, tmp_path, capsys, monkeypatch):
+    failure = type("InvalidCxxCompiler", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+
+    def compiled(module):
+        def forward(*_):
+            raise failure("No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace")
+
+        module.forward = forward
+        return module
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    line = mistake(capsys, *start(data, tmp_path / "run", "compile=true"))
+    assert line == "compile=true does not work on this machine (No working C++ compiler found); train with compile=false."
