@@ -86,7 +86,11 @@ def weighting_tiles(
         # Prototypes are read once a block: small blocks would read them more often than features. Loops stay rolled.
         many = pad >= 32 or (pad == 16 and channels_last)
         block = {8: 128 if channels_last else 256, 16: 128, 32: 256, 64: 64}[pad]
-        feature_block = 32 if channels_last and pad < 32 else 16
+        feature_block = 16
+        if channels_last and pad < 32:
+            feature_block = 32
+        elif pad == 32 and itemsize == 2 and not channels_last:
+            feature_block = 8  # 16 spill on sm_100
         return WeightingTiles(block // group, group, pad, min(widest, feature_block), False, 8 if many else 4)
     if channels_last:  # a sector or two of every voxel
         block = 512 // itemsize // pad

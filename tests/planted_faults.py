@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VALUES = "tests/test_loss_values.py::"
 PROPERTIES = "tests/test_loss_properties.py::"
+OBJECTIVE = "tests/test_loss_objective.py::"
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ FAULTS = (
         "kernels/gradient.py",
         (
             (
-                "grad_b = tl.where(cls == 0, entry_b[None, :], -entry_b[None, :])",
-                "grad_b = tl.where(cls == 0, entry_b[None, :], entry_b[None, :])",
+                "grad_b = tl.where(cls == 0, entry_b[None, :, :], -entry_b[None, :, :])",
+                "grad_b = tl.where(cls == 0, entry_b[None, :, :], entry_b[None, :, :])",
             ),
         ),
         VALUES + "test_options[triton-2-entropy-similarity-logits]",
@@ -47,7 +48,7 @@ FAULTS = (
     Fault(
         "swapped teacher: the student's own probabilities in the weight",
         "kernels/weighting.py",
-        (("p_t = tl.where(learner_a, p_b, p_a)", "p_t = tl.where(learner_a, p_a, p_b)"),),
+        (("        tl.where(learner_a, b, a), tl.where(m_ab, top_b, top_a)", "        z_s, tl.where(m_ab, top_b, top_a)"),),
         VALUES + "test_options[triton-4-entropy-similarity-logits]",
     ),
     Fault(
@@ -73,15 +74,15 @@ FAULTS = (
         "kernels/gradient.py",
         (
             (
-                "    entry_a, entry_b = _entries(record, plane, v, valid, BOTH, MASKED)\n",
-                "    entry_a, entry_b = _entries(record, plane, v, valid, BOTH, MASKED)\n    inside = cls < CLASSES\n",
+                "    grad_a *= factor\n",
+                "    grad_a *= factor\n    inside = cls < CLASSES\n",
             ),
         ),
         "tests/test_loss_memory.py::test_nothing_outside_the_tensors_is_touched[triton-float32-5-7-67-channels_last-end]",
     ),
     Fault(
         "missing cast: squares of half-precision features are not computed in float32",
-        "kernels/weighting.py",
+        "kernels/similarity.py",
         (("mask=wanted, other=0.0).to(tl.float32)", "mask=wanted, other=0.0)"),),
         VALUES + "test_classes_and_features_in_half_precision[triton-dtype0-2-16]",
     ),
@@ -90,8 +91,8 @@ FAULTS = (
         "kernels/gradient.py",
         (
             (
-                "    entry_a *= scale_a\n",
-                "    entry_a = (entry_a * (scale_a / 65536)).to(out_a.dtype.element_ty).to(tl.float32) * 65536\n",
+                "    grad_a *= factor\n",
+                "    grad_a = (grad_a * (factor / 65536)).to(out_a.dtype.element_ty).to(tl.float32) * 65536\n",
             ),
         ),
         VALUES + "test_half_precision_gradient_elementwise[triton-dtype0-2-8.0-65536.0]",
@@ -99,7 +100,7 @@ FAULTS = (
     Fault(
         "upstream factor ignored",
         "kernels/gradient.py",
-        (("factor = tl.load(upstream).to(tl.float32) + tl.load(poison)", "factor = 1.0 + tl.load(poison)"),),
+        (("factor = tl.load(upstream).to(tl.float32) + tl.load(sums)", "factor = 1.0 + tl.load(sums)"),),
         PROPERTIES + "test_upstream_factor_is_linear[triton]",
     ),
     Fault(
@@ -116,31 +117,31 @@ FAULTS = (
     ),
     Fault(
         "wrong normaliser: the other student's count",
-        "kernels/weighting.py",
+        "kernels/total.py",
         (("n_ba = tl.load(counts + 1).to(tl.float32) + EPS", "n_ba = tl.load(counts).to(tl.float32) + EPS"),),
         VALUES + "test_options[triton-2-entropy-similarity-logits]",
     ),
     Fault(
         "wrong normaliser in the gradient alone",
-        "kernels/gradient.py",
+        "kernels/weighting.py",
         (
             (
-                "scale_b = factor / (tl.load(counts + 1).to(tl.float32) + EPS)",
-                "scale_b = factor / (tl.load(counts).to(tl.float32) + EPS)",
+                "scale_ba = cw / (tl.load(counts + 1).to(tl.float32) + EPS)",
+                "scale_ba = cw / (tl.load(counts).to(tl.float32) + EPS)",
             ),
         ),
         VALUES + "test_options[triton-2-entropy-similarity-logits]",
     ),
     Fault(
         "eps missing in the normaliser",
-        "kernels/weighting.py",
+        "kernels/total.py",
         (("n_ab = tl.load(counts).to(tl.float32) + EPS", "n_ab = tl.load(counts).to(tl.float32)"),),
         VALUES + "test_no_reliable_voxel_is_zero_and_connected_to_the_graph[triton]",
     ),
     Fault(
         "eps missing in the entropy",
         "kernels/voxels.py",
-        (("entropy_a = -tl.sum(pa * tl.log(pa + eps), axis=0)", "entropy_a = -tl.sum(pa * tl.log(pa + 1e-30), axis=0)"),),
+        (("entropy = -tl.sum(p * tl.log(p + eps), axis=0)", "entropy = -tl.sum(p * tl.log(p + 1e-30), axis=0)"),),
         VALUES + "test_eps_reaches_entropy_prototype_and_normaliser[triton-entropy-0.5]",
     ),
     Fault(
@@ -186,8 +187,8 @@ FAULTS = (
     ),
     Fault(
         "what the first pass found of NaN is not added to the loss",
-        "kernels/weighting.py",
-        (("    tl.store(out, value + tl.load(poison))", "    tl.store(out, value)"),),
+        "kernels/total.py",
+        (("/ n_ba + tl.load(sums)\n", "/ n_ba\n"),),
         VALUES + "test_bad_logits_never_give_a_finite_loss[triton-1-nan-entropy-similarity-logits]",
     ),
     Fault(
@@ -198,25 +199,67 @@ FAULTS = (
     ),
     Fault(
         "host synchronisation in an operator's body",
-        "kernels/launch.py",
+        "kernels/passes.py",
         (
             (
                 "    grads = torch.empty_like(za), torch.empty_like(zb)\n",
-                "    grads = torch.empty_like(za), torch.empty_like(zb)\n    assert known_counts[0].item() >= 0\n",
+                "    grads = torch.empty_like(za), torch.empty_like(zb)\n    assert sums[0].item() == 0\n",
             ),
         ),
         "tests/test_loss_compile.py::test_operator_bodies_never_look_at_values",
     ),
     Fault(
         "an input is written to",
-        "kernels/launch.py",
+        "kernels/passes.py",
         (
             (
-                "    za = logits[0]\n    record = za.new_empty(",
-                "    za = logits[0]\n    za.copy_(za + 0)\n    record = za.new_empty(",
+                "    za = logits[0]\n    classes = za.shape[1]\n",
+                "    za = logits[0]\n    za.copy_(za + 0)\n    classes = za.shape[1]\n",
             ),
         ),
         VALUES + "test_options[triton-2-entropy-similarity-logits]",
+    ),
+    Fault(
+        "backward pass of many classes: the networks' logits exchanged",
+        "kernels/gradient.py",
+        (("tl.where(is_b[None, :, :], b, a), cls", "tl.where(is_b[None, :, :], a, b), cls"),),
+        VALUES + "test_options[triton-4-entropy-similarity-logits]",
+    ),
+    Fault(
+        "Dice: the other network's sums",
+        "kernels/dice.py",
+        (("overlap = tl.load(at + network * CLASSES", "overlap = tl.load(at + (1 - network) * CLASSES"),),
+        OBJECTIVE + "test_values_and_gradients[triton-2-None]",
+    ),
+    Fault(
+        "Dice: unlabelled samples count",
+        "kernels/statistics.py",
+        (("soft_b += tl.where(known[None, :], p_b, 0.0)", "soft_b += p_b"),),
+        OBJECTIVE + "test_values_and_gradients[triton-4-None]",
+    ),
+    Fault(
+        "Dice: its gradient left out of the second network",
+        "kernels/weighting.py",
+        (("entry_b += tl.where(known, dice_slope(", "entry_b += 0 * tl.where(known, dice_slope("),),
+        OBJECTIVE + "test_values_and_gradients[triton-2-None]",
+    ),
+    Fault(
+        "Dice: classes outside the mean",
+        "kernels/dice.py",
+        (("tl.where(c < 32, low, high) & 1) != 0", "tl.where(c < 32, low, high) & 1) >= 0"),),
+        OBJECTIVE + "test_values_and_gradients[triton-4-dice_classes2]",
+    ),
+    Fault(
+        "process group: counts of this rank alone",
+        "kernels/operators.py",
+        (("counts, sums = ranks.total(counts, options.process_group), ", "counts, sums = counts, "),),
+        "tests/test_loss_ranks.py::test_two_ranks_are_one_process[triton-2-default-both]",
+    ),
+    Fault(
+        "process group: gradients not multiplied by the number of ranks",
+        "rplib/ranks.py",
+        (("return upstream * ctx.ranks, None, None", "return upstream, None, None"),),
+        "tests/test_loss_ranks.py::test_two_ranks_are_one_process[torch-2-default-both]",
     ),
 )
 

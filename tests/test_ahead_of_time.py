@@ -1,4 +1,4 @@
-"""The ahead-of-time report: right about kernels whose machine code is known; the kernels of the loss need no more than they did."""
+"""The ahead-of-time report: right about known machine code; the kernels of the loss need no more than they did."""
 
 import csv
 import json

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loss_cases import ANY_K_IMPLS, DEVICE, HAS_TRITON, IMPLS, LAYOUTS, TRITON, channels_last, networks
+from loss_cases import ANY_K_IMPLS, DEVICE, FAST_IMPLS, HAS_TRITON, IMPLS, LAYOUTS, TRITON, channels_last, networks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from truth import autograd_gradients, evaluate, frozen_loss, leaves, truth
@@ -143,6 +143,24 @@ def test_mutual_objective_fullgraph(impl):
 
     for a, b in zip(run(objective), run(torch.compile(objective, fullgraph=True, backend="aot_eager")), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("impl", FAST_IMPLS)
+def test_a_weight_that_changes_is_not_compiled_anew(impl):
+    """The ramp gives a new number every 150 iterations."""
+    from torch._dynamo.testing import CompileCounter
+
+    logits, features = networks((3, 4), 3, 4)
+    target = torch.randint(0, 3, (1, 3, 4), device=DEVICE)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    objective = rplib.MutualObjective(impl=impl)
+    compiled = torch.compile(objective, fullgraph=True, backend=counter)
+    for step in range(12):
+        weight = 0.01 + 0.03 * step
+        ours = compiled(logits, features, target, weight).total
+        torch.testing.assert_close(ours, objective(logits, features, target, weight).total, rtol=1e-6, atol=0)
+    assert counter.frame_count <= 2
 
 
 @EVERY_IMPL

@@ -151,3 +151,13 @@ def test_upstream_factor(impl):
     (rplib.MutualObjective(impl=impl)(z, features, target, 0.3).total * -20.0).backward()
     for t, exact in zip(z, expected(logits, features, target, 0.3, (1, 2))[3], strict=True):
         assert (t.grad.double() + 20 * exact).norm() <= 2e-6 * (20 * exact).norm()
+
+
+@EVERY_IMPL
+def test_gradient_of_the_consistency_weight(impl):
+    logits, features = networks((7, 5), 3, 6)
+    target = torch.randint(0, 3, (1, 7, 5), device=DEVICE)
+    weight = torch.tensor(0.3, device=DEVICE, requires_grad=True)
+    result = rplib.MutualObjective(impl=impl)(logits, features, target, weight)
+    (2 * result.total).backward()
+    torch.testing.assert_close(weight.grad, 2 * result.mutual)
