@@ -55,13 +55,15 @@ def run(spatial: tuple[int, ...], jobs: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m rplib.bench.wide", description=__doc__.split("\n")[0])
-    parser.add_argument("--edge", type=int, default=16, help="voxels along an edge of the counted volume (default %(default)s)")
+    parser.add_argument(
+        "--edge", type=int, default=16, help="the counted volume has N x N x 2 N voxels; partial sums weigh less on larger ones (default %(default)s)"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="compiling processes (default %(default)s)")
     args = parser.parse_args()
     if args.edge < 1 or args.jobs < 1:
         parser.error(f"--edge is {args.edge} and --jobs {args.jobs}; expected at least 1")
     try:
-        return run((args.edge,) * 3, args.jobs)
+        return run((args.edge, args.edge, 2 * args.edge), args.jobs)
     except UserError as error:
         print(f"rplib: error: {error}", file=sys.stderr)
         return 2

@@ -84,7 +84,7 @@ def weighting_tiles(
     widest = power_of_two(max(features, 1))
     if classes > 4:
         # Prototypes are read once a block: small blocks would read them more often than features. Loops stay rolled.
-        many = pad >= 32 or (pad == 16 and channels_last)
+        many = pad >= 32 or (pad == 16 and (channels_last or not aligned))
         block = {8: 128 if channels_last else 256, 16: 128, 32: 256, 64: 64}[pad]
         feature_block = 16
         if channels_last and pad < 32:
@@ -94,7 +94,7 @@ def weighting_tiles(
         return WeightingTiles(block // group, group, pad, min(widest, feature_block), False, 8 if many else 4)
     if channels_last:  # a sector or two of every voxel
         block = 512 // itemsize // pad
-        return WeightingTiles(block // group, group, pad, min(widest, 16), True, 4)
+        return WeightingTiles(block // group, group, pad, min(widest, 8 if dice and itemsize == 2 else 16), True, 4)
     block = 1024 if itemsize == 4 and aligned else 512
     if dice and not (itemsize == 4 and aligned):
         block = 256
