@@ -56,7 +56,7 @@ def run(spatial: tuple[int, ...], jobs: int) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m rplib.bench.wide", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--edge", type=int, default=16, help="the counted volume has N x N x 2 N voxels; partial sums weigh less on larger ones (default %(default)s)"
+        "--edge", type=int, default=16, metavar="N", help="count on N x N x 2N voxels (%(default)s); more weigh partial sums less"
     )
     parser.add_argument("--jobs", type=int, default=2, help="compiling processes (default %(default)s)")
     args = parser.parse_args()

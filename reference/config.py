@@ -176,6 +176,11 @@ class Config:
         return self.labelled_per_batch == self.batch_size
 
     @property
+    def title(self) -> str:
+        """The recipe's name, and the method where it is another than the paper's."""
+        return self.name if self.method == "both" else f"{self.name}, method {self.method}"
+
+    @property
     def loss_keywords(self) -> dict[str, Any]:
         """Keywords for `rplib.MutualObjective`."""
         out = _LEAVES_OUT[self.method]

@@ -216,7 +216,7 @@ def _fit_boxes(dataset: Dataset, config: Config) -> tuple[dict[int, FixedBox], s
 def _which_weights(run: Path, weights: str | None, config: Config) -> str:
     """One sentence on the protocol and on which weights were scored."""
     if not run.is_dir():
-        return f"Recipe {config.name}; weights of {run.name}."
+        return f"Recipe {config.title}; weights of {run.name}."
     last = weights == "last" or not (run / checkpoint.BEST).is_file()
     content = checkpoint.load(run / (checkpoint.LAST if last else checkpoint.BEST))
     # last.pt is what a training goes on from; best.pt says itself by what it was chosen.
@@ -224,7 +224,7 @@ def _which_weights(run: Path, weights: str | None, config: Config) -> str:
     if "test list" in chosen:
         chosen = f"{chosen}: WEIGHTS CHOSEN ON THE TEST LIST"
     return (
-        f"Recipe {config.name}, protocol {config.protocol}; weights of iteration {content.get('iteration')} "
+        f"Recipe {config.title}, protocol {config.protocol}; weights of iteration {content.get('iteration')} "
         f"of {config.iterations} ({chosen})."
     )
 

@@ -32,7 +32,7 @@ def page(report: Report, pictures: int = 6) -> str:
         pictures: how many of the worst cases to show.
     """
     config = report.config
-    title = f"{config.name}: {len(report.predictions)} {report.split} cases"
+    title = f"{config.title}: {len(report.predictions)} {report.split} cases"
     sections = {
         "results": ("Results", _results(report)),
         "cases": ("Case by case", _cases(report)),

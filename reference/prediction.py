@@ -102,7 +102,7 @@ def predict(
                 continue
             label = largest_components(found.label) if keep_largest else found.label
             label = ready.back(label)
-            told = f"rplib {rplib.__version__}: {config.name}, {config.protocol}, {output}"
+            told = f"rplib {rplib.__version__}: {config.title}, {config.protocol}, {output}"
             save = partial(write_nifti, affine=ready.affine, millimetres=ready.placed, header=ready.header, description=told)
             if write_score:  # first: a label map that is there says that all of its case is
                 score = ready.back(found.score).astype(np.float32)

@@ -154,3 +154,9 @@ def test_unreadable_recipes(tmp_path):
         load_recipe(tmp_path / "broken.toml")
     with pytest.raises(UserError, match="here: unknown setting 'filtres'; did you mean filters"):
         parse("filtres = 4", "here")
+
+
+def test_a_method_of_its_own_shows_in_the_title():
+    recipe = load_recipe("la-8")
+    assert recipe.title == "la-8"
+    assert recipe.replace(method="which-only").title == "la-8, method which-only"
