@@ -27,6 +27,26 @@ _RPLIB = [_PYTHON, "-m", "rplib"]
 _COLUMNS = ["part", "result", "seconds", "date", "gpu", "torch", "triton", "commit", "command"]
 _METRICS = "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"
 
+# name -> settings of a profiled training step
+_PROFILES = {
+    "naive": ("impl=naive",),
+    "float32": ("impl=auto",),
+    "tf32": ("tf32=true",),
+    "bfloat16": ("amp=bfloat16",),
+    "channels-last": ("amp=bfloat16", "channels_last=true"),
+    "compile": ("amp=bfloat16", "channels_last=true", "compile=true"),
+}
+# name -> recipe and settings of a training of 15,000 iterations, in the order of their worth; `paper`: best.pt is chosen as the
+# published numbers were, last.pt holds the last iteration's weights
+_FAST = ("protocol=paper", "amp=bfloat16", "channels_last=true")
+_TRAININGS = {
+    "la-8": ("la-8", _FAST),
+    "la-8-supervised": ("la-8-supervised", _FAST),
+    "la-8-probabilities": ("la-8", (*_FAST, "cross_entropy_on=probabilities")),
+    "la-16": ("la-16", _FAST),
+    "la-4": ("la-4", _FAST),
+}
+
 
 @dataclass(frozen=True)
 class Part:
@@ -68,13 +88,18 @@ def parts(out: Path, data: Path | None) -> list[Part]:
         ),
         Part("sweep", "block sizes at the paper's shape", [_PYTHON, "-m", "rplib.bench.sweep", "--csv", str(out / "sweep.csv")]),
     ]  # fmt: skip
-    for recipe in ("la-8", "la-8-supervised"):
-        run = out / recipe
-        start = ["--resume"] if (run / "last.pt").is_file() else ["--recipe", recipe, "--data", str(data)]
-        found += [
-            Part(f"train-{recipe}", f"15,000 iterations of {recipe}", [*_RPLIB, "train", *start, "--out", str(run)], data=True),
-            Part(f"evaluate-{recipe}", "all test cases", [*_RPLIB, "evaluate", str(run), "--data", str(data)], data=True),
-        ]
+    train = [*_RPLIB, "train"]
+    for name, settings in _PROFILES.items():
+        command = [*train, "--recipe", "la-8", "--data", str(data), "--profile", "--set", *settings]
+        found.append(Part(f"profile-{name}", f"where a training step's time goes: {' '.join(settings)}", command, data=True))
+    for name, (recipe, settings) in _TRAININGS.items():
+        run = out / name
+        start = ["--resume"] if (run / "last.pt").is_file() else ["--recipe", recipe, "--data", str(data), "--set", *settings]
+        found.append(Part(f"train-{name}", f"{recipe}, {' '.join(settings)}", [*train, *start, "--out", str(run)], data=True))
+        for weights in ("best", "last"):
+            to = ["--weights", weights, "--out", str(run / f"evaluation-{weights}")]
+            command = [*_RPLIB, "evaluate", str(run), "--data", str(data), *to]
+            found.append(Part(f"evaluate-{name}-{weights}", f"all test cases, {weights} weights", command, data=True))
     return found
 
 

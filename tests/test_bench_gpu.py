@@ -134,6 +134,14 @@ def test_the_real_parts_begin_and_resume_trainings(tmp_path):
     assert "--resume" in training.command and "--recipe" not in training.command
 
 
+def test_the_settings_of_trainings_and_profiles_exist(tmp_path):
+    """A part that dies of a misspelt setting would be found out on a borrowed GPU."""
+    from rplib.reference.config import load_recipe, parse_overrides
+
+    for recipe, settings in (*gpu._TRAININGS.values(), *(("la-8", settings) for settings in gpu._PROFILES.values())):
+        load_recipe(recipe).replace(**parse_overrides(settings))
+
+
 def test_bytes_that_the_profiler_printed():
     """The form of `ncu --csv`: a row per launch and metric, numbers with thousands' commas."""
     log = "\n".join(
