@@ -211,7 +211,7 @@ def _weight(
     fa, fb = features if features else (za, zb)
     tiles = tiling.weighting_tiles(
         classes, max(f_a, f_b), max(fa.element_size(), fb.element_size()),
-        channels_last=fa.stride(1) == 1, aligned=aligned([fa, fb]), dice=labels is not None,
+        channels_last=fa.stride(1) == 1, aligned=aligned([fa, fb]), plain=flat and with_record, dice=labels is not None,
     )  # fmt: skip
     programs, per_program = split(voxels, tiles.groups * tiles.group, batch, za.device)
     numerators = za.new_empty((2, batch, programs), dtype=torch.float32)

@@ -69,7 +69,14 @@ def statistics_tiles(classes: int, features: int, itemsize: int) -> StatisticsTi
 
 
 def weighting_tiles(
-    classes: int, features: int, itemsize: int, *, channels_last: bool, aligned: bool = True, dice: bool = False
+    classes: int,
+    features: int,
+    itemsize: int,
+    *,
+    channels_last: bool,
+    aligned: bool = True,
+    plain: bool = True,
+    dice: bool = False,
 ) -> WeightingTiles:
     """Tiles for features of ``itemsize`` bytes (the wider of the two networks' types).
 
@@ -77,6 +84,7 @@ def weighting_tiles(
         channels_last: the features of a voxel lie side by side.
         aligned: every row of voxels begins at a multiple of 16 elements. Elsewhere (an odd number of voxels) a 128-bit load
             falls into four of 32 bits, each with an address in registers.
+        plain: one stride leads through all voxels, and a record is written: the variant that trainings use.
         dice: the record of labelled samples carries the gradient of Dice too, which takes registers.
     """
     group = SECTOR // itemsize
@@ -95,8 +103,9 @@ def weighting_tiles(
     if channels_last:  # a sector or two of every voxel
         block = 512 // itemsize // pad
         return WeightingTiles(block // group, group, pad, min(widest, 8 if dice and itemsize == 2 else 16), True, 4)
-    block = 1024 if itemsize == 4 and aligned else 512
-    if dice and not (itemsize == 4 and aligned):
+    large = itemsize == 4 and aligned and plain
+    block = 1024 if large else 512
+    if dice and not large:
         block = 256
     return WeightingTiles(block // pad // group, group, pad, min(widest, 8), True, 4)
 
