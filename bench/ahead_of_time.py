@@ -2,7 +2,8 @@
 
     python -m rplib.bench.ahead_of_time [--csv FILE] [--targets sm_90,gfx942] [--jobs 2]
 
-Exit code 1 if a kernel spills registers.
+Exit code 1 if a kernel spills registers. All of it takes a core half an hour; Triton keeps what it compiled, so that an
+interrupted run goes on quickly.
 """
 
 import argparse
@@ -10,12 +11,14 @@ import csv
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass, fields
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from rplib.bench.command import main
 from rplib.bench.compiled_code import TARGETS, Resources, compile_for
 from rplib.errors import UserError
 
@@ -103,12 +106,16 @@ def report(case: Case) -> list[Row]:
     return rows
 
 
-def report_all(cases: Sequence[Case], jobs: int = 1) -> list[Row]:
-    """`report` for every case, in order, over ``jobs`` processes."""
-    if jobs == 1:
-        return [row for case in cases for row in report(case)]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        return [row for rows in pool.map(report, cases, chunksize=4) for row in rows]
+def report_all(cases: Sequence[Case], jobs: int = 1, progress: bool = False) -> list[Row]:
+    """`report` for every case, in order, over ``jobs`` processes; ``progress``: count them on stderr."""
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) if jobs > 1 else nullcontext() as pool:
+        results = map(report, cases) if pool is None else pool.map(report, cases, chunksize=4)
+        rows = []
+        for done, found in enumerate(results, start=1):
+            rows += found
+            if progress and (done % 8 == 0 or done == len(cases)):
+                print(f"[{done}/{len(cases)}] {found[0].target}, C={found[0].classes}", file=sys.stderr, flush=True)
+        return rows
 
 
 def _row(case: Case, kernel: str, warps: int, found: Resources) -> Row:
@@ -193,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--jobs is {args.jobs}; expected a number of processes, at least 1.")
     if args.csv and not args.csv.parent.is_dir():
         raise UserError(f"--csv: there is no folder {args.csv.parent}; make it first.")
-    rows = report_all(matrix(targets=targets, variants=variants), args.jobs)
+    rows = report_all(matrix(targets=targets, variants=variants), args.jobs, progress=True)
     print(table(rows))
     spilling = [row for row in rows if row.spills]
     print(f"\n{len(rows)} kernels compiled for {', '.join(targets)}; {len(spilling)} spill registers.")
@@ -202,16 +209,5 @@ def run(args: argparse.Namespace) -> int:
     return 1 if spilling else 0
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m rplib.bench.ahead_of_time", description=__doc__.split("\n")[0])
-    add_arguments(parser)
-    args = parser.parse_args()
-    try:
-        return run(args)
-    except UserError as error:
-        print(f"rplib: error: {error}", file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("ahead_of_time", __doc__, add_arguments, run))

@@ -20,11 +20,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rplib.bench.command import main
+from rplib.bench.shapes import SHAPES
 from rplib.errors import UserError
 
 _PYTHON = sys.executable
 _RPLIB = [_PYTHON, "-m", "rplib"]
 _COLUMNS = ["part", "result", "seconds", "date", "gpu", "torch", "triton", "commit", "command"]
+_KERNELS = "regex:^(statistics|prototypes|weighting|loss|gradient)_kernel$"
 _METRICS = "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"
 
 # name -> settings of a profiled training step
@@ -82,7 +85,7 @@ def parts(out: Path, data: Path | None) -> list[Part]:
         Part(
             "ncu",
             "bytes that the memory moved, per kernel",
-            ["ncu", "--clock-control", "none", "--csv", "--metrics", _METRICS, "-k", "regex:_kernel$",
+            ["ncu", "--clock-control", "none", "--csv", "--metrics", _METRICS, "-k", _KERNELS,
              _PYTHON, "-m", "rplib.bench.gpu_checks", "paper"],
             needs="ncu",
         ),
@@ -215,10 +218,11 @@ def parts_now(name: str, args: argparse.Namespace) -> Part:
 
 
 def _print_bytes(log: str) -> None:
+    voxels = SHAPES["left-atrium"].voxels
     for kernel, metrics in bytes_per_kernel(log).items():
         moved = metrics.get("dram__bytes_read.sum", 0.0) + metrics.get("dram__bytes_write.sum", 0.0)
         seconds = metrics.get("gpu__time_duration.sum", 0.0)
-        print(f"  {kernel}: {moved / 4_014_080:.2f} B/voxel of the memory, {1e6 * seconds:.1f} us", flush=True)
+        print(f"  {kernel}: {moved / voxels:.2f} B/voxel of the memory, {1e6 * seconds:.1f} us", flush=True)
 
 
 def _succeeded(table: Path) -> set[str]:
@@ -240,15 +244,5 @@ def _note(table: Path, part: Part, result: str, seconds: float, versions: dict[s
         writer.writerow(row | {"command": " ".join(part.command)} | versions)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m rplib.bench.gpu", description=__doc__.split("\n")[0])
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args())
-    except UserError as error:
-        print(f"rplib: error: {error}", file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("gpu", __doc__, add_arguments, run))

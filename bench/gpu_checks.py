@@ -10,12 +10,14 @@ Exit code 1 if a check fails.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import rplib
+from rplib.bench.command import main
 from rplib.errors import UserError
 
 RUNS = 200
@@ -50,6 +52,17 @@ def losses(
     yield "objective", lambda z, f: objective(z, f, target, 0.3).total
 
 
+def variants(
+    channels: Sequence[tuple[int, int]], spatial: tuple[int, ...], device: torch.device
+) -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
+    """(name, one forward and backward pass) for each dtype, number of classes and features, and option."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for classes, features in channels:
+            logits, values = networks(2, classes, features, spatial, dtype, device)
+            for name, call in losses(2, classes, spatial, device):
+                yield f"{dtype} C={classes} F={features} {name}", partial(gradients, call, logits, values)
+
+
 def gradients(call: Callable[..., Tensor], logits: list[Tensor], features: list[Tensor]) -> list[Tensor]:
     """The loss and the gradients of the logits."""
     loss = call(logits, features)
@@ -64,17 +77,13 @@ def identical(
 ) -> bool:
     """Whether the same inputs give the same bits on every run."""
     good = True
-    for dtype in (torch.float32, torch.bfloat16):
-        for classes, features in channels:
-            logits, values = networks(2, classes, features, spatial, dtype, device)
-            for name, call in losses(2, classes, spatial, device):
-                first = gradients(call, logits, values)
-                different = 0
-                for _ in range(runs - 1):
-                    again = gradients(call, logits, values)
-                    different += any(not torch.equal(a, b) for a, b in zip(first, again, strict=True))
-                print(f"{dtype} C={classes} F={features} {name}: {different} of {runs} runs differ", flush=True)
-                good = good and different == 0
+    for name, evaluate in variants(channels, spatial, device):
+        first = evaluate()
+        different = 0
+        for _ in range(runs - 1):
+            different += any(not torch.equal(a, b) for a, b in zip(first, evaluate(), strict=True))
+        print(f"{name}: {different} of {runs} runs differ", flush=True)
+        good = good and different == 0
     return good
 
 
@@ -115,13 +124,10 @@ def once(
 ) -> bool:
     """Every variant on a volume that no block divides; finite results."""
     good = True
-    for dtype in (torch.float32, torch.bfloat16):
-        for classes, features in channels:
-            logits, values = networks(2, classes, features, spatial, dtype, device)
-            for name, call in losses(2, classes, spatial, device):
-                finite = all(bool(t.isfinite().all()) for t in gradients(call, logits, values))
-                print(f"{dtype} C={classes} F={features} {name}: {'finite' if finite else 'NOT finite'}", flush=True)
-                good = good and finite
+    for name, evaluate in variants(channels, spatial, device):
+        finite = all(bool(t.isfinite().all()) for t in evaluate())
+        print(f"{name}: {'finite' if finite else 'NOT finite'}", flush=True)
+        good = good and finite
     return good
 
 
@@ -135,18 +141,17 @@ def paper(device: torch.device, spatial: tuple[int, ...] = (112, 112, 80)) -> bo
 CHECKS: dict[str, Callable[[torch.device], bool]] = {"identical": identical, "large": large, "once": once, "paper": paper}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m rplib.bench.gpu_checks", description=__doc__.split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The check to run."""
     parser.add_argument("check", choices=CHECKS)
-    args = parser.parse_args()
-    try:
-        if not torch.cuda.is_available():
-            raise UserError("torch finds no CUDA GPU here, and these checks need one.")
-        return 0 if CHECKS[args.check](torch.device("cuda")) else 1
-    except UserError as error:
-        print(f"rplib: error: {error}", file=sys.stderr)
-        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """1 if the check fails."""
+    if not torch.cuda.is_available():
+        raise UserError("torch finds no CUDA GPU here, and these checks need one.")
+    return 0 if CHECKS[args.check](torch.device("cuda")) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("gpu_checks", __doc__, add_arguments, run))

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 import rplib
+from rplib.bench.command import main
 from rplib.bench.gpu_checks import gradients, networks
+from rplib.bench.shapes import DTYPES, LAYOUTS
 from rplib.bench.timer import DeviceCopy, copy_size, interleaved
 from rplib.errors import UserError
 
@@ -102,6 +104,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Time all candidates; prints a row as soon as it is known."""
+    for option, words, known in (("dtypes", args.dtypes, DTYPES), ("formats", args.formats, LAYOUTS)):
+        unknown = [word for word in words.split(",") if word not in known]
+        if unknown:
+            raise UserError(f"--{option}: unknown {unknown[0]!r}; expected some of {', '.join(known)}.")
+    if args.csv and not args.csv.parent.is_dir():
+        raise UserError(f"--csv: there is no folder {args.csv.parent}; make it first.")
     if not torch.cuda.is_available():
         raise UserError("torch finds no CUDA GPU here, and block sizes are timed on one.")
     columns = ["dtype", "channels_last", "function", "tiles", "result", "present", "copy_gb_s"]
@@ -109,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         with args.csv.open("w", newline="") as file:
             csv.DictWriter(file, columns).writeheader()
     for dtype, layout in product(args.dtypes.split(","), args.formats.split(",")):
-        for row in sweep(getattr(torch, dtype), layout == "channels_last", torch.device("cuda")):
+        for row in sweep(DTYPES[dtype], layout == "channels_last", torch.device("cuda")):
             print("  ".join(str(row.get(name, "")) for name in columns), flush=True)
             if args.csv:
                 with args.csv.open("a", newline="") as file:
@@ -117,15 +125,5 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m rplib.bench.sweep", description=__doc__.split("\n")[0])
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args())
-    except UserError as error:
-        print(f"rplib: error: {error}", file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("sweep", __doc__, add_arguments, run))

@@ -11,6 +11,7 @@ import sys
 from itertools import product
 
 from rplib.bench.ahead_of_time import matrix, report_all, table
+from rplib.bench.command import main
 from rplib.bench.floor import floor_bytes
 from rplib.bench.metered import MeterFailedError, metered
 from rplib.bench.shapes import DTYPES, LAYOUTS, Case, Shape
@@ -38,36 +39,30 @@ def bytes_moved(case: Case) -> tuple[str, bool]:
     ), good
 
 
-def run(spatial: tuple[int, ...], jobs: int) -> int:
+def run(args: argparse.Namespace) -> int:
     """Print both reports; 1 where something is not as it should be."""
-    rows = report_all(matrix(shapes=[(CLASSES, FEATURES)], targets=TARGETS), jobs)
+    if args.edge < 1 or args.jobs < 1:
+        raise UserError(f"--edge is {args.edge} and --jobs {args.jobs}; expected at least 1.")
+    rows = report_all(matrix(shapes=[(CLASSES, FEATURES)], targets=TARGETS), args.jobs, progress=True)
     print(table(rows), flush=True)
     spilling = [row for row in rows if row.spills]
     print(f"\n{len(rows)} kernels compiled for {', '.join(TARGETS)}; {len(spilling)} spill registers.\n", flush=True)
     bad = len(spilling)
     for dtype, layout in product(DTYPES, LAYOUTS):
-        line, good = bytes_moved(Case(Shape("wide", 1, CLASSES, FEATURES, spatial), dtype, layout))
+        line, good = bytes_moved(Case(Shape("wide", 1, CLASSES, FEATURES, (args.edge, args.edge, 2 * args.edge)), dtype, layout))
         print(line, flush=True)
         bad += not good
     print("OK" if not bad else f"{bad} of {len(rows)} kernels and {len(DTYPES) * len(LAYOUTS)} counts are not as they should be.")
     return 1 if bad else 0
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m rplib.bench.wide", description=__doc__.split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
     parser.add_argument(
         "--edge", type=int, default=16, metavar="N", help="count on N x N x 2N voxels (%(default)s); more weigh partial sums less"
     )
     parser.add_argument("--jobs", type=int, default=2, help="compiling processes (default %(default)s)")
-    args = parser.parse_args()
-    if args.edge < 1 or args.jobs < 1:
-        parser.error(f"--edge is {args.edge} and --jobs {args.jobs}; expected at least 1")
-    try:
-        return run((args.edge, args.edge, 2 * args.edge), args.jobs)
-    except UserError as error:
-        print(f"rplib: error: {error}", file=sys.stderr)
-        return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("wide", __doc__, add_arguments, run))

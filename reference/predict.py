@@ -18,6 +18,7 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The words of `rplib predict`."""
     from rplib.reference.evaluate import length, positive
+    from rplib.reference.prediction import EXISTING
 
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder of `rplib train`, or a checkpoint (*.pt, *.pth)")
     parser.add_argument(
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--score", action="store_true", help="write NAME_score.nii.gz, too: the probability of not being background"
     )
     parser.add_argument(
-        "--existing", choices=("refuse", "skip", "overwrite"), default="refuse",
+        "--existing", choices=EXISTING, default=EXISTING[0],
         help="where a label map is there already (default: %(default)s, before anything is done)",
     )  # fmt: skip
 

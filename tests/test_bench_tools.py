@@ -1,5 +1,6 @@
 """The instruments against cases with known answers; `rplib bench` refuses what is wrong and keeps what it has."""
 
+import argparse
 import csv
 import shutil
 import time
@@ -543,7 +544,7 @@ def test_wide_network_check(found, spills, code, said, monkeypatch, capsys):
 
     row = Row(**{field.name: "x" if field.type in ("str", str) else 0 for field in fields(Row)} | {"spills": spills})
     monkeypatch.setattr(wide, "metered", count)
-    monkeypatch.setattr(wide, "report_all", lambda cases, jobs: [row])
-    assert wide.run((8, 8, 8), 1) == code
+    monkeypatch.setattr(wide, "report_all", lambda cases, jobs, progress: [row])
+    assert wide.run(argparse.Namespace(edge=8, jobs=1)) == code
     out = capsys.readouterr().out
     assert said in out and out.rstrip().endswith("OK") == (code == 0)
