@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -32,18 +32,18 @@ class Prepared(NamedTuple):
 
     image: np.ndarray  # float32
     label: np.ndarray | None  # the type that the published files have
-    affine: np.ndarray  # (4, 4), of the written axes
+    affine: np.ndarray | None  # (4, 4), of the written axes; None where it is not known
     remark: str = ""
 
 
 class Release(ABC):
     """A raw public release: which files make a case, and what is done to it."""
 
-    layout: ClassVar[type[H5Dataset]]
-    files: ClassVar[str]  # what is looked for, for messages
+    layout: type[H5Dataset]
+    files: str  # what is looked for, for messages
     # Split off the labelled cases where there is no list: name of the list -> share of all, as published.
-    shares: ClassVar[Mapping[str, float]]
-    withdrawn: ClassVar[frozenset[str]] = frozenset()  # in published lists, but no longer in the release
+    shares: Mapping[str, float]
+    withdrawn: frozenset[str] = frozenset()  # in published lists, but no longer in the release
 
     @property
     @abstractmethod
@@ -268,7 +268,8 @@ def _write(path: Path, prepared: Prepared, release: Release) -> None:
         file.create_dataset("image", data=prepared.image, compression="gzip")
         if prepared.label is not None:
             file.create_dataset("label", data=prepared.label, compression="gzip")
-        file.attrs[AFFINE] = prepared.affine
+        if prepared.affine is not None:
+            file.attrs[AFFINE] = prepared.affine
         file.attrs[SETTINGS] = json.dumps(release.settings)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda target: target.write(content.getbuffer()))

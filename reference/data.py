@@ -1,16 +1,21 @@
-"""Get a data set ready: convert a raw public release, write a generated one, or check the one you have.
+"""Get a data set ready: convert a raw public release, write a generated one, shrink or check the one you have.
 
 examples:
   rplib data left-atrium RAW DEST          lgemri.nrrd and laendo.nrrd of the 2018 challenge
   rplib data pancreas RAW DEST             Pancreas-CT: DICOM series or NIfTI, and the label files
   rplib data brats RAW DEST                BraTS-2019 training data: *_flair.nii.gz and *_seg.nii.gz
   rplib data phantom DEST                  a generated set, if you have no data yet
+  rplib data shrink DATA DEST              a converted set at half the resolution, for laptops
   rplib data check DEST                    reads every case, says what is wrong with which file
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rplib.reference.conversion import Converted
 
 RELEASES = {
     "left-atrium": "the 2018 Left Atrium challenge (NRRD)",
@@ -21,7 +26,8 @@ RELEASES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The words of `rplib data`."""
-    commands = parser.add_subparsers(dest="data_command", metavar="|".join([*RELEASES, "phantom", "check"]), required=True)
+    words = "|".join([*RELEASES, "phantom", "shrink", "check"])
+    commands = parser.add_subparsers(dest="data_command", metavar=words, required=True)
 
     for name, what in RELEASES.items():
         release = commands.add_parser(name, help=f"convert the raw release of {what}")
@@ -53,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     phantom.add_argument("--seed", type=int, default=1337, help="the same seed writes the same voxels (default: %(default)s)")
 
+    shrink = commands.add_parser("shrink", help="write a converted data set (h5) at a lower resolution, for laptops")
+    shrink.add_argument("raw", type=Path, metavar="DATA", help="folder of the data set")
+    shrink.add_argument("dest", type=Path, metavar="DEST", help="folder to write; what is there already is not done again")
+    shrink.add_argument("--by", type=int, default=2, metavar="N", help="put N x N x N voxels together (default: %(default)s)")
+
     check = commands.add_parser("check", help="read every case of all lists; exit code 2 if anything is wrong")
     check.add_argument("dest", type=Path, metavar="DEST", help="folder of the data set")
     check.add_argument("--layout", help="left-atrium, pancreas, brats or generic (default: told from the folder)")
@@ -65,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         from rplib.reference.check_data import check
 
         return check(args.dest, args.layout, args.classes, args.channels)
+    if args.data_command == "shrink":
+        return _shrink(args)
     if args.seed < 0:
         from rplib.errors import UserError
 
@@ -84,6 +97,14 @@ def _phantom(args: argparse.Namespace) -> int:
     return 0
 
 
+def _shrink(args: argparse.Namespace) -> int:
+    from rplib.reference.conversion import convert
+    from rplib.reference.shrink import Shrunk
+
+    release = Shrunk(args.raw, args.by)
+    return _told(convert(release, args.raw, args.dest, release.lists), args)
+
+
 def _convert(args: argparse.Namespace) -> int:
     from rplib.reference.conversion import Release, convert
 
@@ -100,7 +121,11 @@ def _convert(args: argparse.Namespace) -> int:
         from rplib.reference.convert_brats import BratsRelease
 
         release = BratsRelease()
-    converted = convert(release, args.raw, args.dest, args.lists, args.seed)
+    return _told(convert(release, args.raw, args.dest, args.lists, args.seed), args)
+
+
+def _told(converted: "Converted", args: argparse.Namespace) -> int:
+    """Say what was done; the exit code."""
     for problem in converted.problems:
         print(problem)
     written = len(converted.written)

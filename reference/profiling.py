@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import rplib
+from rplib.bench.memory import peak_memory
 from rplib.reference.config import Config
 from rplib.reference.devices import find_device, numerics
 from rplib.reference.inference import labels
@@ -31,7 +32,8 @@ class Profile(NamedTuple):
         cut: cutting one batch; a thread does it while a step runs.
         window: one window of a validation, as the training validates: in batches, decoder 1 alone, summed on the device.
         window_alone: one at a time, both decoders, summed in RAM.
-        memory: the most bytes that tensors took on the GPU; None on a CPU.
+        memory: the most bytes that tensors take in a step: weights, momentum, gradients, a batch, what the passes allocate. Not
+            the cached volumes, nor what libraries take behind torch's back.
         device: its name.
     """
 
@@ -40,7 +42,7 @@ class Profile(NamedTuple):
     cut: float
     window: float
     window_alone: float
-    memory: int | None
+    memory: int
     device: str
 
     def table(self) -> str:
@@ -56,9 +58,8 @@ class Profile(NamedTuple):
             f"a step that is not measured: {1e3 * self.step:.2f} ms; cutting its batch, in a thread: {1e3 * self.cut:.2f} ms",
             f"validation, a window: {1e3 * self.window:.2f} ms in batches; {1e3 * self.window_alone:.2f} ms one at a time with "
             f"both decoders and sums in RAM ({self.window_alone / self.window:.1f} times)",
-            f"device: {self.device}"
-            + ("" if self.memory is None else f"; most memory in tensors: {self.memory / 2**30:.2f} GiB"),
-        ]  # fmt: skip
+            f"memory of a step in tensors: {self.memory / 2**30:.2f} GiB; device: {self.device}",
+        ]
         return "\n".join(rows) + "\n"
 
 
@@ -102,14 +103,12 @@ def _measured(training: Training, config: Config, device: torch.device, steps: i
     training.model.train()
     for _ in range(_WARM_UP):
         step(None)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     alone = _seconds(lambda: step(None), steps, device)
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     _synchronise(device)
     since[0] = time.perf_counter()
     for _ in range(steps):
         step(mark)
+    memory = _memory(training, weight, device, autocast)
     plan = training.batches.draw()
     cut = _seconds(lambda: training.batches.cut(plan), steps, device)
 
@@ -117,6 +116,21 @@ def _measured(training: Training, config: Config, device: torch.device, steps: i
     window, window_alone = _windows(training.network, config, device, autocast)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     return Profile({part: s / steps for part, s in parts.items()}, alone, cut, window, window_alone, memory, name)
+
+
+def _memory(training: Training, weight: float, device: torch.device, autocast: torch.dtype | None) -> int:
+    """Bytes of `Profile.memory`."""
+    batch = training.feed.next()
+    training.optimiser.zero_grad(set_to_none=True)
+    momentum = [x for state in training.optimiser.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    held = [*training.network.parameters(), *training.network.buffers(), *momentum, batch.images, batch.labels]
+
+    def loss() -> torch.Tensor:
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            logits, features = training.model(batch.images)
+        return training.objective(logits, features, batch.labels, weight).total  # type: ignore[no-any-return]
+
+    return sum(tensor.nbytes for tensor in held) + peak_memory(loss, device).peak
 
 
 def _windows(network: nn.Module, config: Config, device: torch.device, autocast: torch.dtype | None) -> tuple[float, float]:

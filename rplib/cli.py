@@ -23,9 +23,10 @@ COMMANDS = {
     "bench": Command("rplib.bench.benchmark", "time, memory and bytes of every implementation of the loss on this machine"),
     "check": Command("rplib.check", "compare the implementations with the naive form in float64 on this machine"),
     "info": Command("rplib.info", "versions, devices, and which implementation `auto` takes; for bug reports"),
-    "data": Command("rplib.reference.data", "convert a raw release, write a generated data set, or check one"),
+    "data": Command("rplib.reference.data", "convert a raw release, write a generated data set, shrink or check one"),
     "train": Command("rplib.reference.train", "train the two-decoder V-Net by a recipe"),
     "evaluate": Command("rplib.reference.evaluate", "score a trained run: CSV, NIfTI, pictures, and one page with all of it"),
+    "compare": Command("rplib.reference.compare", "evaluated runs side by side: seeds together, recipes case by case"),
     "predict": Command("rplib.reference.predict", "segment new images, NIfTI or h5: one label map each, on the image's grid"),
     "demo": Command("rplib.reference.demo", "the whole job on generated data in a minute or two"),
 }

@@ -1,6 +1,7 @@
 """Runs that survive: no room on the disk, weights that break, `--deterministic`; steps that wait for nothing."""
 
 import contextlib
+import math
 import resource
 import threading
 from pathlib import Path
@@ -262,6 +263,20 @@ def test_the_profile_tells_where_a_step_goes_and_keeps_nothing(data, tmp_path, c
     assert list(tmp_path.iterdir()) == []
     assert "--out is missing" in mistake(capsys, "train", "--recipe", "la-4", "--data", data)
     assert "--profile needs --recipe" in mistake(capsys, "train", "--data", data, "--profile")
+
+
+def test_the_memory_of_a_step_holds_what_it_must_and_grows_with_the_batch(data):
+    """Weights, momentum and gradients, and then so much a patch."""
+    from rplib.reference.profiling import profile
+
+    config = load_recipe("la-4-supervised", TINY)
+    weights = sum(p.nbytes for p in checkpoint.build_network(config).parameters())
+    taken = [profile(config.replace(batch_size=n, labelled_per_batch=n), data, "cpu", steps=1).memory for n in (2, 3, 4)]
+    assert taken[0] > 3 * weights
+    assert taken[2] - taken[1] == pytest.approx(taken[1] - taken[0], rel=0.1)
+    # Both decoders' outputs and features at full resolution are kept whatever the implementation.
+    patch = math.prod(config.patch)
+    assert taken[1] - taken[0] > 4 * patch * 2 * (config.filters + config.classes)
 
 
 def test_the_parts_of_a_measured_step_are_those_of_a_plain_one():
