@@ -64,7 +64,7 @@ def iter_specs(
         classes, features, dtype, channels_last,
         batch=batch, spatial=spatial, confidence=confidence, weighted=weighted, on_logits=on_logits, labelled=labelled,
     ):  # fmt: skip
-        yield _spec(recorded)
+        yield spec(recorded)
 
 
 def record_launches(
@@ -107,7 +107,7 @@ def record_launches(
     return launches
 
 
-def _spec(recorded: launch.Launch) -> KernelSpec:
+def spec(recorded: launch.Launch) -> KernelSpec:
     kernel = recorded.kernel
     names = list(kernel.arg_names)
     signature: dict[str, str] = {}

@@ -92,20 +92,20 @@ def weighting_tiles(
     widest = power_of_two(max(features, 1))
     if classes > 4:
         # Prototypes are read once a block: small blocks would read them more often than features. Loops stay rolled.
-        many = pad >= 32 or (pad == 16 and (channels_last or not aligned))
+        many = pad >= 32 or (pad == 16 and (channels_last or not aligned or not plain))
         block = {8: 128 if channels_last else 256, 16: 128, 32: 256, 64: 64}[pad]
         feature_block = 16
         if channels_last and pad < 32:
             feature_block = 32
-        elif pad == 32 and itemsize == 2 and not channels_last:
-            feature_block = 8  # 16 spill on sm_100
+        elif (pad == 32 and itemsize == 2 and not channels_last) or (pad == 16 and not plain):
+            feature_block = 8  # 16 spill: the first on sm_100, the second in slices and with offsets of 64 bits
         return WeightingTiles(block // group, group, pad, min(widest, feature_block), False, 8 if many else 4)
     if channels_last:  # a sector or two of every voxel
-        block = 512 // itemsize // pad
+        block = (512 if plain or itemsize == 4 else 256) // itemsize // pad
         return WeightingTiles(block // group, group, pad, min(widest, 8 if dice and itemsize == 2 else 16), True, 4)
     large = itemsize == 4 and aligned and plain
     block = 1024 if large else 512
-    if dice and not large:
+    if (dice and not large) or (itemsize == 2 and not plain):
         block = 256
     return WeightingTiles(block // pad // group, group, pad, min(widest, 8), True, 4)
 

@@ -121,9 +121,7 @@ def ceilings():
     """The committed report: (point of the matrix, kernel) -> its row."""
     with RESULTS.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return {
-        (row["target"], row["variant"], int(row["classes"]), row["dtype"], row["layout"], row["kernel"]): row for row in rows
-    }
+    return {(row["target"], row["variant"], int(row["classes"]), row["dtype"], row["layout"], row["kernel"]): row for row in rows}
 
 
 @EVERY_TARGET
@@ -149,6 +147,16 @@ def test_kernels_of_the_loss_need_no_more_than_they_did(target):
             assert row["scalar_spills"] <= int(most["scalar_spills"]), (case, row, most)
             if most["wide_loads_percent"]:
                 assert row["wide_loads_percent"] >= float(most["wide_loads_percent"]), (case, row, most)
+
+
+def test_every_pair_of_options_compiles_without_spills():
+    """What the interpreter takes the compiler may refuse; the report above has the default options alone."""
+    done = without_interpreter(str(ROOT / "tests" / "compiled_options.py"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["bad"] == [] and found["left out"] == []
+    assert set(found["compiled"]) == {f"{name}_kernel" for name in ("statistics", "prototypes", "weighting", "loss", "gradient")}
+    assert min(found["compiled"].values()) >= 10
 
 
 def test_the_committed_report_is_complete_and_without_spills():

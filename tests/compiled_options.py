@@ -1,0 +1,110 @@
+"""Compiles the kernels of the loss under every pair of options for sm_90 and prints what went wrong, as JSON.
+
+What the interpreter accepts the compiler may refuse (types of branches that are not taken, for one), and the ahead-of-time report
+compiles the default options alone. Run by test_ahead_of_time.py in a process without the interpreter.
+"""
+
+import json
+from itertools import combinations
+
+import torch
+
+from rplib.bench.compiled_code import TARGETS, compile_for
+from rplib.kernels import launch, passes, signatures
+
+OPTIONS = {
+    "confidence": ("entropy", "max_probability", None),
+    "weighted": (True, False),
+    "on_logits": (True, False),
+    "labelled": (None, 2, 0),  # samples; None: the loss alone; 0: the labels are on another rank
+    "weight": (False, True),  # the mutual weight as a tensor
+    "channels": ((2, 16), (3, 5), (14, 32)),
+    "layout": ("contiguous", "channels_last", "slice", "wide"),  # wide: offsets of 64 bits
+    "dtype": ("float32", "bfloat16", "float16"),
+    "target": ("uint8", "int64", "bool", "int32", "float32"),
+    "call": ("training", "loss alone", "maps"),
+}
+
+
+def rows():
+    """Points that hold every pair of values of every two options, found greedily."""
+    names = list(OPTIONS)
+    missing = {((a, x), (b, y)) for a, b in combinations(names, 2) for x in OPTIONS[a] for y in OPTIONS[b]}
+    while missing:
+        (a, x), (b, y) = min(missing, key=str)
+        row = {a: x, b: y}
+        for name in names:
+            if name not in row:
+                row[name] = max(OPTIONS[name], key=lambda value: _new({**row, name: value}, missing))
+        yield row
+        missing -= set(_pairs(row))
+
+
+def _pairs(row):
+    names = [name for name in OPTIONS if name in row]
+    return [((a, row[a]), (b, row[b])) for a, b in combinations(names, 2)]
+
+
+def _new(row, missing):
+    return sum(pair in missing for pair in _pairs(row))
+
+
+def launches(row):
+    """Those of one row, recorded on tensors without values."""
+    (classes, features), dtype, labelled = row["channels"], getattr(torch, row["dtype"]), row["labelled"]
+    spatial = (8, 12, 16) if row["layout"] != "wide" else (1024, 1024, 1024)
+    logits = [_tensor(classes, spatial, dtype, row["layout"]) for _ in range(2)]
+    read = [_tensor(features, spatial, dtype, row["layout"]) for _ in range(2)] if row["weighted"] else None
+    target = None if labelled is None else torch.empty((labelled, *spatial), dtype=getattr(torch, row["target"]), device="meta")
+    weight = torch.empty((), device="meta") if row["weight"] else None
+    terms = passes.Terms(target, 0.5, range(1, classes), 1.0, weight)
+    found = []
+    with launch.observed(lambda one: found.append(one) is not None):  # False: not run
+        known = passes.statistics(logits, read, row["confidence"], 1e-6, None if row["call"] == "maps" else target)
+        if row["call"] == "maps":
+            passes.maps(logits, read, known, row["confidence"], 1e-6)
+            return found
+        _, _, record = passes.weighting(
+            logits, read, known, row["confidence"], row["on_logits"], 1e-6, with_record=row["call"] == "training", terms=terms
+        )
+        if row["call"] == "training":
+            upstream = torch.empty((), device="meta")
+            passes.gradient(upstream, known.sums, record, logits, row["confidence"], row["on_logits"], terms)
+    return found
+
+
+def _tensor(channels, spatial, dtype, layout):
+    if layout == "channels_last":
+        return torch.empty((4, *spatial, channels), dtype=dtype, device="meta").movedim(-1, 1)
+    if layout == "slice":
+        return torch.empty((4, channels, *(size + 2 for size in spatial)), dtype=dtype, device="meta")[:, :, 1:-1, 1:-1, 1:-1]
+    return torch.empty((4, channels, *spatial), dtype=dtype, device="meta")
+
+
+def main():
+    seen, bad, compiled = set(), [], {}
+    all_rows = list(rows())
+    for row in all_rows:
+        for one in launches(row):
+            spec = signatures.spec(one)
+            key = (spec.name, str(spec.constexprs), str(spec.signature), str(spec.attrs))
+            if key in seen:
+                continue
+            seen.add(key)
+            try:
+                found = compile_for(
+                    TARGETS["sm_90"], spec.fn, spec.signature, spec.constexprs, spec.attrs, num_warps=spec.num_warps
+                )
+            except Exception as error:  # every kind: what the compiler raises is its own business
+                bad.append([spec.name, str(row), str(error)[-600:]])
+                continue
+            compiled[spec.name] = compiled.get(spec.name, 0) + 1
+            if found.spills:
+                bad.append([spec.name, str(row), f"spills {found.spills} times"])
+    taken = {(name, value) for row in all_rows for name, value in row.items()}
+    wanted = set().union(*({(name, value) for value in values} for name, values in OPTIONS.items()))
+    print(json.dumps({"rows": len(all_rows), "compiled": compiled, "bad": bad, "left out": sorted(map(str, wanted - taken))}))
+
+
+if __name__ == "__main__":
+    main()
