@@ -10,9 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import rplib
 from rplib.bench.memory import peak_memory
+from rplib.reference.checkpoint import build_network
 from rplib.reference.config import Config
 from rplib.reference.devices import find_device, numerics
 from rplib.reference.inference import labels
@@ -34,6 +36,7 @@ class Profile(NamedTuple):
         window_alone: one at a time, both decoders, summed in RAM.
         memory: the most bytes that tensors take in a step: weights, momentum, gradients, a batch, what the passes allocate. Not
             the cached volumes, nor what libraries take behind torch's back.
+        flop: floating-point operations of a step's convolutions, forward and backward. window_flop: of a validation's window.
         device: its name.
     """
 
@@ -43,6 +46,8 @@ class Profile(NamedTuple):
     window: float
     window_alone: float
     memory: int
+    flop: float
+    window_flop: float
     device: str
 
     def table(self) -> str:
@@ -58,6 +63,8 @@ class Profile(NamedTuple):
             f"a step that is not measured: {1e3 * self.step:.2f} ms; cutting its batch, in a thread: {1e3 * self.cut:.2f} ms",
             f"validation, a window: {1e3 * self.window:.2f} ms in batches; {1e3 * self.window_alone:.2f} ms one at a time with "
             f"both decoders and sums in RAM ({self.window_alone / self.window:.1f} times)",
+            f"work of a step: {1e-12 * self.flop:.3f} TFLOP, {1e-12 * self.flop / self.step:.3f} TFLOP/s; of a window: "
+            f"{1e-12 * self.window_flop:.3f} TFLOP, {1e-12 * self.window_flop / self.window:.3f} TFLOP/s",
             f"memory of a step in tensors: {self.memory / 2**30:.2f} GiB; device: {self.device}",
         ]
         return "\n".join(rows) + "\n"
@@ -115,7 +122,26 @@ def _measured(training: Training, config: Config, device: torch.device, steps: i
     training.network.eval()
     window, window_alone = _windows(training.network, config, device, autocast)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return Profile({part: s / steps for part, s in parts.items()}, alone, cut, window, window_alone, memory, name)
+    seconds = {part: s / steps for part, s in parts.items()}
+    return Profile(seconds, alone, cut, window, window_alone, memory, *work(config), name)
+
+
+def work(config: Config) -> tuple[float, float]:
+    """Floating-point operations of the convolutions: a training step's, a validation's window's (decoder 1 alone).
+
+    >>> from rplib.reference.config import load_recipe
+    >>> f"{work(load_recipe('la-8'))[0]:.3e}"
+    '2.104e+12'
+    """
+    with torch.device("meta"):
+        network = build_network(config)
+        images = torch.empty(config.batch_size, config.in_channels, *config.patch)
+    with FlopCounterMode(display=False) as step:
+        logits, _ = network.train()(images)
+        torch.stack([x.sum() for x in logits]).sum().backward()
+    with FlopCounterMode(display=False) as window, torch.inference_mode():
+        network.eval().first_logits(images[:1])
+    return float(step.get_total_flops()), float(window.get_total_flops())
 
 
 def _memory(training: Training, weight: float, device: torch.device, autocast: torch.dtype | None) -> int:

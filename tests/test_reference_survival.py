@@ -279,6 +279,19 @@ def test_the_memory_of_a_step_holds_what_it_must_and_grows_with_the_batch(data):
     assert taken[1] - taken[0] > 4 * patch * 2 * (config.filters + config.classes)
 
 
+def test_the_work_of_a_step_by_hand():
+    """A first convolution of 3 x 3 x 3: 2 x 27 x channels x filters operations a voxel; a backward pass costs twice a forward."""
+    from rplib.reference.profiling import work
+
+    config = load_recipe("la-4", TINY)
+    whole, window = work(config)
+    more, _ = work(config.replace(in_channels=config.in_channels + 1))
+    first = 2 * 27 * config.filters * math.prod(config.patch) * config.batch_size
+    assert more - whole == 2 * first  # forward, and the weight's gradient; the image's is not needed
+    assert work(config.replace(batch_size=2 * config.batch_size))[0] == 2 * whole
+    assert whole / config.batch_size > 3 * window  # two decoders instead of one, and backwards
+
+
 def test_the_parts_of_a_measured_step_are_those_of_a_plain_one():
     """Marks change nothing, and each comes once, in order; the loss's backward pass ends before the network's begins."""
     from rplib.reference.peers import build_objective
