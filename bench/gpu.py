@@ -48,6 +48,8 @@ _TRAININGS = {
     "la-8-probabilities": ("la-8", (*_FAST, "cross_entropy_on=probabilities")),
     "la-16": ("la-16", _FAST),
     "la-4": ("la-4", _FAST),
+    "la-16-supervised": ("la-16-supervised", _FAST),
+    "la-4-supervised": ("la-4-supervised", _FAST),
 }
 
 
