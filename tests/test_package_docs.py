@@ -96,3 +96,11 @@ def test_links_lead_somewhere():
     assert "LICENSE" in local
     missing = [target for target in local if not (ROOT / target).exists()]
     assert not missing
+
+
+def test_the_map_of_the_trainer_names_every_file():
+    text = (ROOT / "reference" / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## Where things are") :].split("\n## ")[0]
+    named = re.findall(r"`(\w+\.py)`", section)
+    assert len(named) == len(set(named))
+    assert set(named) == {file.name for file in (ROOT / "reference").glob("*.py")} - {"__init__.py"}
