@@ -1,0 +1,237 @@
+"""Mistakes in the kernels and in the reduction over processes, each with a test that must notice."""
+
+from faults import Fault
+
+VALUES = "tests/test_loss_values.py::"
+PROPERTIES = "tests/test_loss_properties.py::"
+OBJECTIVE = "tests/test_loss_objective.py::"
+
+LOSS = (
+    Fault(
+        "sign of a gradient",
+        "kernels/gradient.py",
+        (
+            (
+                "grad_b = tl.where(cls == 0, entry_b[None, :, :], -entry_b[None, :, :])",
+                "grad_b = tl.where(cls == 0, entry_b[None, :, :], entry_b[None, :, :])",
+            ),
+        ),
+        VALUES + "test_options[triton-2-entropy-similarity-logits]",
+    ),
+    Fault(
+        "swapped teacher: the student's own probabilities in the weight",
+        "kernels/weighting.py",
+        (("        tl.where(learner_a, b, a), tl.where(m_ab, top_b, top_a)", "        z_s, tl.where(m_ab, top_b, top_a)"),),
+        VALUES + "test_options[triton-4-entropy-similarity-logits]",
+    ),
+    Fault(
+        "swapped label: the student's own class as pseudo-label",
+        "kernels/weighting.py",
+        (("label = tl.where(m_ab, label_b, label_a)", "label = tl.where(m_ab, label_a, label_b)"),),
+        VALUES + "test_options[triton-4-entropy-similarity-logits]",
+    ),
+    Fault(
+        "tail dropped where one voxel is left over",
+        "kernels/statistics.py",
+        (("if (program == programs - 1) & (voxels % BLOCK != 0):", "if (program == programs - 1) & (voxels % BLOCK > 1):"),),
+        VALUES + "test_voxel_counts_around_a_block[triton-129]",
+    ),
+    Fault(
+        "tail mask missing: voxels beyond the end are counted",
+        "kernels/statistics.py",
+        (("        m_ab = m_ab & valid\n", ""),),
+        VALUES + "test_options[triton-2-None-similarity-logits]",
+    ),
+    Fault(
+        "tail mask missing: reads beyond the end of the last channel",
+        "kernels/gradient.py",
+        (
+            (
+                "    grad_a *= factor\n",
+                "    grad_a *= factor\n    inside = cls < CLASSES\n",
+            ),
+        ),
+        "tests/test_loss_memory.py::test_nothing_outside_the_tensors_is_touched[triton-float32-5-7-67-channels_last-end]",
+    ),
+    Fault(
+        "missing cast: squares of half-precision features are not computed in float32",
+        "kernels/similarity.py",
+        (("mask=wanted, other=0.0).to(tl.float32)", "mask=wanted, other=0.0)"),),
+        VALUES + "test_classes_and_features_in_half_precision[triton-dtype0-2-16]",
+    ),
+    Fault(
+        "rounded to half precision before the upstream factor",
+        "kernels/gradient.py",
+        (
+            (
+                "    grad_a *= factor\n",
+                "    grad_a = (grad_a * (factor / 65536)).to(out_a.dtype.element_ty).to(tl.float32) * 65536\n",
+            ),
+        ),
+        VALUES + "test_half_precision_gradient_elementwise[triton-dtype0-2-8.0-65536.0]",
+    ),
+    Fault(
+        "upstream factor ignored",
+        "kernels/gradient.py",
+        (("factor = tl.load(upstream).to(tl.float32) + tl.load(sums)", "factor = 1.0 + tl.load(sums)"),),
+        PROPERTIES + "test_upstream_factor_is_linear[triton]",
+    ),
+    Fault(
+        "stale prototype: the first sample's for all samples",
+        "kernels/weighting.py",
+        (("        prototypes_b += wide_sample * CLASSES * FEATURES_B\n", ""),),
+        VALUES + "test_options[triton-2-entropy-similarity-logits]",
+    ),
+    Fault(
+        "stale sum: the last partial result of a sample is left out",
+        "kernels/statistics.py",
+        (("        inside = p < programs\n", "        inside = p < tl.maximum(programs - 1, 1)\n"),),
+        VALUES + "test_several_programs_per_sample_and_several_samples[triton]",
+    ),
+    Fault(
+        "wrong normaliser: the other student's count",
+        "kernels/total.py",
+        (("n_ba = tl.load(counts + 1).to(tl.float32) + EPS", "n_ba = tl.load(counts).to(tl.float32) + EPS"),),
+        VALUES + "test_options[triton-2-entropy-similarity-logits]",
+    ),
+    Fault(
+        "wrong normaliser in the gradient alone",
+        "kernels/weighting.py",
+        (
+            (
+                "scale_ba = cw / (tl.load(counts + 1).to(tl.float32) + EPS)",
+                "scale_ba = cw / (tl.load(counts).to(tl.float32) + EPS)",
+            ),
+        ),
+        VALUES + "test_options[triton-2-entropy-similarity-logits]",
+    ),
+    Fault(
+        "eps missing in the normaliser",
+        "kernels/total.py",
+        (("n_ab = tl.load(counts).to(tl.float32) + EPS", "n_ab = tl.load(counts).to(tl.float32)"),),
+        VALUES + "test_no_reliable_voxel_is_zero_and_connected_to_the_graph[triton]",
+    ),
+    Fault(
+        "eps missing in the entropy",
+        "kernels/voxels.py",
+        (("entropy = -tl.sum(p * tl.log(p + eps), axis=0)", "entropy = -tl.sum(p * tl.log(p + 1e-30), axis=0)"),),
+        VALUES + "test_eps_reaches_entropy_prototype_and_normaliser[triton-entropy-0.5]",
+    ),
+    Fault(
+        "mask not strict: equally confident networks teach",
+        "kernels/voxels.py",
+        (("(same & (error_a < error_b))", "(same & (error_a <= error_b))"),),
+        PROPERTIES + "test_identical_networks[triton]",
+    ),
+    Fault(
+        "class label off by one where two logits are equal: the last maximum",
+        "kernels/voxels.py",
+        (
+            (
+                "label = tl.min(tl.where(z == tl.expand_dims(top, 0), cls, CLASSES_PAD), axis=0)",
+                "label = tl.max(tl.where(z == tl.expand_dims(top, 0), cls, 0), axis=0)",
+            ),
+        ),
+        VALUES + "test_equal_logits_take_the_first_maximum[triton]",
+    ),
+    Fault(
+        "wrong stride: two spatial axes exchanged",
+        "kernels/voxels.py",
+        (("(row // size1) * stride0 + (row % size1) * stride1", "(row // size1) * stride1 + (row % size1) * stride0"),),
+        VALUES + "test_memory_layouts[triton-spatial_slice]",
+    ),
+    Fault(
+        "int32 offsets where the tensor is too large for them",
+        "kernels/voxels.py",
+        (("        channel = channel.to(tl.int64)\n", "        channel = channel\n"),),
+        VALUES + "test_offsets_beyond_int32[triton-channels]",
+    ),
+    Fault(
+        "features of the last, partly filled block read without a mask",
+        "kernels/statistics.py",
+        (("    inside = (f < FEATURES)[:, None]\n", "    inside = (f < FEATURES + 1)[:, None]\n"),),
+        "tests/test_loss_memory.py::test_nothing_outside_the_tensors_is_touched[triton-float32-2-5-517-contiguous-end]",
+    ),
+    Fault(
+        "a NaN in a logit is swallowed",
+        "kernels/statistics.py",
+        (("    poison += (top_a + rest_a + top_b + rest_b) * 0.0", "    poison += (top_a + rest_a) * 0.0"),),
+        VALUES + "test_bad_logits_never_give_a_finite_loss[triton-1-nan-entropy-similarity-logits]",
+    ),
+    Fault(
+        "what the first pass found of NaN is not added to the loss",
+        "kernels/total.py",
+        (("/ n_ba + tl.load(sums)\n", "/ n_ba\n"),),
+        VALUES + "test_bad_logits_never_give_a_finite_loss[triton-1-nan-entropy-similarity-logits]",
+    ),
+    Fault(
+        "an unwritten output: zeros are not stored where nobody teaches",
+        "kernels/weighting.py",
+        (("        tl.store(weights + v, w_ab, mask=valid)", "        tl.store(weights + v, w_ab, mask=valid & m_ab)"),),
+        VALUES + "test_options[triton-2-entropy-similarity-logits]",
+    ),
+    Fault(
+        "host synchronisation in an operator's body",
+        "kernels/passes.py",
+        (
+            (
+                "    grads = torch.empty_like(za), torch.empty_like(zb)\n",
+                "    grads = torch.empty_like(za), torch.empty_like(zb)\n    assert sums[0].item() == 0\n",
+            ),
+        ),
+        "tests/test_loss_compile.py::test_operator_bodies_never_look_at_values",
+    ),
+    Fault(
+        "an input is written to",
+        "kernels/passes.py",
+        (
+            (
+                "    za = logits[0]\n    classes = za.shape[1]\n",
+                "    za = logits[0]\n    za.copy_(za + 0)\n    classes = za.shape[1]\n",
+            ),
+        ),
+        VALUES + "test_options[triton-2-entropy-similarity-logits]",
+    ),
+    Fault(
+        "backward pass of many classes: the networks' logits exchanged",
+        "kernels/gradient.py",
+        (("tl.where(is_b[None, :, :], b, a), cls", "tl.where(is_b[None, :, :], a, b), cls"),),
+        VALUES + "test_options[triton-4-entropy-similarity-logits]",
+    ),
+    Fault(
+        "Dice: the other network's sums",
+        "kernels/dice.py",
+        (("overlap = tl.load(at + network * CLASSES", "overlap = tl.load(at + (1 - network) * CLASSES"),),
+        OBJECTIVE + "test_values_and_gradients[triton-2-None]",
+    ),
+    Fault(
+        "Dice: unlabelled samples count",
+        "kernels/statistics.py",
+        (("soft_b += tl.where(known[None, :], p_b, 0.0)", "soft_b += p_b"),),
+        OBJECTIVE + "test_values_and_gradients[triton-4-None]",
+    ),
+    Fault(
+        "Dice: its gradient left out of the second network",
+        "kernels/weighting.py",
+        (("entry_b += tl.where(known, dice_slope(", "entry_b += 0 * tl.where(known, dice_slope("),),
+        OBJECTIVE + "test_values_and_gradients[triton-2-None]",
+    ),
+    Fault(
+        "Dice: classes outside the mean",
+        "kernels/dice.py",
+        (("tl.where(c < 32, low, high) & 1) != 0", "tl.where(c < 32, low, high) & 1) >= 0"),),
+        OBJECTIVE + "test_values_and_gradients[triton-4-dice_classes2]",
+    ),
+    Fault(
+        "process group: counts of this rank alone",
+        "kernels/operators.py",
+        (("counts, sums = ranks.total(counts, options.process_group), ", "counts, sums = counts, "),),
+        "tests/test_loss_ranks.py::test_two_ranks_are_one_process[triton-2-default-both]",
+    ),
+    Fault(
+        "process group: gradients not multiplied by the number of ranks",
+        "rplib/ranks.py",
+        (("return upstream * ctx.ranks, None, None", "return upstream, None, None"),),
+        "tests/test_loss_ranks.py::test_two_ranks_are_one_process[torch-2-default-both]",
+    ),
+)
