@@ -13,7 +13,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class Line:
     """One metric of some runs of one recipe, and how it stands to the first recipe.
 
     Attributes:
+        runs: how many.
         mean, deviation: of the runs' means. Deviations are those of a sample (n - 1) and NaN for one run.
         missing: cases without the score, over all runs.
         difference: mean minus that of the first recipe. difference_deviation: of the differences seed by seed, where both
@@ -80,6 +81,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.csv and not args.csv.parent.is_dir():
         raise UserError(f"--csv: there is no folder {args.csv.parent}; make it first.")
+    twice = [folder for k, folder in enumerate(args.runs) if folder.resolve() in [f.resolve() for f in args.runs[:k]]]
+    if twice:
+        raise UserError(f"{twice[0]} is given twice; each run counts once.")
     recipes = by_recipe([read_run(folder, args.split, args.output) for folder in args.runs])
     boxes = [read_run(folder, args.split, BOX).scores for folder in args.runs]
     if boxes[0] and all(box.get("dice") == boxes[0]["dice"] for box in boxes):  # one box, fitted to the same labelled cases
@@ -101,8 +105,8 @@ def read_run(folder: Path, split: str, method: str) -> Run:
     Raises:
         UserError: no run folder, or not evaluated.
     """
+    from rplib.reference.checkpoint import CONFIG
     from rplib.reference.config import load_config
-    from rplib.reference.run_folder import CONFIG
 
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} holds no {CONFIG}; expected a run folder of `rplib train`.")
@@ -155,34 +159,34 @@ def compare(recipes: dict[str, list[Run]]) -> list[Line]:
                 raise UserError(
                     f"{name}: not scored on the same cases as {runs[0].title} (case {odd[0]}, class {odd[1]}, for one)."
                 )
-    first, lines = next(iter(recipes.values())), []
-    for metric in METRICS:
-        if any(_is_nan(one.mean(metric)) for one in runs):
-            continue
-        for name, group in recipes.items():
-            means = [one.mean(metric) for one in group]
-            by_seed = _differences(group, first, metric)
-            pairs = [
-                (_mean(one.scores[metric][case] for one in group), _mean(one.scores[metric][case] for one in first))
-                for case in cases
-            ]
-            pairs = [pair for pair in pairs if not any(map(_is_nan, pair))]
-            higher = metric in ("dice", "jaccard")
-            lines.append(
-                Line(
-                    name,
-                    len(group),
-                    metric,
-                    statistics.fmean(means),
-                    _deviation(means),
-                    sum(_is_nan(value) for one in group for value in one.scores[metric].values()),
-                    math.nan if group is first else statistics.fmean(means) - _mean(one.mean(metric) for one in first),
-                    math.nan if group is first else _deviation(by_seed),
-                    0 if group is first else sum((a > b) if higher else (a < b) for a, b in pairs),
-                    len(pairs),
-                )
-            )
-    return lines
+    first = next(iter(recipes.values()))
+    return [
+        _line(name, group, first, metric)
+        for metric in METRICS
+        if not all(_is_nan(one.mean(metric)) for one in runs)
+        for name, group in recipes.items()
+    ]
+
+
+def _line(name: str, group: Sequence[Run], first: Sequence[Run], metric: str) -> Line:
+    means = [one.mean(metric) for one in group]
+    cases = group[0].scores[metric]
+    pairs = [[_mean(one.scores[metric][case] for one in runs) for runs in (group, first)] for case in cases]
+    pairs = [pair for pair in pairs if not any(map(_is_nan, pair))]
+    sign = 1 if metric in ("dice", "jaccard") else -1  # of what is better
+    alone = group is first
+    return Line(
+        recipe=name,
+        runs=len(group),
+        metric=metric,
+        mean=statistics.fmean(means),
+        deviation=_deviation(means),
+        missing=sum(_is_nan(value) for one in group for value in one.scores[metric].values()),
+        difference=math.nan if alone else statistics.fmean(means) - statistics.fmean(one.mean(metric) for one in first),
+        difference_deviation=math.nan if alone else _deviation(_differences(group, first, metric)),
+        better=sum(sign * ours > sign * theirs for ours, theirs in pairs),
+        cases=len(pairs),
+    )
 
 
 def render(lines: Sequence[Line]) -> str:
@@ -224,8 +228,8 @@ def _differences(group: Sequence[Run], first: Sequence[Run], metric: str) -> lis
     return [ours[seed] - theirs[seed] for seed in ours] if set(ours) == set(theirs) else []
 
 
-def _mean(values: object) -> float:
-    there = [value for value in values if not _is_nan(value)]  # type: ignore[attr-defined]
+def _mean(values: Iterable[float]) -> float:
+    there = [value for value in values if not _is_nan(value)]
     return statistics.fmean(there) if there else math.nan
 
 
@@ -240,13 +244,9 @@ def _plus_minus(deviation: float, metric: str) -> str:
 
 
 def _word(value: object) -> str:
-    return (
-        ",".join(map(str, value))
-        if isinstance(value, tuple | list)
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _is_nan(value: object) -> bool:

@@ -4,8 +4,8 @@ Per case: axes z, y, x; cropped to the box of the voxels that are not 0; clipped
 with mean and deviation of the voxels above 0; the label is 1 where *_seg is above 0.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import SimpleITK as sitk
@@ -24,7 +24,7 @@ class BratsRelease(Release):
 
     layout = Brats
     files = "<case>_flair.nii.gz (with <case>_seg.nii.gz where there is a label)"
-    shares: ClassVar = {"val": 25 / 335, "test": 60 / 335}
+    shares: Mapping[str, float] = {"val": 25 / 335, "test": 60 / 335}
 
     @property
     def settings(self) -> dict[str, object]:

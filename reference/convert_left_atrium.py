@@ -6,8 +6,8 @@ all slices stay. Axes are those of the file. A case without laendo.nrrd is not c
 """
 
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class LeftAtriumRelease(Release):
 
     layout = LeftAtrium
     files = f"<case>/{IMAGE} (with <case>/{LABEL} where there is a label)"
-    shares: ClassVar = {"test": 20 / 100}
+    shares: Mapping[str, float] = {"test": 20 / 100}
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

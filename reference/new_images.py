@@ -151,6 +151,7 @@ def _as_converted(item: Input, release: Release) -> Ready:
     nifti = open_nifti(path)
     stored = read_volume(path)
     ready = release.prepare(item.name, Source(path, None))
+    assert ready.affine is not None
     # Both affines are SimpleITK's reading of the header: indices of the file -> indices of the converted volume.
     to_ready = np.linalg.inv(ready.affine) @ affine_of(stored)
     shape = tuple(stored.GetSize())

@@ -185,7 +185,7 @@ TRAINER = (
     Fault(
         "comparison: a larger distance is better",
         "reference/compare.py",
-        (('higher = metric in ("dice", "jaccard")', "higher = True"),),
+        (('sign = 1 if metric in ("dice", "jaccard") else -1', "sign = 1"),),
         "tests/test_reference_compare.py::test_by_hand",
     ),
 )

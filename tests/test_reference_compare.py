@@ -68,6 +68,14 @@ def test_other_output_and_no_box(runs, tmp_path, capsys):
     assert "fixed box" not in capsys.readouterr().out  # fitted to other cases: not one line
 
 
+def test_a_run_without_any_distance_shows_a_dash(runs, tmp_path, capsys):
+    empty = evaluated(tmp_path / "empty", "la-16", [0.0, 0.0], missing=[0, 1])
+    assert cli.main(["compare", str(runs[0]), str(empty)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = next(n for n, line in enumerate(lines) if "95HD voxel" in line)
+    assert [cell.strip() for cell in lines[start + 1].split("│")[2:8]] == ["la-16", "1", "-", "-", "0 of 0", "2"]
+
+
 def test_settings_tell_recipes_of_one_name_apart():
     base = load_recipe("la-8", [])
     settings = [
@@ -103,5 +111,6 @@ def test_mistakes(runs, tmp_path, capsys):
     longer = evaluated(tmp_path / "long", "la-16", [0.5, 0.9, 0.8])
     assert "not scored on the same cases as la-8-supervised (case c2" in mistake(capsys, "compare", runs[0], longer)
     assert "there is no folder" in mistake(capsys, "compare", runs[0], "--csv", tmp_path / "no" / "a.csv")
+    assert "is given twice" in mistake(capsys, "compare", runs[0], runs[1], runs[0].parent / "." / runs[0].name)
     bare = evaluated(tmp_path / "bare", "la-16", [])
     assert "scored no case" in mistake(capsys, "compare", bare)
