@@ -100,6 +100,7 @@ def test_mistakes(tmp_path, capsys):
     assert "--by is 1; expected 2 or more" in mistake(capsys, *words, "--by", "1")
     assert "no data folder" in mistake(capsys, "data", "shrink", str(tmp_path / "none"), str(tmp_path / "small"))
     assert "3 cases" in mistake(capsys, *words, "--by", "60")  # could not be converted
+    (tmp_path / "own" / "images").mkdir(parents=True)
     write_nifti(tmp_path / "own" / "images" / "a.nii.gz", np.ones((4, 4, 4), np.float32), np.eye(4))
     assert "holds NIfTI files" in mistake(capsys, "data", "shrink", str(tmp_path / "own"), str(tmp_path / "small"))
     (tmp_path / "data" / "test.list").unlink()
