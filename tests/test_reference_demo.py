@@ -32,15 +32,15 @@ def out(tmp_path_factory):
         patch.setattr(sys, "stdout", printed)
         patch.setattr(demonstration, "TEST_CASES", 3)
         assert cli.main(["demo", "--out", str(folder), "--iterations", "3", "--seed", "7", "--device", "cpu"]) == 0
-    (folder.parent / "printed.txt").write_text(printed.getvalue())
+    (folder.parent / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
     return folder
 
 
 def test_it_prints_one_table_and_writes_one_picture(out):
     from matplotlib.image import imread
 
-    printed = (out.parent / "printed.txt").read_text()
-    assert printed == (out / "demo.txt").read_text()
+    printed = (out.parent / "printed.txt").read_text(encoding="utf-8")
+    assert printed == (out / "demo.txt").read_text(encoding="utf-8")
     assert printed.count("┏") == 1
     assert {path.name for path in out.iterdir() if not path.is_dir()} == {".rplib-demo", "demo.png", "demo.txt"}
     sheet = imread(out / "demo.png")
@@ -49,7 +49,7 @@ def test_it_prints_one_table_and_writes_one_picture(out):
 
 
 def test_the_table_holds_what_evaluate_measures(out):
-    lines = (out / "demo.txt").read_text().splitlines()
+    lines = (out / "demo.txt").read_text(encoding="utf-8").splitlines()
     for method in (LABELLED_ONLY, MUTUAL):
         report = evaluate(out / method, out / "data", device="cpu")
         (line,) = (line for line in lines if line.startswith(f"│ {method} "))
@@ -65,7 +65,7 @@ def test_the_best_threshold_is_in_the_table_and_below_the_bound(out):
     cases = [dataset.load(name) for name in dataset.names("test")]
     dice = [best_threshold_dice(case.image, case.label) for case in cases]
     assert max(dice) < 0.6
-    (line,) = (line for line in (out / "demo.txt").read_text().splitlines() if line.startswith("│ best threshold "))
+    (line,) = (line for line in (out / "demo.txt").read_text(encoding="utf-8").splitlines() if line.startswith("│ best threshold "))
     assert line.strip("│").split("│")[1].strip() == f"{100 * np.mean(dice):.2f}"
 
 
@@ -91,7 +91,7 @@ def test_whichever_wins_is_said(mutual, alone, said):
 
 
 def test_a_second_demo_replaces_the_first_and_its_numbers_repeat(out, monkeypatch):
-    before = (out / "demo.txt").read_text().splitlines()
+    before = (out / "demo.txt").read_text(encoding="utf-8").splitlines()
     monkeypatch.setattr(demonstration, "TEST_CASES", 3)
     again = demonstration.demonstrate(out, seed=7, iterations=3, device="cpu").table.splitlines()
     rows = [[cell.split()[:1] for cell in line.split("│")[:-2]] for line in before if line.startswith("│")]

@@ -118,7 +118,7 @@ def test_nifti_keeps_labels_and_voxel_size(evaluated, run, data):
 
 
 def test_report_says_what_was_scored(evaluated):
-    text = (evaluated / "report.txt").read_text()
+    text = (evaluated / "report.txt").read_text(encoding="utf-8")
     assert "Recipe la-4, protocol held-out; weights of iteration 12 of 12 (last iteration)." in text
     assert "Scored: 3 cases of the test list." in text
     assert "stride 8 x 8 x 8; every component kept" in text
