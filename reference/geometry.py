@@ -1,10 +1,8 @@
 """Volumes as files hold them: reading, axes, affines, and bringing a label onto its image's grid (by SimpleITK)."""
 
-import contextlib
 import gzip
-import locale
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,21 +55,6 @@ def read_dicom_series(folder: Path) -> sitk.Image:
     Raises:
         UserError: no series, more than one, a damaged file, or a slice that is missing.
     """
-    with kept_locale():
-        return _read_dicom_series(folder)
-
-
-@contextlib.contextmanager
-def kept_locale() -> Iterator[None]:
-    """GDCM sets the process's locale to "C" and leaves it so: text files and pipes would then be ASCII."""
-    before = locale.setlocale(locale.LC_ALL)
-    try:
-        yield
-    finally:
-        locale.setlocale(locale.LC_ALL, before)
-
-
-def _read_dicom_series(folder: Path) -> sitk.Image:
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if len(series) != 1:
         raise UserError(f"{folder} holds {len(series)} DICOM series; expected one: remove the others.")

@@ -1,5 +1,6 @@
 """`rplib data left-atrium|pancreas|brats` on raw-like files, against values worked out by hand."""
 
+import contextlib
 import json
 import locale
 import signal
@@ -10,17 +11,15 @@ from pathlib import Path
 import h5py
 import nibabel
 import numpy as np
-import pytest
 import SimpleITK as sitk
 from data_paths import left_atrium_dir
 from reference_tools import mistake
 
 from rplib import cli
-from rplib.errors import UserError
 from rplib.reference import conversion
 from rplib.reference.convert_pancreas import PancreasRelease
 from rplib.reference.datasets import open_dataset
-from rplib.reference.geometry import affine_of, kept_locale, read_dicom_series, read_volume
+from rplib.reference.geometry import affine_of, read_volume
 
 ROOT = Path(__file__).resolve().parent.parent
 FLIPPED_XY = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
@@ -208,6 +207,17 @@ def ct(shape=(110, 104, 12), seed=0):
     return np.rint(hu).astype(np.int16), label
 
 
+@contextlib.contextmanager
+def kept_locale():
+    """Writing DICOM sets the process's locale to "C" and leaves it so: text files and pipes would then be ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
+
+
+@kept_locale()
 def write_dicom(folder: Path, hu: np.ndarray, spacing, origin, order=None, skip=()) -> None:
     """One file a slice, HU stored with slope 2 and intercept -1024, named so that names do not sort as positions do."""
     folder.mkdir(parents=True)
@@ -237,8 +247,7 @@ def write_dicom(folder: Path, hu: np.ndarray, spacing, origin, order=None, skip=
             stored.SetMetaData(key, value)
         stored.SetOrigin(position)
         writer.SetFileName(str(folder / f"1-{names[k]:03d}.dcm"))
-        with kept_locale():
-            writer.Execute(stored)
+        writer.Execute(stored)
 
 
 def cubic_spline(values: np.ndarray, factor: np.ndarray, sizes) -> np.ndarray:
@@ -293,22 +302,6 @@ def found_scale(image: np.ndarray, windowed: np.ndarray) -> tuple[float, float]:
     """Mean and deviation that the image was z-scored with, by a straight line through (image, windowed)."""
     deviation, mean = np.polyfit(image.ravel().astype(np.float64), windowed.ravel(), 1)
     return float(mean), float(deviation)
-
-
-def test_reading_dicom_leaves_the_locale_alone(tmp_path):
-    """GDCM sets it to "C", where a table's lines and an accent in a path cannot be printed any more."""
-    before = locale.setlocale(locale.LC_ALL)
-    write_dicom(tmp_path / "series", ct((16, 16, 3))[0], (1, 1, 2.5), (0, 0, 0))
-    try:
-        locale.setlocale(locale.LC_ALL, "C.UTF-8")
-        read_dicom_series(tmp_path / "series")
-        assert locale.setlocale(locale.LC_ALL) == "C.UTF-8"
-        (tmp_path / "bad").mkdir()
-        with pytest.raises(UserError):
-            read_dicom_series(tmp_path / "bad")
-        assert locale.setlocale(locale.LC_ALL) == "C.UTF-8"
-    finally:
-        locale.setlocale(locale.LC_ALL, before)
 
 
 def test_pancreas_is_cropped_around_the_label(tmp_path, capsys):
