@@ -65,7 +65,8 @@ def test_the_best_threshold_is_in_the_table_and_below_the_bound(out):
     cases = [dataset.load(name) for name in dataset.names("test")]
     dice = [best_threshold_dice(case.image, case.label) for case in cases]
     assert max(dice) < 0.6
-    (line,) = (line for line in (out / "demo.txt").read_text(encoding="utf-8").splitlines() if line.startswith("│ best threshold "))
+    lines = (out / "demo.txt").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if line.startswith("│ best threshold "))
     assert line.strip("│").split("│")[1].strip() == f"{100 * np.mean(dice):.2f}"
 
 
