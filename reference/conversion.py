@@ -43,6 +43,7 @@ class Release(ABC):
     files: str  # what is looked for, for messages
     # Split off the labelled cases where there is no list: name of the list -> share of all, as published.
     shares: Mapping[str, float]
+    published = True  # as h5 files, too: such files carry no note of their making and are kept
     withdrawn: frozenset[str] = frozenset()  # in published lists, but no longer in the release
 
     @property
@@ -242,7 +243,8 @@ def _is_done(path: Path, release: Release, source: Source) -> bool:
         with h5py.File(path, "r") as file:
             if "image" not in file or ("label" not in file and source.label is not None):
                 return False  # a label was added since
-            made_with = json.loads(file.attrs[SETTINGS]) if SETTINGS in file.attrs else release.settings
+            unknown = release.settings if release.published else {}
+            made_with = json.loads(file.attrs[SETTINGS]) if SETTINGS in file.attrs else unknown
     except (OSError, ValueError):
         return False  # cut short or damaged: made again
     if made_with != release.settings:

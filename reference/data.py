@@ -98,9 +98,12 @@ def _phantom(args: argparse.Namespace) -> int:
 
 
 def _shrink(args: argparse.Namespace) -> int:
+    from rplib.errors import UserError
     from rplib.reference.conversion import convert
     from rplib.reference.shrink import Shrunk
 
+    if args.raw.resolve() == args.dest.resolve():
+        raise UserError(f"DATA and DEST are the same folder, {args.dest}; choose another DEST.")
     release = Shrunk(args.raw, args.by)
     return _told(convert(release, args.raw, args.dest, release.lists), args)
 

@@ -21,6 +21,8 @@ class Shrunk(Release):
         UserError: another layout, or N below 2.
     """
 
+    published = False
+
     def __init__(self, root: Path, by: int) -> None:
         if by < 2:
             raise UserError(f"--by is {by}; expected 2 or more voxels along each edge of a block.")

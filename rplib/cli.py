@@ -3,6 +3,7 @@
 import argparse
 import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -57,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A user's mistake gives one line on stderr and 2, Ctrl-C gives 130, a reader that left (`rplib info | head`) 141.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a table's lines where the encoding has none: "?", and no traceback
+            stream.reconfigure(errors="replace")
     code = _explained(list(sys.argv[1:] if argv is None else argv))
     try:
         sys.stdout.flush()  # a closed pipe or a full disk shows here, and not at interpreter exit

@@ -1,6 +1,7 @@
 """`rplib`: every command is there, and every mistake is one line on stderr with exit code 2."""
 
 import importlib
+import io
 import os
 import subprocess
 import sys
@@ -98,6 +99,15 @@ def test_words_reach_the_command(stand_in):
     stand_in(lambda args: seen.append(args.set) or 0, lambda parser: parser.add_argument("--set", action="append"))
     assert cli.main(["check", "--set", "a=1", "--set", "b=-2"]) == 0
     assert seen == [["a=1", "b=-2"]]
+
+
+def test_an_output_without_the_tables_characters_gets_question_marks(stand_in, monkeypatch):
+    """As behind a pipe on Windows, or with PYTHONIOENCODING=ascii."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    stand_in(lambda args: print("\u2503 89.9 \u00b1 1.2") or 0)
+    assert cli.main(["check"]) == 0
+    assert written.getvalue().decode("ascii").strip() == "? 89.9 ? 1.2"
 
 
 def test_mistake_of_several_lines_becomes_one(stand_in, capsys):

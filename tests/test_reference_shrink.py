@@ -97,6 +97,9 @@ def test_lists_inside_the_cases_folder(tmp_path):
 def test_mistakes(tmp_path, capsys):
     write_phantoms(tmp_path / "data", 2, 1, (32, 32, 32), seed=3)
     words = ["data", "shrink", str(tmp_path / "data"), str(tmp_path / "small")]
+    assert "are the same folder" in mistake(capsys, "data", "shrink", tmp_path / "data", tmp_path / "data")
+    write_phantoms(tmp_path / "other", 2, 1, (32, 32, 32), seed=3)  # of the same names, but nothing that was shrunk
+    assert "with other settings (none; now" in mistake(capsys, "data", "shrink", tmp_path / "data", tmp_path / "other")
     assert "--by is 1; expected 2 or more" in mistake(capsys, *words, "--by", "1")
     assert "no data folder" in mistake(capsys, "data", "shrink", str(tmp_path / "none"), str(tmp_path / "small"))
     assert "3 cases" in mistake(capsys, *words, "--by", "60")  # could not be converted
