@@ -8,11 +8,11 @@ STAMP  := $(VENV)/.ready
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint gpu clean
+.PHONY: help setup demo test test-all lint gpu clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## */  make \1	/p' $(firstword $(MAKEFILE_LIST))
+	@sed -n 's/^\([a-z-]*\):[^#]*## */  make \1	/p' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP)  ## the environment alone (.venv)
 
@@ -36,7 +36,10 @@ demo: $(STAMP)  ## the main job on generated data: train, evaluate, one picture
 	@$(BIN)/rplib demo
 
 # One thread a worker: two workers that each start a thread per core only wait for one another.
-test: $(STAMP)  ## the whole test suite
+test: $(STAMP)  ## the test suite, without the tests marked slow
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(STAMP)  ## the test suite and the tests marked slow
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
