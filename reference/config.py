@@ -69,9 +69,7 @@ class Config:
 
     name: str = _key("la-8", "what to call it", section="recipe")
 
-    dataset: str = _key(
-        "left-atrium", "layout on disk", choices=("left-atrium", "pancreas", "brats", "generic"), section="data"
-    )
+    dataset: str = _key("left-atrium", "layout on disk", choices=("left-atrium", "pancreas", "brats", "generic"), section="data")
     normalisation: str = _key(
         "z-score",
         "'generic' only",

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains and returns the exit code; mistakes raise `rplib.errors.UserError`."""
     from rplib.errors import UserError
-    from rplib.reference.launch import start, start_profile
+    from rplib.reference.training.start import start, start_profile
 
     overrides = [word for words in args.overrides for word in words]
     if args.profile is not None:

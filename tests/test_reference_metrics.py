@@ -7,7 +7,7 @@ import pytest
 import torch
 from data_paths import golden_dir
 
-from rplib.reference import metrics
+from rplib.reference.evaluation import metrics
 
 
 def _box(shape, *ranges):

@@ -6,10 +6,10 @@ from reference_tools import TINY, write_dataset
 
 import rplib
 from rplib.errors import UserError
-from rplib.reference import trainer
 from rplib.reference.config import METHODS, Config, load_recipe
-from rplib.reference.peers import build_objective
-from rplib.reference.runlog import read_metrics
+from rplib.reference.reporting.run_log import read_metrics
+from rplib.reference.training import trainer
+from rplib.reference.training.methods import build_objective
 
 
 @pytest.fixture(autouse=True)
