@@ -178,7 +178,9 @@ def test_maps_of_one_window_are_what_the_loss_takes():
 
 
 def test_overlapping_windows_are_averaged():
-    config = load_recipe("la-8", ["patch=16,16,16", "stride=8,16,16", "filters=2", "method=neither"])  # asked all the same
+    config = load_recipe(
+        "la-8", ["patch=16,16,16", "stride=8,16,16", "filters=2", "method=cross-pseudo-supervision"]
+    )  # asked all the same
     torch.manual_seed(0)
     network = MutualVNet(filters=2).eval()
     image = np.random.default_rng(1).normal(size=(24, 16, 16)).astype(np.float32)

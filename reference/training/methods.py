@@ -5,7 +5,7 @@
 | `both` | the paper: where the other is more confident (which), as much as its feature looks like its class (how) |
 | `which-only` | where the other is more confident, fully |
 | `how-only` | everywhere, as much as the other's feature looks like its class |
-| `neither`, `cross-pseudo-supervision` | everywhere, fully: Chen et al., CVPR 2021, with two decoders for two networks |
+| `cross-pseudo-supervision` | everywhere, fully: Chen et al., CVPR 2021, with two decoders for two networks |
 | `mutual-consistency` | probabilities drawn to the other's sharpened ones: Wu et al., MICCAI 2021 (MC-Net) |
 
 All but the last are `rplib.MutualObjective` with its keywords. Data, network, supervised term, ramp and all else are the same.
