@@ -48,7 +48,8 @@ TORCH_ENV := build/torch-env
 test-torch: $(STAMP)  ## the loss and the trainer with another torch: make test-torch TORCH="torch==2.8.0"
 	@rm -rf $(TORCH_ENV)
 	@$(BIN)/python -m venv $(TORCH_ENV)
-	@$(TORCH_ENV)/bin/python -m pip install -qq --disable-pip-version-check -e '.[reference,test]' '$(TORCH)'
+	@$(TORCH_ENV)/bin/python -m pip install -qq --disable-pip-version-check -e '.[reference]' '$(TORCH)' \
+	  expecttest hypothesis pytest pytest-timeout pytest-xdist setuptools
 	@$(TORCH_ENV)/bin/python -c "import torch; print('torch', torch.__version__)"
 	@OMP_NUM_THREADS=1 $(TORCH_ENV)/bin/python -m pytest -n auto --maxprocesses 4 -m "not slow" $(PYTEST_ARGS) \
 	  tests/test_loss_*.py tests/test_reference_*.py tests/test_package_network.py
