@@ -61,7 +61,7 @@ lint: $(STAMP)  ## ruff (rules and format), mypy, pyright
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(STAMP)  ## the API pages, from the docstrings: build/docs/index.html
-	@$(BIN)/python -W error -m pdoc --docformat google --output-directory build/docs rplib
+	@$(BIN)/python -W error -m pdoc --docformat google --no-show-source --output-directory build/docs rplib
 
 # GPU_ARGS="--data DATA --minutes 30" also trains; what succeeded is not run again.
 gpu: $(STAMP)  ## everything that needs a CUDA GPU (with a torch built for it): tests, checks, benchmarks
