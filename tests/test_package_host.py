@@ -10,7 +10,7 @@ from package_tools import PYPROJECT, ROOT
 import rplib
 
 pytest.importorskip("check_jsonschema")
-from ruamel.yaml import YAML  # noqa: E402: comes with check_jsonschema
+from ruamel.yaml import YAML
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"))

@@ -8,8 +8,9 @@ from package_tools import LOSS_CALL, ROOT, output_of, run_python, tree_files
 # Audit hooks see every socket of the interpreter, whichever library opens it, before the system does.
 BLOCKED = """
 import sys
+refused = {"socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "urllib.Request"}
 def refuse(event, arguments):
-    if event in ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "urllib.Request"):
+    if event in refused:
         raise PermissionError(f"network: {event} {arguments}")
 sys.addaudithook(refuse)
 """
