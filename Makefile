@@ -43,12 +43,13 @@ test-all: $(STAMP)  ## the test suite and the tests marked slow
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
 # An environment of its own, below build/; the development pins of torch and Triton do not hold in it.
+# The interpreter of Triton 3.4, which comes with torch 2.8, does not work with NumPy 2.4.
 TORCH     ?= torch
 TORCH_ENV := build/torch-env
-test-torch: $(STAMP)  ## the loss and the trainer with another torch: make test-torch TORCH="torch==2.8.0"
+test-torch: $(STAMP)  ## the loss and the trainer with another torch: make test-torch TORCH="torch==2.8.0 numpy<2.4"
 	@rm -rf $(TORCH_ENV)
 	@$(BIN)/python -m venv $(TORCH_ENV)
-	@$(TORCH_ENV)/bin/python -m pip install -qq --disable-pip-version-check -e '.[reference]' '$(TORCH)' \
+	@$(TORCH_ENV)/bin/python -m pip install -qq --disable-pip-version-check -e '.[reference]' $(TORCH:%='%') \
 	  expecttest hypothesis pytest pytest-timeout pytest-xdist setuptools
 	@$(TORCH_ENV)/bin/python -c "import torch; print('torch', torch.__version__)"
 	@OMP_NUM_THREADS=1 $(TORCH_ENV)/bin/python -m pytest -n auto --maxprocesses 4 -m "not slow" $(PYTEST_ARGS) \
