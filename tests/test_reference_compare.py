@@ -113,4 +113,4 @@ def test_mistakes(runs, tmp_path, capsys):
     assert "there is no folder" in mistake(capsys, "compare", runs[0], "--csv", tmp_path / "no" / "a.csv")
     assert "is given twice" in mistake(capsys, "compare", runs[0], runs[1], runs[0].parent / "." / runs[0].name)
     bare = evaluated(tmp_path / "bare", "la-16", [])
-    assert "scored no case" in mistake(capsys, "compare", bare)
+    assert "no scores for this output" in mistake(capsys, "compare", bare)

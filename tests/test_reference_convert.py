@@ -77,7 +77,7 @@ def test_left_atrium_by_hand(tmp_path, capsys):
     raw_left_atrium(tmp_path / "raw", "D")
     code, out, err = run(capsys, "left-atrium", tmp_path / "raw", tmp_path / "dest")
     assert code == 0, out + err
-    assert "4 cases written, 0 were there already, 1 without a label" in out
+    assert "4 cases written, 0 already there, 1 without a label" in out
     assert "NOT the published lists" in out
 
     dataset = open_dataset(tmp_path / "dest")
@@ -270,7 +270,7 @@ def test_pancreas_from_dicom_by_hand(tmp_path, capsys):
     save(tmp_path / "raw" / "PANCREAS_0009.nii.gz", other, spacing=spacing, origin=origin)  # unlabelled
     code, out, err = run(capsys, "pancreas", tmp_path / "raw", tmp_path / "dest")
     assert code == 0, out + err
-    assert "3 cases written, 0 were there already, 1 without a label" in out
+    assert "3 cases written, 0 already there, 1 without a label" in out
 
     # 110 x 0.8, 104 x 0.9, 12 x 2.5 mm: 88 x 93 x 30 voxels of 1 mm; both sides are below 96, so all is kept.
     dataset = open_dataset(tmp_path / "dest", "pancreas")
@@ -470,7 +470,7 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys, monkeypatch):
     lists = [(dest / f"{split}.txt").read_text() for split in ("train", "val", "test")]
     code, out, _ = run(capsys, "brats", tmp_path / "raw", dest)
     assert code == 0
-    assert "1 case written, 2 were there already" in out
+    assert "1 case written, 2 already there" in out
     assert lists == [(dest / f"{split}.txt").read_text() for split in ("train", "val", "test")]
     changed = [path.name for path, time in times.items() if path.stat().st_mtime_ns != time]
     assert changed == ["B.h5"]
@@ -509,7 +509,7 @@ sys.exit(main(sys.argv[1:]))
     assert len(list((dest / "data").glob(".*"))) == 1  # the half
     code, out, _ = run(capsys, "brats", tmp_path / "raw", dest)
     assert code == 0
-    assert "2 cases written, 1 were there already" in out
+    assert "2 cases written, 1 already there" in out
     assert not list(dest.rglob(".*"))
     assert run(capsys, "check", dest)[0] == 0
 
