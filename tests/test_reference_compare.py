@@ -109,7 +109,7 @@ def test_mistakes(runs, tmp_path, capsys):
     assert "holds no config.toml" in mistake(capsys, "compare", tmp_path / "none")
     assert "run `rplib evaluate" in mistake(capsys, "compare", runs[0], "--split", "train")
     longer = evaluated(tmp_path / "long", "la-16", [0.5, 0.9, 0.8])
-    assert "not scored on the same cases as la-8-supervised (case c2" in mistake(capsys, "compare", runs[0], longer)
+    assert "not scored on the same cases as la-8-supervised (for example case c2" in mistake(capsys, "compare", runs[0], longer)
     assert "there is no folder" in mistake(capsys, "compare", runs[0], "--csv", tmp_path / "no" / "a.csv")
     assert "is given twice" in mistake(capsys, "compare", runs[0], runs[1], runs[0].parent / "." / runs[0].name)
     bare = evaluated(tmp_path / "bare", "la-16", [])

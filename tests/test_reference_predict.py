@@ -282,7 +282,7 @@ def test_axes_that_are_not_at_right_angles(tmp_path, capsys):
     image = np.random.default_rng(0).normal(size=(20, 18, 17)).astype(np.float32)
     nibabel.save(nibabel.Nifti1Image(image, SHEARED), tmp_path / "a.nii.gz")
     turned = run_folder(tmp_path / "turned", "brats-25")
-    assert "not at right angles" in mistake(capsys, "predict", turned, tmp_path / "a.nii.gz", "--out", tmp_path / "out")
+    assert "not orthogonal" in mistake(capsys, "predict", turned, tmp_path / "a.nii.gz", "--out", tmp_path / "out")
     as_it_lies = run_folder(tmp_path / "as-it-lies", "la-4")
     assert predict(as_it_lies, tmp_path / "a.nii.gz", "--out", tmp_path / "out") == 0
     np.testing.assert_allclose(nibabel.load(tmp_path / "out" / "a_prediction.nii.gz").affine, SHEARED, atol=1e-6)

@@ -94,7 +94,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(data, tmp_path, capsys,
     with monkeypatch.context() as patch, contextlib.ExitStack() as full:
         at_step(patch, 7, lambda _: full.enter_context(files_of_at_most(1 << 18)))
         line = mistake(capsys, *start(data, run))
-    assert f"cannot be written any more (File too large); iteration 5 is kept in {run / 'last.pt'}; make room" in line
+    assert f"cannot be written any more (File too large); iteration 5 is kept in {run / 'last.pt'}; free space" in line
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
     assert cli.main(["train", "--resume", "--out", str(run)]) == 0
     assert losses(run) == losses(whole)
