@@ -128,7 +128,7 @@ def test_training_and_evaluation_on_brats_under_both_protocols(tmp_path, capsys)
     words = ["--data", tmp_path / "d", "--out", tmp_path / "run", "--device", "cpu"]
     assert cli.main([str(w) for w in ["train", "--recipe", "brats-25", *words, "--set", *settings]]) == 0
     err = capsys.readouterr().err
-    assert "chosen on the VAL list" in err
+    assert "selected on the VAL list" in err
     (tmp_path / "hidden").rename(tmp_path / "d" / "test.txt")
     for split, name in (("val", "E"), ("test", "F")):
         words = ["evaluate", tmp_path / "run", "--data", tmp_path / "d", "--split", split, "--device", "cpu"]

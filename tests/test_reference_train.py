@@ -315,7 +315,7 @@ def test_paper_keeps_the_first_best_on_the_test_list(data, tmp_path, monkeypatch
     dice = {row.iteration: row.validation_dice for row in losses(tmp_path / "run") if row.validation_dice is not None}
     assert dice == {4: 0.0, 6: 0.3, 8: 0.5, 10: 0.5, 12: 0.4}
     out, err = capsys.readouterr()
-    assert "the weights are chosen on the TEST list" in err
+    assert "weights are selected on the TEST list" in err
     assert "on the TEST list; protocol 'paper'" in out
 
 
