@@ -105,7 +105,7 @@ def _shrink(args: argparse.Namespace) -> int:
     if args.raw.resolve() == args.dest.resolve():
         raise UserError(f"DATA and DEST are the same folder, {args.dest}; choose another DEST.")
     release = Shrunk(args.raw, args.by)
-    return _told(convert(release, args.raw, args.dest, release.lists), args)
+    return _report(convert(release, args.raw, args.dest, release.lists), args)
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -124,10 +124,10 @@ def _convert(args: argparse.Namespace) -> int:
         from rplib.reference.conversion.brats import BratsRelease
 
         release = BratsRelease()
-    return _told(convert(release, args.raw, args.dest, args.lists, args.seed), args)
+    return _report(convert(release, args.raw, args.dest, args.lists, args.seed), args)
 
 
-def _told(converted: "Converted", args: argparse.Namespace) -> int:
+def _report(converted: "Converted", args: argparse.Namespace) -> int:
     """Print a summary; returns the exit code."""
     for problem in converted.problems:
         print(problem)

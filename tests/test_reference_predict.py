@@ -199,7 +199,7 @@ def test_bad_images_among_good_ones_are_told_and_the_others_done(run, data, tmp_
     assert "Traceback" not in err
     assert f"bad not segmented: {tmp_path / 'bad.nii.gz'} is not a readable NIfTI" in err
     assert "flat not segmented" in err
-    assert f"constant not segmented: {tmp_path / 'constant.nii.gz'} has the same value everywhere" in err
+    assert f"constant not segmented: {tmp_path / 'constant.nii.gz'} is constant" in err
     assert f"empty not segmented: {tmp_path / 'empty.nii.gz'} " in err
     assert "rplib: error: 4 of 5 images were not segmented, for the reasons above: bad, flat, constant, empty." in err
     assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{data.names('test')[0]}_prediction.nii.gz"]
@@ -215,7 +215,7 @@ def test_existing_label_maps(run, data, tmp_path, capsys):
     assert "exists already (1 such files)" in mistake(capsys, "predict", run, second, first, "--out", tmp_path)
     assert len([*tmp_path.glob("*.nii.gz")]) == 1  # nothing was begun
     assert predict(run, first, second, "--out", tmp_path, "--existing", "skip") == 0
-    assert f"skipped, for their label maps exist: {data.names('test')[0]}" in capsys.readouterr().err
+    assert f"skipped, label maps exist: {data.names('test')[0]}" in capsys.readouterr().err
     assert written.read_bytes() == b"older"
     assert predict(run, first, second, "--out", tmp_path, "--existing", "overwrite") == 0
     assert written.read_bytes() == before  # the same voxels, the same bytes
@@ -234,7 +234,7 @@ def test_mistakes_are_told_before_anything_is_done(run, data, tmp_path, capsys):
 
     assert "no run folder" in told(tmp_path / "no", path)
     assert "no file" in told(run, path, tmp_path / "no.nii.gz")
-    assert "is a folder; give the images in it" in told(run, tmp_path)
+    assert "is a folder; name the images in it" in told(run, tmp_path)
     assert "b.png is neither NIfTI" in told(run, tmp_path / "b.png")
     assert "are both called a" in told(run, tmp_path / "a.nii.gz", tmp_path / "x" / "a.nii")
     assert "does not fit" in told(run, path, "--stride", "99", "1", "1")
@@ -243,7 +243,7 @@ def test_mistakes_are_told_before_anything_is_done(run, data, tmp_path, capsys):
     assert "is a file" in mistake(capsys, "predict", run, path, "--out", tmp_path / "b.png")
     write_case(tmp_path / "flat", "A", image=np.zeros((4, 4), np.float32))
     line = mistake(capsys, "predict", run, next((tmp_path / "flat").rglob("*.h5")), "--out", tmp_path / "out")
-    assert "'image' has shape (4, 4); the network takes 3 axes" in line
+    assert "'image' has shape (4, 4); expected 3 axes" in line
 
 
 def test_files_that_are_one_image(tmp_path):

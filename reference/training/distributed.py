@@ -67,11 +67,11 @@ class Ranks:
             if self.group is None:
                 raise
             mistake = str(error)
-        told = [(rank, text) for rank, text in enumerate(self.gather(mistake)) if text is not None]
-        if told and self.first:
-            rank, text = told[0]
+        errors = [(rank, text) for rank, text in enumerate(self.gather(mistake)) if text is not None]
+        if errors and self.first:
+            rank, text = errors[0]
             raise UserError(text if rank == 0 else f"rank {rank}: {text}")
-        if told:
+        if errors:
             raise SystemExit(2)
 
 
