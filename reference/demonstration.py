@@ -17,6 +17,7 @@ from rich.table import Table
 
 from rplib.errors import UserError
 from rplib.reference.config import Config, load_recipe
+from rplib.reference.datasets.cases import Case
 from rplib.reference.datasets.phantom import MOST_THRESHOLD_DICE, best_threshold_dice, write_phantoms
 from rplib.reference.devices import find_device
 from rplib.reference.evaluation.metrics import Scores
@@ -82,7 +83,7 @@ def demonstrate(out: Path, seed: int, iterations: int, device: str | None = None
     dataset = reports[MUTUAL].dataset
     cases = [dataset.load(name, needs_label=True) for name in phantoms.test]
     threshold = statistics.fmean(best_threshold_dice(case.image, case.label) for case in cases if case.label is not None)
-    _draw(out / PICTURE, reports)
+    _draw(out / PICTURE, reports, cases)
     table = _table(reports, threshold, seconds, configs, time.monotonic() - began)
     table += f"written: {out / PICTURE}, {out / TABLE}\n"
     write_text_atomically(out / TABLE, table)
@@ -165,15 +166,15 @@ def _verdict(mutual: float, alone: float) -> str:
     return f"mutual is {abs(difference):.1f} Dice points {'above' if difference > 0 else 'below'} labelled-only."
 
 
-def _draw(path: Path, reports: dict[str, Report]) -> None:
+def _draw(path: Path, reports: dict[str, Report], cases: Sequence[Case]) -> None:
     """Both methods side by side on the first test cases, axial and coronal."""
     scores: dict[tuple[str, str], Scores] = {}
     for method, report in reports.items():
         scores |= {(method, row.case): row.scores for row in report.rows if row.method == DECODER_1}
     any_report = reports[MUTUAL]
     rows: list[tuple[str, Sequence[Panel]]] = []
-    for name in list(any_report.predictions)[:_SHOWN_CASES]:
-        case = any_report.dataset.load(name, needs_label=True)
+    for case in cases[:_SHOWN_CASES]:
+        name = case.name
         assert case.label is not None
         panels = []
         for axis in (2, 1):

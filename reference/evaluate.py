@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         keep_largest=args.largest_component,
         on_case=volumes,
         maps=0 if args.no_maps else args.pictures,
+        pictures=args.pictures,
     )
     write(report, out, args.pictures)
     return 0

@@ -365,7 +365,7 @@ def test_bench_measures_and_keeps_everything(tiny, tmp_path, capsys):
     assert float(lines["naive"][3]) == 1.0
     assert lines["triton"][1] == "-"  # the interpreter's time means nothing
     assert "triton: its bytes were counted, but it was not timed" in out and "No GPU was used" in out
-    assert "3 of 4 measured, each after its result was found right; 0 wrong or failed." in out
+    assert "3 of 4 measured, each after its result was verified; 0 wrong or failed." in out
     assert "[1/1" in err
 
     rows = {row["implementation"]: row for row in read(tmp_path / "r.csv")}
@@ -514,7 +514,7 @@ def test_plot_has_a_row_of_panels_for_every_dtype_and_layout(tmp_path):
     one, two = imread(tmp_path / "one.png"), imread(tmp_path / "two.png")
     assert two.shape[0] > 1.5 * one.shape[0] and two.shape[1] == one.shape[1]
     wrong = replace(rows("float32")[0], status=r.WRONG)
-    with pytest.raises(UserError, match="nothing to draw"):
+    with pytest.raises(UserError, match="nothing to plot"):
         plot.draw([wrong], tmp_path / "none.png")
 
 

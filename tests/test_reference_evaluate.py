@@ -14,7 +14,7 @@ from reference_tools import TINY, mistake, write_case, write_dataset
 
 from rplib import cli
 from rplib.reference.checkpoint import load_network
-from rplib.reference.datasets.layouts import open_dataset
+from rplib.reference.datasets.layouts import LeftAtrium, open_dataset
 from rplib.reference.evaluation import metrics
 from rplib.reference.evaluation import scoring as evaluation
 from rplib.reference.evaluation.fixed_box import GRID, FixedBox, fit_box
@@ -56,6 +56,23 @@ def evaluated(run, data):
 def _read(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("maps", [[], ["--no-maps"]], ids=["maps", "no-maps"])
+def test_a_report_reads_every_case_once(run, data, tmp_path, monkeypatch, maps):
+    loaded = []
+    load = LeftAtrium.load
+    monkeypatch.setattr(LeftAtrium, "load", lambda self, name, *rest, **more: loaded.append(name) or load(self, name, *rest, **more))
+    words = ["evaluate", run, "--data", data, "--out", tmp_path / "out", "--pictures", "2", "--nifti", "none", "--device", "cpu", *maps]
+    assert cli.main([*map(str, words)]) == 0
+    dataset = open_dataset(data)
+    assert sorted(loaded) == sorted([*dataset.names("train")[:4], *dataset.names("test")])
+
+
+def test_the_worst_cases_stay_in_memory_for_the_pictures(run, data):
+    report = evaluate(run, data, device="cpu", pictures=2)
+    assert sorted(report.kept) == sorted(report.worst_first()[:2])
+    assert report.case(report.worst_first()[-1]).label is not None  # read on demand
 
 
 def test_files(evaluated, data):

@@ -75,7 +75,7 @@ def test_h5_files_of_the_training_layout_give_what_evaluate_gives(run, data, tmp
         np.testing.assert_array_equal(labels(path), truth)
         np.testing.assert_array_equal(nibabel.load(path).affine, np.diag([0.5, 1, 2, 1]))
         assert f"{name}: {truth.sum():,} voxels ({truth.sum() / 1000:.1f} ml); {path}" in out
-    assert f"segmented: 2, into {tmp_path / 'out'}" in out
+    assert f"2 segmented, written to {tmp_path / 'out'}" in out
 
 
 def test_a_nifti_file_keeps_its_grid_and_its_header(tmp_path):
@@ -201,7 +201,7 @@ def test_bad_images_among_good_ones_are_told_and_the_others_done(run, data, tmp_
     assert "flat not segmented" in err
     assert f"constant not segmented: {tmp_path / 'constant.nii.gz'} is constant" in err
     assert f"empty not segmented: {tmp_path / 'empty.nii.gz'} " in err
-    assert "rplib: error: 4 of 5 images were not segmented, for the reasons above: bad, flat, constant, empty." in err
+    assert "rplib: error: 4 of 5 images were not segmented, see above for the reasons: bad, flat, constant, empty." in err
     assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{data.names('test')[0]}_prediction.nii.gz"]
     assert out.count("voxels") == 1
 
@@ -251,12 +251,12 @@ def test_files_that_are_one_image(tmp_path):
         (tmp_path / name).touch()
     inputs = find_inputs(sorted(tmp_path.iterdir()))
     assert [item.name for item in group_channels(inputs, 1)] == ["a_0000", "a_0001", "b_0007", "c"]
-    with pytest.raises(UserError, match="the channels 0007 of b were given; the network takes 0000, 0001"):
+    with pytest.raises(UserError, match="the channels 0007 of b were given; expected 0000, 0001"):
         group_channels(inputs, 2)
     both, single = group_channels([item for item in inputs if item.name != "b_0007"], 2)
     assert (both.name, [path.name for path in both.files]) == ("a", ["a_0000.nii.gz", "a_0001.nii.gz"])
     assert (single.name, len(single.files)) == ("c", 1)
-    with pytest.raises(UserError, match="the channels 0000, 0001 of a were given; the network takes 0000, 0001, 0002"):
+    with pytest.raises(UserError, match="the channels 0000, 0001 of a were given; expected 0000, 0001, 0002"):
         group_channels(inputs[:2], 3)
 
 

@@ -62,6 +62,13 @@ class Report:
     spacing: tuple[float, ...] | None = None  # overrides that of the files
     run: Path | None = None  # the run folder, if given
     maps: dict[str, ReliabilityMaps] = field(default_factory=dict)  # of the N worst cases
+    kept: dict[str, Case] = field(default_factory=dict, repr=False)  # the worst cases, in memory
+
+    def case(self, name: str) -> Case:
+        """A case with its label; read from disk only if it is not in memory."""
+        if name not in self.kept:
+            self.kept[name] = self.dataset.load(name, needs_label=True)
+        return self.kept[name]
 
     @property
     def methods(self) -> list[str]:
@@ -85,18 +92,14 @@ class Report:
         """Agreement of the reliability maps with the ground truth, in the order of the maps."""
         found = {}
         for name, maps in self.maps.items():
-            truth = self.dataset.load(name, needs_label=True).label
+            truth = self.case(name).label
             assert truth is not None
             found[name] = verdict(maps, truth)
         return found
 
     def worst_first(self) -> list[str]:
         """Case names by Dice of decoder 1 (mean over classes), missing ones first, then ascending."""
-        dice: dict[str, list[float]] = {}
-        for row in self.rows:
-            if row.method == DECODER_1:
-                dice.setdefault(row.case, []).append(row.scores.dice)
-        return sorted(dice, key=lambda case: -1.0 if any(map(math.isnan, dice[case])) else statistics.fmean(dice[case]))
+        return _worst_first(self.rows)
 
 
 def evaluate(
@@ -113,6 +116,7 @@ def evaluate(
     keep_largest: bool = False,
     on_case: OnCase | None = None,
     maps: int = 0,
+    pictures: int = 0,
 ) -> Report:
     """Segment the cases of a list; score both outputs of the network and the best fixed box.
 
@@ -128,6 +132,7 @@ def evaluate(
         keep_largest: keep only the largest component of each class; not in the paper.
         on_case: called with every case and its segmentations, for example to save them.
         maps: number of worst cases with reliability maps.
+        pictures: number of worst cases to keep in memory for pictures, so that each is read once.
 
     Raises:
         UserError: no readable checkpoint, missing or damaged data, no labels, invalid stride or device.
@@ -147,6 +152,7 @@ def evaluate(
 
     rows: list[CaseScores] = []
     predictions: dict[str, NDArray[np.uint8]] = {}
+    kept: dict[str, Case] = {}
     skipped = unmeasured = 0
     for name in progress(names, "evaluating"):
         case = dataset.load(name, needs_label=split != "train")
@@ -166,6 +172,9 @@ def evaluate(
             if klass in boxes:
                 masks[BOX] = boxes[klass].mask(truth.shape) > 0
             rows += [CaseScores(name, method, klass, score(mask, truth, edges)) for method, mask in masks.items()]
+        kept[name] = case
+        if len(kept) > max(maps, pictures):
+            del kept[_worst_first([row for row in rows if row.case in kept])[-1]]
         if on_case is not None:
             on_case(case, found)
     if not rows:
@@ -181,15 +190,23 @@ def evaluate(
         )
     notes.append(box_note)
     edges, folder = tuple(spacing) if spacing is not None else None, run if run.is_dir() else None
-    report = Report(rows, predictions, boxes, config, dataset, stride, notes, split, edges, folder)
+    report = Report(rows, predictions, boxes, config, dataset, stride, notes, split, edges, folder, kept=kept)
     if not maps:
         return report
     wide, made = map_stride(config, stride), {}
     for name in progress(report.worst_first()[:maps], "reliability maps"):
-        image = dataset.load(name).image
+        image = report.case(name).image
         with window_bar(network, predictions[name].shape, config.patch, wide, name):
             made[name] = reliability_maps(network, image, config, wide, batch or config.window_batch, where)
     return replace(report, maps=made)
+
+
+def _worst_first(rows: Sequence[CaseScores]) -> list[str]:
+    dice: dict[str, list[float]] = {}
+    for row in rows:
+        if row.method == DECODER_1:
+            dice.setdefault(row.case, []).append(row.scores.dice)
+    return sorted(dice, key=lambda case: -1.0 if any(map(math.isnan, dice[case])) else statistics.fmean(dice[case]))
 
 
 def _fit_boxes(dataset: Dataset, config: Config) -> tuple[dict[int, FixedBox], str]:

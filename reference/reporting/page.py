@@ -117,7 +117,7 @@ def _pictures(report: Report, number: int) -> str:
     if not names:
         return ""
     text = f'<div class="key">{line(TRUTH, "truth")}{line(PREDICTION, "prediction")}</div>'
-    return text + "".join(_case(report, report.dataset.load(name)) for name in names)
+    return text + "".join(_case(report, report.case(name)) for name in names)
 
 
 def _case(report: Report, case: Case) -> str:
@@ -149,7 +149,7 @@ def _reliability(report: Report) -> str:
     )
     verdicts = report.verdicts()
     for name, found in verdicts.items():
-        both = map_panels(report, report.dataset.load(name))
+        both = map_panels(report, report.case(name))
         rows = "".join(planes(panels, f"{name}, {word}") for word, panels in zip(("which", "how"), both, strict=True))
         text += (
             f'<article class="case"><h3 class="mono">{escape(name)}</h3><p class="soft">{escape(_judged(found))}</p>'

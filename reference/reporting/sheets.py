@@ -57,8 +57,7 @@ def write_pictures(report: Report, path: Path, number: int) -> None:
     names = report.worst_first()[:number]
     rows = []
     for name in names:
-        case = report.dataset.load(name)
-        rows.append((_caption(name, scores_of(report, name)), case_panels(report, case)))
+        rows.append((_caption(name, scores_of(report, name)), case_panels(report, report.case(name))))
     write_sheet(path, rows, _title(report, names), {"truth": TRUTH, "prediction": PREDICTION})
 
 
@@ -66,7 +65,7 @@ def write_reliability(report: Report, path: Path) -> None:
     """The sheet of the reliability maps: one row for which, one for how; 2-D images have both in one row."""
     verdicts, rows = report.verdicts(), []
     for name, found in verdicts.items():
-        which, how = map_panels(report, report.dataset.load(name))
+        which, how = map_panels(report, report.case(name))
         beside = (
             f"{name}\n\nWHICH teaches\ndecoders differ at\n{found.disagreement:,} voxels;\npseudo-label right\n"
             f"in {percent(found.right_there)} of them",
