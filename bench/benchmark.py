@@ -182,11 +182,11 @@ def _print_summary(rows: Sequence[Measurement], device: torch.device) -> None:
 
 
 def _words(option: str, text: str, known: Collection[str]) -> list[str]:
-    words = list(dict.fromkeys(word.strip() for word in text.split(",")))
-    for word in words:
-        if word not in known:
-            raise UserError(f"--{option}: unknown {word!r}; expected one or more of {', '.join(known)}.")
-    return words
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in known:
+            raise UserError(f"--{option}: unknown {name!r}; expected one or more of {', '.join(known)}.")
+    return names
 
 
 def _device(name: str | None) -> torch.device:

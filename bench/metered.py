@@ -101,9 +101,9 @@ def count(case: Case) -> Metered:
 
 
 def main() -> int:
-    words = json.loads(sys.argv[1])
-    shape = words.pop("shape")
-    case = Case(Shape(**{**shape, "spatial": tuple(shape["spatial"])}), **words)
+    fields = json.loads(sys.argv[1])
+    shape = fields.pop("shape")
+    case = Case(Shape(**{**shape, "spatial": tuple(shape["spatial"])}), **fields)
     print(json.dumps(asdict(count(case))))
     return 0
 

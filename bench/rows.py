@@ -248,8 +248,8 @@ def current_commit() -> str:
     """Commit of this checkout, with a plus sign if files have changed; "" outside a checkout."""
     folder = Path(__file__).resolve().parent
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout.strip()
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")

@@ -104,8 +104,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Time all candidates; prints each row when it is finished."""
-    for option, words, known in (("dtypes", args.dtypes, DTYPES), ("formats", args.formats, LAYOUTS)):
-        unknown = [word for word in words.split(",") if word not in known]
+    for option, names, known in (("dtypes", args.dtypes, DTYPES), ("formats", args.formats, LAYOUTS)):
+        unknown = [name for name in names.split(",") if name not in known]
         if unknown:
             raise UserError(f"--{option}: unknown {unknown[0]!r}; expected one or more of {', '.join(known)}.")
     if args.csv and not args.csv.parent.is_dir():

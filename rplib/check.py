@@ -156,13 +156,13 @@ def _near_ties(logits: list[Tensor], options: Options) -> Tensor:
     """(B, *spatial) bool: the two networks are equally confident to the rounding of float32."""
     p = [torch.softmax(z.detach(), dim=1) for z in logits]
     if options.confidence == "max_probability":
-        doubt = [1 - q.amax(dim=1) for q in p]
+        uncertainty = [1 - q.amax(dim=1) for q in p]
     else:
-        doubt = [-(q * torch.log(q + options.eps)).sum(dim=1) for q in p]
-    tolerance = 1e-6 * torch.maximum(doubt[0].abs(), doubt[1].abs()) + 1e-12
+        uncertainty = [-(q * torch.log(q + options.eps)).sum(dim=1) for q in p]
+    tolerance = 1e-6 * torch.maximum(uncertainty[0].abs(), uncertainty[1].abs()) + 1e-12
     if logits[0].shape[1] > 2:
         tolerance = tolerance + 2e-6
-    return (doubt[0] - doubt[1]).abs() <= tolerance
+    return (uncertainty[0] - uncertainty[1]).abs() <= tolerance
 
 
 def _inputs(
