@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from rplib.reference.files import write_text_atomically
 
     if args.csv and not args.csv.parent.is_dir():
-        raise UserError(f"--csv: there is no folder {args.csv.parent}; make it first.")
+        raise UserError(f"--csv: there is no folder {args.csv.parent}; create it first.")
     twice = [folder for k, folder in enumerate(args.runs) if folder.resolve() in [f.resolve() for f in args.runs[:k]]]
     if twice:
         raise UserError(f"{twice[0]} is given twice; name each run once.")

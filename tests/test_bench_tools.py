@@ -483,14 +483,14 @@ def test_a_run_cut_short_keeps_what_it_has(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--shapes", "la"], "--shapes: unknown 'la'; expected some of left-atrium, pancreas"),
+        (["--shapes", "la"], "--shapes: unknown 'la'; expected one or more of left-atrium, pancreas"),
         (["--dtypes", "float8"], "--dtypes: unknown 'float8'"),
         (["--implementations", "torch,jax"], "--implementations: unknown 'jax'"),
         (["--repeats", "0"], "--repeats is 0"),
         (["--threads", "0"], "--threads is 0"),
         (["--device", "gpu"], "--device: unknown device 'gpu'"),
-        (["--device", "cuda:77"], "--device: there is no cuda:77 here"),
-        (["--csv", "/no/such/folder/r.csv"], "--csv: there is no folder /no/such/folder; make it first"),
+        (["--device", "cuda:77"], "--device: cuda:77 is not available"),
+        (["--csv", "/no/such/folder/r.csv"], "--csv: there is no folder /no/such/folder; create it first"),
         (["--plot", "picture.txt"], "unknown picture format '.txt'"),
     ],
 )
