@@ -478,4 +478,4 @@ def test_without_the_interpreter(tmp_path):
     lines = done.stdout.splitlines()
     assert len(lines) == 2, done.stderr
     assert lines[0].startswith("UserError the traffic meter needs Triton's interpreter; start the process with TRITON_INTERPRET")
-    assert lines[1].startswith("UserError kernel early was made before TRITON_INTERPRET was set")
+    assert lines[1].startswith("UserError kernel early was defined before TRITON_INTERPRET was set")

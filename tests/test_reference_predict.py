@@ -201,7 +201,7 @@ def test_bad_images_among_good_ones_are_told_and_the_others_done(run, data, tmp_
     assert "flat not segmented" in err
     assert f"constant not segmented: {tmp_path / 'constant.nii.gz'} is constant" in err
     assert f"empty not segmented: {tmp_path / 'empty.nii.gz'} " in err
-    assert "rplib: error: 4 of 5 images were not segmented, see above for the reasons: bad, flat, constant, empty." in err
+    assert "rplib: error: 4 of 5 images were not segmented; see above for the reasons: bad, flat, constant, empty." in err
     assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{data.names('test')[0]}_prediction.nii.gz"]
     assert out.count("voxels") == 1
 
