@@ -292,7 +292,7 @@ def describe_settings() -> str:
     for f in KEYS.values():
         if f.metadata["section"]:
             lines += ["", f.metadata["section"]]
-        kind = {int: "integer", float: "number", bool: "true or false", str: "text"}.get(f.type, "integers")  # type: ignore[call-overload]
+        kind = {int: "integer", float: "number", bool: "true or false", str: "text"}.get(f.type, "integers")  # type: ignore[arg-type]
         lines.append(f"  {f.name} = {_toml(f.default)}  ({kind})")
         lines.append(f"      {_comment(f)}")
     return "\n".join(lines).strip() + "\n"
