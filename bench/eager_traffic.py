@@ -123,8 +123,7 @@ def _compiled_functions_refused() -> Iterator[None]:
         applies = {name: getattr(BackwardCFunction, name) for name in _BACKWARD if name in vars(BackwardCFunction)}
     except AttributeError as error:
         raise UserError(
-            f"eager_traffic cannot recognise compiled functions in torch {torch.__version__} ({error}); it supports "
-            "torch 2.13."
+            f"eager_traffic cannot recognise compiled functions in torch {torch.__version__} ({error}); it supports torch 2.13."
         ) from None
 
     def refused_call(callback: Any) -> Any:

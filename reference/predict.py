@@ -48,9 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="NIfTI files are preprocessed already: do not reorient, resample or normalise",
     )  # fmt: skip
     parser.add_argument("--largest-component", action="store_true", help="keep the largest component of each class (paper: no)")
-    parser.add_argument(
-        "--score", action="store_true", help="also write NAME_score.nii.gz, the foreground probability"
-    )
+    parser.add_argument("--score", action="store_true", help="also write NAME_score.nii.gz, the foreground probability")
     parser.add_argument(
         "--existing", choices=EXISTING, default=EXISTING[0],
         help="what to do if a label map exists (default: %(default)s, before anything is done)",

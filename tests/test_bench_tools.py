@@ -3,8 +3,8 @@
 import argparse
 import csv
 import shutil
-import time
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 import rplib
 from rplib import cli, naive
-from rplib.bench import benchmark, measure, plot, wide
+from rplib.bench import benchmark, measure, plot, timer, wide
 from rplib.bench import rows as r
 from rplib.bench.correctness import Truth
 from rplib.bench.floor import RECORD_BYTES, floor_bytes
@@ -62,12 +62,18 @@ def test_every_round_calls_each_once_and_begins_with_another():
     assert {name: len(t.seconds) for name, t in timings.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_times_are_those_of_the_call_alone():
-    timings = interleaved(
-        {"long": lambda: time.sleep(0.03), "short": lambda: time.sleep(0.003)}, CPU, 3, before=lambda: time.sleep(0.01)
-    )
-    assert min(timings["long"].seconds) >= 0.03
-    assert 0.003 <= timings["short"].minimum < 0.013  # the 10 ms before each call are not in it
+def test_times_are_those_of_the_call_alone(monkeypatch):
+    """By a clock that moves only when a call moves it: a busy machine changes nothing."""
+    now = [1000.0]
+
+    def takes(seconds):
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    monkeypatch.setattr(timer, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    timings = interleaved({"long": takes(32.0), "short": takes(4.0)}, CPU, 3, before=takes(8.0))
+    assert timings["long"].seconds == (32.0,) * 3
+    assert timings["short"].seconds == (4.0,) * 3
+    assert now[0] == 1000.0 + 4 * (32 + 4 + 2 * 8)  # three rounds and a warm-up, with what comes before
 
 
 def test_median_and_quartiles():

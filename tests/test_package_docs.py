@@ -63,10 +63,18 @@ def test_every_implementation_is_in_the_table():
     assert named == set(options._ALLOWED["impl"])
 
 
-def test_reliability_table_is_the_tuple():
-    assert [row[0].strip("`") for row in rows("field", "shape")] == [
-        name for name in rplib.Reliability._fields if name not in ("student", "teacher")
-    ]
+def test_every_field_of_the_maps_is_named():
+    section = README[README.index("\nFields: ") :].split("\n\n")[0]
+    named = set(re.findall(r"`(\w+)`", section))
+    assert named == set(rplib.Reliability._fields) - {"student", "teacher"}
+
+
+def test_pictures_are_small_and_say_what_they_show():
+    pictures = re.findall(r"^!\[([^\]]*)\]\(([^)]+)\)$", README, flags=re.MULTILINE)
+    assert len(pictures) == 2
+    for said, target in pictures:
+        assert len(said.split()) > 8, f"{target} needs an alternative text"
+        assert (ROOT / target).stat().st_size < 300_000
 
 
 def test_commands_exist():
@@ -134,4 +142,3 @@ def test_moved_names_are_where_the_page_says():
     for old, new in moves:
         module, _, name = (new or old).rpartition(".")
         assert callable(getattr(importlib.import_module(module), name))
-

@@ -50,7 +50,7 @@ def folder(data, tmp_path_factory) -> Path:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(TWO)]
     program = [ROOT / "tests" / "ranks_program.py", folder, data, *_free_ports(9)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TINY": " ".join(SETTINGS)}
-    done = subprocess.run([*torchrun, *map(str, program)], env=environment, capture_output=True, text=True, timeout=250)
+    done = subprocess.run([*torchrun, *map(str, program)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
 

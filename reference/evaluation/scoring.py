@@ -185,8 +185,7 @@ def evaluate(
     notes[-1] += "largest components only." if keep_largest else "all components kept."
     if unmeasured:
         notes.append(
-            f"No distances in mm for {unmeasured} of {len(predictions)} cases: their files have no voxel size; "
-            "set --spacing."
+            f"No distances in mm for {unmeasured} of {len(predictions)} cases: their files have no voxel size; set --spacing."
         )
     notes.append(box_note)
     edges, folder = tuple(spacing) if spacing is not None else None, run if run.is_dir() else None

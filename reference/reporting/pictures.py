@@ -17,6 +17,7 @@ AXES = ("x", "y", "z")
 TRUTH, PREDICTION, OTHER = "#56B4E9", "#E69F00", "#CC79A7"  # Okabe-Ito palette, distinguishable with colour blindness
 _ROW, _COLUMN, _BESIDE = 2.5, 2.9, 1.9  # inches: a panel's height and width, the text beside the panels
 _BAR = 2.3  # inches of a colour bar
+_BAR_TITLE, _BAR_LABELS = 0.15, 0.2  # inches above and below the bars, clear of the sheet's and the panels' titles
 _SCREEN = 100  # dots per inch, for line widths in points
 _LEAST_WIDTH = 9.0  # inches, for the title
 _TEXT = 9
@@ -130,7 +131,8 @@ def write_sheet(
     columns = max(len(panels) for _, panels in rows)
     width = max(_BESIDE + _COLUMN * columns, _LEAST_WIDTH)
     lines = [part for line in title.split("\n") for part in textwrap.wrap(line, int(12.5 * width))]
-    head = 0.45 + 0.2 * len(lines)  # inches for title and legend
+    legend_end = 0.45 + 0.2 * len(lines) + (_BAR_TITLE if scales else 0.0)  # inches for title and legend
+    head = legend_end + (_BAR_LABELS if scales else 0.0)
     height = head + _ROW * len(rows)
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
@@ -156,7 +158,7 @@ def write_sheet(
     figure.legend(
         handles=handles,
         loc="upper left",
-        bbox_to_anchor=(0.0, 1 - (head - 0.42) / height),
+        bbox_to_anchor=(0.0, 1 - (legend_end - 0.42) / height),
         ncols=len(handles),
         frameon=False,
         fontsize=_TEXT,
@@ -165,7 +167,7 @@ def write_sheet(
     for place, scale in enumerate(scales):
         beside_legend = 0.2 + sum(0.6 + 0.075 * len(text) for text in legend)
         left = (beside_legend + (_BAR + 0.4) * place) / width
-        box = figure.add_axes((left, 1 - (head - 0.16) / height, _BAR / width, 0.1 / height))
+        box = figure.add_axes((left, 1 - (legend_end - 0.16) / height, _BAR / width, 0.1 / height))
         draw_scale(box, scale)
     figure.savefig(path, pil_kwargs={"optimize": True})
 
