@@ -207,7 +207,7 @@ def test_table_and_csv(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--targets", "sm_75"], "unknown target 'sm_75'; expected some of sm_80, sm_90, sm_100, gfx942"),
+        (["--targets", "sm_75"], "unknown target 'sm_75'; expected one or more of sm_80, sm_90, sm_100, gfx942"),
         (["--jobs", "0"], "--jobs is 0"),
         (["--csv", "/no/such/folder/report.csv"], "there is no folder /no/such/folder"),
     ],

@@ -371,7 +371,7 @@ def test_bench_measures_and_keeps_everything(tiny, tmp_path, capsys):
     assert float(lines["naive"][3]) == 1.0
     assert lines["triton"][1] == "-"  # the interpreter's time means nothing
     assert "triton: its bytes were counted, but it was not timed" in out and "No GPU was used" in out
-    assert "3 of 4 measured, each after its result was found right; 0 wrong or failed." in out
+    assert "3 of 4 measured, each after its result was verified; 0 wrong or failed." in out
     assert "[1/1" in err
 
     rows = {row["implementation"]: row for row in read(tmp_path / "r.csv")}
@@ -489,14 +489,14 @@ def test_a_run_cut_short_keeps_what_it_has(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--shapes", "la"], "--shapes: unknown 'la'; expected some of left-atrium, pancreas"),
+        (["--shapes", "la"], "--shapes: unknown 'la'; expected one or more of left-atrium, pancreas"),
         (["--dtypes", "float8"], "--dtypes: unknown 'float8'"),
         (["--implementations", "torch,jax"], "--implementations: unknown 'jax'"),
         (["--repeats", "0"], "--repeats is 0"),
         (["--threads", "0"], "--threads is 0"),
         (["--device", "gpu"], "--device: unknown device 'gpu'"),
-        (["--device", "cuda:77"], "--device: there is no cuda:77 here"),
-        (["--csv", "/no/such/folder/r.csv"], "--csv: there is no folder /no/such/folder; make it first"),
+        (["--device", "cuda:77"], "--device: cuda:77 is not available"),
+        (["--csv", "/no/such/folder/r.csv"], "--csv: there is no folder /no/such/folder; create it first"),
         (["--plot", "picture.txt"], "unknown picture format '.txt'"),
     ],
 )
@@ -520,7 +520,7 @@ def test_plot_has_a_row_of_panels_for_every_dtype_and_layout(tmp_path):
     one, two = imread(tmp_path / "one.png"), imread(tmp_path / "two.png")
     assert two.shape[0] > 1.5 * one.shape[0] and two.shape[1] == one.shape[1]
     wrong = replace(rows("float32")[0], status=r.WRONG)
-    with pytest.raises(UserError, match="nothing to draw"):
+    with pytest.raises(UserError, match="nothing to plot"):
         plot.draw([wrong], tmp_path / "none.png")
 
 
