@@ -16,7 +16,7 @@ def is_first() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-class Progress(tqdm):  # type: ignore[type-arg]
+class Progress(tqdm):
     """A tqdm bar that prints one line per minute instead of redrawing if stderr is not a terminal.
 
     Takes the arguments of tqdm. The first line comes after a minute, so short loops do not clutter a log.
