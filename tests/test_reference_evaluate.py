@@ -19,6 +19,7 @@ from rplib.reference.evaluation import metrics
 from rplib.reference.evaluation import scoring as evaluation
 from rplib.reference.evaluation.fixed_box import GRID, FixedBox, fit_box
 from rplib.reference.evaluation.scoring import BOX, evaluate
+from rplib.reference.inference import components
 from rplib.reference.inference.windows import DECODER_1, MEAN, OUTPUTS, segment
 from rplib.reference.reporting import pictures
 from rplib.reference.reporting.report import nifti_writer, write
@@ -206,7 +207,7 @@ def test_keeping_the_largest_component(run, data, monkeypatch):
     plain, kept = (evaluate(run, data, device="cpu", keep_largest=largest) for largest in (False, True))
     assert "largest component kept" in kept.notes[2]
     for name in plain.predictions:
-        expected = metrics.largest_component(plain.predictions[name] == 1)
+        expected = components.largest_component(plain.predictions[name] == 1)
         np.testing.assert_array_equal(kept.predictions[name] == 1, expected)
         assert 0 < expected.sum() < plain.predictions[name].sum()
 

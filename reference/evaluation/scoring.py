@@ -16,8 +16,9 @@ from rplib.reference.datasets.cases import Case, Dataset, voxel_sizes
 from rplib.reference.datasets.layouts import open_for, split_training
 from rplib.reference.devices import find_device
 from rplib.reference.evaluation.fixed_box import FixedBox, fit_box
-from rplib.reference.evaluation.metrics import Scores, largest_components, score
+from rplib.reference.evaluation.metrics import Scores, score
 from rplib.reference.evaluation.reliability import ReliabilityMaps, Verdict, map_stride, reliability_maps, verdict
+from rplib.reference.inference.components import largest_components
 from rplib.reference.inference.window_bar import window_bar
 from rplib.reference.inference.windows import DECODER_1, OUTPUTS, Segmentation, segment_outputs, window_overlap
 from rplib.reference.progress import progress

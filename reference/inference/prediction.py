@@ -18,7 +18,7 @@ from rplib.reference import checkpoint
 from rplib.reference.config import Config
 from rplib.reference.datasets.nifti_writing import write_nifti
 from rplib.reference.devices import find_device
-from rplib.reference.evaluation.metrics import largest_components
+from rplib.reference.inference.components import largest_components
 from rplib.reference.inference.new_images import Input, Ready, find_inputs, group_channels, read
 from rplib.reference.inference.window_bar import window_bar
 from rplib.reference.inference.windows import DECODER_1, Segmentation, segment_outputs, window_overlap
