@@ -24,8 +24,11 @@ _LONGEST = 255  # bytes of a file's name, on every usual file system
 LONGEST_NAME = 200  # bytes of a case's name: `_prediction.nii.gz` and the like come after it
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], previous: Path | None = None) -> None:
     """Write a file so that at every moment, a kill included, the path holds the old content or the new.
+
+    Args:
+        previous: where the old content is kept.
 
     Raises:
         OSError: it cannot be written; ``filename`` is the path. No temporary file is left.
@@ -37,6 +40,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
+            if previous is not None:
+                keep_previous(path, previous)
             os.replace(written, path)
         except BaseException:
             written.unlink(missing_ok=True)
@@ -135,8 +140,8 @@ def output_path(folder: Path, *parts: str) -> Path:
     Raises:
         UserError: a part is no plain name (``..``, absolute, with a separator or control character), or too long.
 
-    >>> output_path(Path("out"), "case1_prediction.nii.gz")
-    PosixPath('out/case1_prediction.nii.gz')
+    >>> output_path(Path("out"), "case1_prediction.nii.gz").as_posix()
+    'out/case1_prediction.nii.gz'
     >>> output_path(Path("out"), "../case1.nii.gz")
     Traceback (most recent call last):
     rplib.errors.UserError: '../case1.nii.gz' would be written outside out; expected a name without / or \\.

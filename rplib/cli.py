@@ -50,7 +50,7 @@ EXTRAS = {
         "tensorboard",
         "tomlkit",
         "tqdm",
-    ),  # fmt: skip
+    ),
 }
 
 EXIT_MISTAKE = 2

@@ -33,8 +33,8 @@ class H5Dataset(Dataset):
         try:
             with h5py.File(self.path(name), "r") as file:
                 return "label" in file
-        except OSError:
-            return False  # `load` tells what is wrong
+        except Exception:  # a damaged file fails in many ways; `load` tells what is wrong
+            return False
 
     def load(self, name: str, needs_label: bool = False) -> Case:
         path = self.path(name)
@@ -63,15 +63,14 @@ def read_h5(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray | None, str]:
     Raises:
         UserError: unreadable, or without an image.
     """
-    with reading(path, "h5 file"):
-        with h5py.File(path, "r") as file:
-            # Headers of all first: nothing is allocated for a file that is refused.
-            found = {key: file[key] for key in ("image", "label") if isinstance(file.get(key), h5py.Dataset)}
-            for key, dataset in found.items():
-                _check_header(dataset, path, key)
-            keys = ", ".join(map(printable, file)) or "none"
-            affine = checked_affine(file.attrs[AFFINE], path, f"the attribute {AFFINE!r}") if AFFINE in file.attrs else None
-            arrays = {key: np.asarray(dataset[()]) for key, dataset in found.items()}
+    with reading(path, "h5 file"), h5py.File(path, "r") as file:
+        # Headers of all first: nothing is allocated for a file that is refused.
+        found = {key: file[key] for key in ("image", "label") if isinstance(file.get(key), h5py.Dataset)}
+        for key, dataset in found.items():
+            _check_header(dataset, path, key)
+        keys = ", ".join(map(printable, file)) or "none"
+        affine = checked_affine(file.attrs[AFFINE], path, f"the attribute {AFFINE!r}") if AFFINE in file.attrs else None
+        arrays = {key: np.asarray(dataset[()]) for key, dataset in found.items()}
     if "image" not in arrays:
         raise UserError(f"{path} lacks the key 'image' (keys found: {keys}); expected 'image' and, if labelled, 'label'.")
     return arrays, affine, keys

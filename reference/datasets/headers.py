@@ -49,19 +49,19 @@ def check_size(
     sizes = [int(n) for n in shape]
     told = " x ".join(map(str, sizes)) or "no"
     if any(n < 0 for n in sizes):
-        raise UserError(f"{path}: the header of {what} declares {told} voxels; the file is damaged, copy it again from its source.")
+        raise UserError(f"{path}: the header of {what} declares {told} voxels; it is damaged, copy the file again from its source.")
     declared = math.prod(sizes) * item
     most = limit()
     if max(declared, 4 * math.prod(sizes)) > most * 2**30:  # images are kept as float32
         needed = max(declared, 4 * math.prod(sizes)) / 2**30
         raise UserError(
-            f"{path}: the header of {what} declares {told} voxels, {needed:.1f} GB of memory, more than the limit of {most:g} GB; "
-            f"if that is right, raise it: {LIMIT}={math.ceil(needed)}."
+            f"{path}: the header of {what} declares {told} voxels, {needed:.1f} GB of memory, more than the limit of "
+            f"{most:g} GB; if that is right, raise it: {LIMIT}={math.ceil(needed)}."
         )
     if stored is not None and declared > (stored * _DEFLATE + _SLACK if compressed else stored):
         raise UserError(
-            f"{path}: the header of {what} declares {told} voxels of {item} bytes, and the file holds {stored} bytes for them; it is "
-            "cut short or its header damaged, copy it again from its source."
+            f"{path}: the header of {what} declares {told} voxels of {item} bytes, and the file holds {stored} bytes for them; "
+            "it is cut short or its header damaged, copy it again from its source."
         )
 
 
