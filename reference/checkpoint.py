@@ -11,7 +11,7 @@ import torch
 
 from rplib.errors import UserError, brief_reason, is_out_of_memory, printable
 from rplib.reference.config import Config, load_config, load_recipe, parse
-from rplib.reference.files import keep_previous, write_atomically
+from rplib.reference.files import write_atomically
 from rplib.reference.network import MutualVNet
 
 LAST, BEST, CONFIG = "last.pt", "best.pt", "config.toml"

@@ -129,6 +129,20 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
+@contextlib.contextmanager
+def output_folder(folder: Path, what: str) -> Iterator[None]:
+    """A folder to write into, made if need be and `locked`; where nothing was written it is taken away again."""
+    there = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder, what):
+            yield
+    finally:
+        if not there:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
 def is_empty(folder: Path) -> bool:
     """Whether nothing lies in a folder, our lock aside."""
     return all(path.name == LOCK for path in folder.iterdir())

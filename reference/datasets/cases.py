@@ -10,6 +10,8 @@ import numpy as np
 from rplib.errors import UserError, printable, reading
 from rplib.reference.files import name_mistake
 
+MOST_CLASSES = 255  # background included: labels are uint8
+
 
 class Case(NamedTuple):
     """One image in memory.

@@ -49,7 +49,7 @@ def check_size(
     sizes = [int(n) for n in shape]
     told = " x ".join(map(str, sizes)) or "no"
     if any(n < 0 for n in sizes):
-        raise UserError(f"{path}: the header of {what} declares {told} voxels; it is damaged, copy the file again from its source.")
+        raise UserError(f"{path}: the header of {what} declares {told} voxels; copy the file again from its source.")
     declared = math.prod(sizes) * item
     most = limit()
     if max(declared, 4 * math.prod(sizes)) > most * 2**30:  # images are kept as float32
