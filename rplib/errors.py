@@ -56,6 +56,8 @@ def explained(error: BaseException) -> UserError | None:
         return UserError(f"{told}{named}" + (f"; {remedy}" if remedy and named else ""))
     if is_out_of_memory(error):
         return UserError(f"the memory is full ({brief_reason(error)}); {_MEMORY}")
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve before Python 3.13
+        return UserError(f"{error}; {_REMEDIES[errno.ELOOP]}")
     if isinstance(error, ValueError) and "embedded null" in str(error):
         return UserError("a path holds a NUL character; remove it")
     return None
