@@ -36,7 +36,14 @@ EQUIVALENTS = Path(__file__).with_name("mutation_equivalents.toml")
 LOSS = [
     "tests/test_loss_large.py", "tests/test_loss_values.py", "tests/test_loss_objective.py", "-k", "not triton and not naive",
 ]  # fmt: skip
-TRAINER = ["tests/test_reference_other_settings.py", "tests/test_reference_train.py", "tests/test_reference_hostile.py"]
+HOSTILE = "tests/test_reference_hostile.py::test_"
+TRAINER = [
+    "tests/test_reference_other_settings.py",
+    "tests/test_reference_train.py",
+    HOSTILE + "sigterm_writes_a_checkpoint_and_the_training_goes_on_to_the_same_bits",
+    HOSTILE + "two_writers_of_one_run",
+    "-k", "not killed and not script and not checkout",
+]  # fmt: skip
 # The tests of each file, quickest and most telling first: the first failure ends a mutant.
 TESTS = {
     "rplib/lean.py": LOSS,
@@ -44,11 +51,12 @@ TESTS = {
     "reference/training/step.py": [
         "tests/test_reference_other_settings.py", "tests/test_reference_survival.py", "-k", "step or sgd or autocast",
     ],
-    "reference/training/trainer.py": [*TRAINER, "-k", "not script and not signal_while and not refuses"],
+    "reference/training/trainer.py": TRAINER,
     "reference/evaluation/metrics.py": ["tests/test_reference_metrics.py", "rplib/reference/evaluation/metrics.py"],
     "reference/inference/windows.py": ["tests/test_reference_inference.py", "rplib/reference/inference/windows.py"],
     "reference/checkpoint.py": [
-        "tests/test_reference_hostile.py", "tests/test_reference_network.py", "-k", "checkpoint or flipped or network or state_that",
+        "tests/test_reference_network.py", "tests/test_reference_hostile.py",
+        "-k", "checkpoint or flipped or network or state_that",
     ],
     "kernels/*.py": ["tests/test_loss_values.py", "tests/test_loss_objective.py", "-k", "triton"],
 }  # fmt: skip
@@ -82,10 +90,12 @@ class Mutant(NamedTuple):
 
     @property
     def context(self) -> str:
+        """The line, those before and after it, and the place in it."""
         content = (ROOT / self.file).read_bytes()
         first = content.rfind(b"\n", 0, self.start) + 1
-        last = content.find(b"\n", self.end)
-        return f"{content[first:last].decode().strip()}@{self.start - first}"
+        before = content.rfind(b"\n", 0, max(first - 1, 0)) + 1
+        last = content.find(b"\n", content.find(b"\n", self.end) + 1)
+        return f"{content[before:last].decode()}@{self.start - first}"
 
 
 def mutants_of(file: str) -> list[Mutant]:

@@ -36,7 +36,8 @@ def test_pieces_cover_every_voxel_of_every_sample_once():
 
 
 @pytest.mark.parametrize(
-    ("impl", "classes"), [*((TORCH, c) for c in (31, 32, 33, 40, 65)), *(pytest.param("triton", c, marks=TRITON.marks) for c in (33, 64))]
+    ("impl", "classes"),
+    [*((TORCH, c) for c in (31, 32, 33, 40, 65)), *(pytest.param("triton", c, marks=TRITON.marks) for c in (33, 64))],
 )
 def test_many_classes(impl, classes):
     """Loss, maps and the gradient, element by element where an error of one class would drown in the norm."""
