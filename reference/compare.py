@@ -33,6 +33,7 @@ class Run:
     title: str
     settings: dict[str, object]
     scores: Scores
+    folder: Path | None = None
 
     def mean(self, metric: str) -> float:
         """Over the cases and classes that have the score."""
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     recipes = by_recipe([read_run(folder, args.split, args.output) for folder in args.runs])
     boxes = [read_run(folder, args.split, BOX).scores for folder in args.runs]
     if boxes[0] and all(box.get("dice") == boxes[0]["dice"] for box in boxes):  # one box, fitted to the same labelled cases
-        recipes[BOX] = [Run(BOX, {}, boxes[0])]
+        recipes[BOX] = [Run(BOX, {}, boxes[0], args.runs[0])]
     lines = compare(recipes)
     print(render(lines), end="")
     if args.csv:
@@ -115,7 +116,7 @@ def read_run(folder: Path, split: str, method: str) -> Run:
     path = folder / f"evaluation-{split}" / "scores.csv"
     if not path.is_file():
         raise UserError(f"{folder} has no {path.relative_to(folder)}; run `rplib evaluate {folder} --data DIR --split {split}`.")
-    return Run(config.title, asdict(config), read_scores(path, method))
+    return Run(config.title, asdict(config), read_scores(path, method), folder)
 
 
 def read_scores(path: Path, method: str) -> Scores:
@@ -176,14 +177,15 @@ def compare(recipes: dict[str, list[Run]]) -> list[Line]:
 
     runs = [one for group in recipes.values() for one in group]
     if not runs[0].scores:
-        raise UserError(f"{runs[0].title}: the evaluation scored no case by this output; run `rplib evaluate` again.")
+        where = f" in {runs[0].folder}" if runs[0].folder else ""
+        raise UserError(f"{runs[0].title}{where}: the evaluation scored no case by this output; run `rplib evaluate` again.")
     cases = set(runs[0].scores["dice"])
     for name, group in recipes.items():
         for one in group:
             if set(one.scores.get("dice", ())) != cases:
                 odd = sorted(set(one.scores.get("dice", ())) ^ cases)[0]
                 raise UserError(
-                    f"{name}: not scored on the same cases as {runs[0].title} (case {odd[0]}, class {odd[1]}, for one)."
+                    f"{name}{f' in {one.folder}' if one.folder else ''}: not scored on the same cases as {runs[0].title} (case {odd[0]}, class {odd[1]}, for one)."
                 )
     first = next(iter(recipes.values()))
     return [

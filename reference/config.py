@@ -243,7 +243,13 @@ def parse(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
         if is_out_of_memory(error):
             told = "it does not fit into the memory"
         raise UserError(f"{source} is not valid TOML: {told}.") from error
-    return Config(**{**_base_of(table, source), **_known_keys(table, source), **parse_overrides(overrides)})
+    values = {**_base_of(table, source), **_known_keys(table, source), **parse_overrides(overrides)}
+    try:
+        return Config(**values)
+    except UserError as error:
+        if overrides:  # the option may be at fault as well as the file
+            raise
+        raise UserError(f"{source}: {error}") from error
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
