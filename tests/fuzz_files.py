@@ -2,8 +2,8 @@
 
     python tests/fuzz_files.py --files 2000 [--seed 1] [h5 nifti nrrd checkpoint toml list csv]
 
-Each file is a sound one with random damage: flipped bits, bytes and numbers replaced, parts cut out, doubled or filled with zeros,
-the end cut off. It goes through `rplib` in a forked process with a limit of memory; a process that dies or says nothing for a
+Each file is a sound one with random damage: flipped bits, bytes and numbers replaced, parts cut out, doubled or filled with
+zeros, the end cut off. It goes through `rplib` in a forked process with a limit of memory; a process that dies or is silent for a
 minute is a failure. A file that is still good gives 0, any other 2 and one line that names it (`data check` and the conversions
 list the files on stdout).
 """

@@ -2,13 +2,14 @@
 
     python tests/kill_runs.py --runs 50 [--seed 1] [train evaluate predict shrink phantom]
 
-Each run is disturbed once: killed (SIGKILL), terminated (SIGTERM), interrupted (SIGINT), out of room at a random size, bereft of a
-random input file, or joined by a second process with the same words. Then the command is given once more (a training with
+Each run is disturbed once: killed (SIGKILL), terminated (SIGTERM), interrupted (SIGINT), out of room at a random size, without
+one of its input files, or joined by a second process with the same words. Then the command is given once more (a training with
 --resume). It must end with 0 and leave what an undisturbed run leaves, to the bit, and nothing of ours beside it. A disturbed run
 itself may end with 0, 2 (one line), 130 (SIGINT) or 143 (SIGTERM), and never shows a traceback.
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import os
@@ -155,10 +156,8 @@ def disturbed(fault: str, job: Job, seconds: float, draw: random.Random, log: Pa
         time.sleep(draw.uniform(0, 1.1 * seconds))
     if fault in ("kill", "terminate", "interrupt"):
         number = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}[fault]
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(process[0], number)
-        except ProcessLookupError:
-            pass
     elif fault == "vanished file":
         files = sorted(path for path in job.inputs.rglob("*") if path.is_file()) if job.inputs.is_dir() else []
         if files:
