@@ -154,7 +154,7 @@ def test_a_list_cannot_lead_out_of_its_folder(data, trained, tmp_path, capsys, n
     else:
         told = mistake(capsys, *words)
     assert "train.list names '" in told or "test.list names '" in told
-    assert "no case name; expected" in told
+    assert "not a case name; expected" in told
     assert "\x1b" not in told and "\x00" not in told
     assert {k: v for k, v in everything(tmp_path).items() if not k.startswith("out/")} == before
 
@@ -569,7 +569,7 @@ def test_sigterm_writes_a_checkpoint_and_the_training_goes_on_to_the_same_bits(d
         patch.setattr(trainer, "training_step", step)
         assert cli.main(start(data, run)) == cli.EXIT_TERMINATED == 143
     err = capsys.readouterr().err
-    assert f"stopped after iteration 7, which is in {run / 'last.pt'}; go on with: rplib train --resume --out {run}" in err
+    assert f"stopped after iteration 7, saved in {run / 'last.pt'}; resume with: rplib train --resume --out {run}" in err
     assert "Traceback" not in err and "rplib: terminated" in err
     assert checkpoint.load(run / "last.pt")["iteration"] == 7
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
