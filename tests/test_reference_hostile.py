@@ -496,6 +496,22 @@ def test_checkpoints_of_other_contents(data, tmp_path, capsys, content):
     assert str(path) in mistake(capsys, "evaluate", path, "--data", data, "--out", tmp_path / "out")
 
 
+def test_a_checkpoint_of_weights_alone_says_how_many_axes_its_network_has(tmp_path):
+    """Flat images, three channels, four classes: all of it is read off the weights."""
+    config = load_recipe("la-4", ["filters=2", "in_channels=3", "classes=4", "patch=32,16", "stride=16,16"])
+    torch.save(checkpoint.build_network(config).state_dict(), tmp_path / "weights.pt")
+    _, found = checkpoint.load_network(tmp_path / "weights.pt")
+    assert (found.filters, found.in_channels, found.classes, found.name) == (2, 3, 4, "weights")
+    assert (len(found.patch), len(found.stride)) == (2, 2)
+
+
+def test_a_disk_that_is_full_is_told_as_such_while_a_checkpoint_is_written(tmp_path):
+    with full(after=1000), pytest.raises(OSError, match=str(tmp_path / "a.pt")) as caught:
+        checkpoint.save(tmp_path / "a.pt", {"weights": torch.zeros(10_000)})
+    assert caught.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("optimiser", {}), ("batches", "[]"), ("batches", "{"), ("torch_random", torch.zeros(3)), ("iteration", 3.5),
