@@ -7,15 +7,18 @@
 
 from rplib import functional
 from rplib.functional import reliability
-from rplib.losses import MutualObjective, ObjectiveTerms, ReliableMutualLoss
+from rplib.losses import MutualObjective, ObjectiveTerms, ObjectiveTermsAndStatistics, ReliableMutualLoss
 from rplib.maps import Reliability
 from rplib.ramps import ramp
+from rplib.statistics import ObjectiveStatistics
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MutualObjective",
+    "ObjectiveStatistics",
     "ObjectiveTerms",
+    "ObjectiveTermsAndStatistics",
     "Reliability",
     "ReliableMutualLoss",
     "__version__",
