@@ -11,10 +11,12 @@ from rplib.losses import MutualObjective, ObjectiveTerms, ObjectiveTermsAndStati
 from rplib.maps import Reliability
 from rplib.ramps import ramp
 from rplib.statistics import ObjectiveStatistics
+from rplib.tap import FeatureTap
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FeatureTap",
     "MutualObjective",
     "ObjectiveStatistics",
     "ObjectiveTerms",
