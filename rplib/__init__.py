@@ -9,6 +9,7 @@ from rplib import functional
 from rplib.functional import reliability
 from rplib.losses import MutualObjective, ObjectiveTerms, ObjectiveTermsAndStatistics, ReliableMutualLoss
 from rplib.maps import Reliability
+from rplib.outputs import regions, unstack
 from rplib.ramps import ramp
 from rplib.statistics import ObjectiveStatistics
 from rplib.tap import FeatureTap
@@ -26,5 +27,7 @@ __all__ = [
     "__version__",
     "functional",
     "ramp",
+    "regions",
     "reliability",
+    "unstack",
 ]

@@ -25,8 +25,10 @@ def check_tensors(
         raise ValueError(f"logits holds {len(logits)} tensor; expected one per network, at least 2.")
     first = logits[0]
     if not 3 <= first.ndim <= 5:
+        stacked = " A stack of deep supervision outputs (B, outputs, C, *spatial) is unpacked by rplib.unstack."
         raise ValueError(
             f"logits[0] has shape {_shape(first)}; expected (B, C, *spatial) with 1 to 3 spatial axes."
+            + (stacked if first.ndim == 6 else "")
         )
     if first.shape[1] < 2:
         raise ValueError(
@@ -55,9 +57,11 @@ def check_tensors(
         )
     for k, f in enumerate(features):
         if f.ndim != first.ndim or f.shape[0] != first.shape[0] or f.shape[2:] != first.shape[2:]:
+            stacked = f.shape[2:] == first.shape[3:] and f.ndim == first.ndim - 1
             raise ValueError(
                 f"features[{k}] has shape {_shape(f)} but logits[0] has {_shape(first)}; "
                 "expected (B, F, *spatial) with the same batch and spatial sizes."
+                + (" A stack of deep supervision outputs (B, outputs, C, *spatial)? Unpack it with rplib.unstack." if stacked else "")
             )
         if f.shape[1] < 1:
             raise ValueError(f"features[{k}] has shape {_shape(f)}; expected at least one feature channel.")
