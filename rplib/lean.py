@@ -21,10 +21,10 @@ from torch import Tensor
 
 from rplib import ranks
 from rplib.inputs import valid_only
-from rplib.lean_voxels import compute_dtype, cross_entropy, doubt, matrix_product, network_at, pieces, slope, teaches
-from rplib.lean_voxels import similarity as similarity
+from rplib.lean_voxels import compute_dtype, cross_entropy, doubt, network_at, pieces, slope, teaches
 from rplib.maps import Reliability, ordered_pairs
 from rplib.options import Options
+from rplib.similarity import by_matrix_product, similarity
 from rplib.statistics import ObjectiveStatistics, Sums
 
 
@@ -143,7 +143,7 @@ def statistics(
             of_class = [_members(n.label, classes, inside) for n in networks] if features or detailed else []
             for k, f in enumerate(features):
                 values = valid_only(f[b, :, v].to(dtype), inside)
-                if matrix_product(classes, f.device):
+                if by_matrix_product(classes, f.device):
                     piece_sums = torch.bmm(of_class[k].to(dtype), values.transpose(1, 2))  # (b, C, F)
                 else:
                     piece_sums = torch.stack([(values * m).sum(dim=2) for m in of_class[k].split(1, dim=1)], dim=1)

@@ -1,4 +1,4 @@
-"""The arithmetic of the lean form at one piece of voxels: softmax, comparison, cross-entropy and its slope, similarity.
+"""The arithmetic of the lean form at one piece of voxels: softmax, comparison, cross-entropy and its slope.
 
 Rounding. With l the class of the largest logit, e_c = exp(z_c - z_l) and rest = sum_{c != l} e_c, the probabilities are
 p_c = e_c / (1 + rest), the complement 1 - p_l = rest / (1 + rest) and the cross-entropy log1p(rest) + z_l - z_y: none of them
@@ -108,25 +108,3 @@ def pieces(batch: int, voxels: int, device: torch.device) -> Iterator[tuple[slic
     together = max(1, size // voxels)
     for b in range(0, batch, together):
         yield slice(b, b + together), [slice(v, v + size) for v in range(0, voxels, size)]
-
-
-def similarity(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    """s_j: cosine of every voxel's feature (B, F, V) with every prototype (B, C, F) -> (B, C, V); and ||f||: (B, 1, V)."""
-    unit = prototypes / prototypes.square().sum(dim=2, keepdim=True).sqrt().clamp_min(1e-8)
-    length = features.square().sum(dim=1, keepdim=True).sqrt()  # (B, 1, V)
-    if matrix_product(unit.shape[1], features.device):
-        dots = torch.bmm(unit, features)
-    else:
-        dots = torch.cat([(features * mu[:, 0, :, None]).sum(dim=1, keepdim=True) for mu in unit.split(1, dim=1)], dim=1)
-    return dots / length.clamp_min(1e-8), length
-
-
-def matrix_product(classes: int, device: torch.device) -> bool:
-    """Whether to sum over features or voxels by a matrix product: for many classes the faster way of eager PyTorch on a CPU.
-
-    Not where it may run in TF32 or bfloat16 because the user allows that for the network, and not under torch.compile, which
-    reads the features once for all classes.
-    """
-    if torch.compiler.is_compiling() or device.type != "cpu" or classes <= 4:
-        return False
-    return torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(device.type)
