@@ -60,8 +60,8 @@ def reliable_mutual_loss(
         temperature: T of the teacher's probabilities in the weight, softmax(z_j / T): below 1 a sharper distribution.
         class_weights: C numbers; the weight of a voxel is multiplied by that of its pseudo-label. None: 1 for all.
         prototypes: the mean features of a class in each ``"sample"``, as in the paper, or in the whole ``"batch"``.
-        reduction: ``"mean"``: per pair the mean over the voxels taught, as in the paper; ``"sum"``: the sum over them; ``"none"``:
-            nothing is summed.
+        reduction: ``"mean"``: per pair the mean over the voxels taught, as in the paper; ``"sum"``: the sum over them;
+            ``"none"``: nothing is summed.
 
     Returns:
         The loss, 0-dim, float32 (float64 for float64 input): the sum over ordered pairs of networks. Computed in float32 or
@@ -94,9 +94,7 @@ def reliable_mutual_loss(
     return loss_with(options, logits, features, mask)
 
 
-def loss_with(
-    options: Options, logits: Sequence[Tensor], features: Sequence[Tensor] | None, mask: Tensor | None
-) -> Tensor:
+def loss_with(options: Options, logits: Sequence[Tensor], features: Sequence[Tensor] | None, mask: Tensor | None) -> Tensor:
     """`reliable_mutual_loss` with keywords that were checked before: for modules that keep them."""
     logits, features, mask = prepared(logits, features, mask, options)
     form = dispatch.choose(options.impl, logits, features, dispatch.asked_of(options, mask))
@@ -180,9 +178,7 @@ class Prepared(NamedTuple):
     mask: Tensor | None
 
 
-def prepared(
-    logits: Sequence[Tensor], features: Sequence[Tensor] | None, mask: Tensor | None, options: Options
-) -> Prepared:
+def prepared(logits: Sequence[Tensor], features: Sequence[Tensor] | None, mask: Tensor | None, options: Options) -> Prepared:
     """Check what a caller passes against each other and against the options."""
     needed = options.weighting is not None
     z, f = inputs.check_tensors(logits, features, features_needed=needed)

@@ -28,9 +28,7 @@ from rplib.similarity import by_matrix_product, similarity
 from rplib.statistics import ObjectiveStatistics, Sums
 
 
-def loss(
-    logits: list[Tensor], features: list[Tensor] | None, options: Options, valid: Tensor | None = None
-) -> Tensor:
+def loss(logits: list[Tensor], features: list[Tensor] | None, options: Options, valid: Tensor | None = None) -> Tensor:
     """The mutual loss, a 0-dim tensor, differentiable once with respect to the logits."""
     return loss_and_statistics(logits, features, options, valid, detailed=False)[0]
 
@@ -58,9 +56,7 @@ def loss_and_statistics(
     return result, sums.over_ranks(group)
 
 
-def maps(
-    logits: list[Tensor], features: list[Tensor] | None, options: Options, valid: Tensor | None = None
-) -> list[Reliability]:
+def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options, valid: Tensor | None = None) -> list[Reliability]:
     """Masks, weights and what they are made of, pair by pair."""
     dtype = compute_dtype(logits, features)
     spatial = logits[0].shape[2:]

@@ -99,10 +99,7 @@ def slope(network: Network, label: Tensor, options: Options) -> Tensor:
     own = classes == network.label
     if options.cross_entropy_on == "logits":
         # p - [c = l] without cancellation, then move the one from l to y where the two networks disagree.
-        return (
-            torch.where(own, -network.rest / (1 + network.rest), p)
-            + (own.to(p.dtype) - (classes == label).to(p.dtype))
-        )
+        return torch.where(own, -network.rest / (1 + network.rest), p) + (own.to(p.dtype) - (classes == label).to(p.dtype))
     # p(c) (D(c) - sum_q p(q) D(q)) with D = d - d(l): a shift cancels in the formula, and D(l) = 0 keeps small numbers.
     d = torch.softmax(p, dim=1) - (classes == label).to(p.dtype)
     shifted = d - d.gather(1, network.label)

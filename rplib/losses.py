@@ -52,10 +52,8 @@ class ReliableMutualLoss(nn.Module):
             minimum_confidence, temperature, class_weights, prototypes, reduction,
         )  # fmt: skip
 
-    def forward(
-        self, logits: Sequence[Tensor], features: Sequence[Tensor] | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        """Loss of K networks' logits (B, C, *spatial) and features (B, F, *spatial), at the voxels of mask (B, *spatial): 0-dim."""
+    def forward(self, logits: Sequence[Tensor], features: Sequence[Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
+        """Loss of K networks' logits (B, C, *spatial) and features (B, F, *spatial), where mask (B, *spatial) is True: 0-dim."""
         return loss_with(self.options, logits, features, mask)
 
     def extra_repr(self) -> str:
@@ -89,8 +87,8 @@ class MutualObjective(nn.Module):
     Args:
         dice_weight: factor of the supervised term S; the paper has 0.5.
         dice_classes: classes in the mean of the Dice loss; None is 1..C-1.
-        supervised: ``"dice"``, the paper's; ``"cross_entropy"``, its mean over labelled voxels; ``"dice+cross_entropy"``, the mean
-            of the two. Summed over the networks that learn.
+        supervised: ``"dice"``, the paper's; ``"cross_entropy"``, its mean over labelled voxels; ``"dice+cross_entropy"``, the
+            mean of the two. Summed over the networks that learn.
         ignore_index: label of voxels that the supervised term leaves out (scribbles, unlabelled slices); in the mutual term they
             take part. Any other label that is no class is an error; on a GPU, where looking would wait, the loss is NaN then.
         statistics: the result has a fourth field, `rplib.ObjectiveStatistics`.
@@ -190,12 +188,12 @@ class MutualObjective(nn.Module):
                 classes, besides what the loss raises.
         """
         options = self.mutual_loss.options
-        *terms, statistics = objective_with(
+        total, dice, mutual, statistics = objective_with(
             options, self.supervision, logits, features, target, consistency_weight, mask, labelled
         )
         if statistics is None:
-            return ObjectiveTerms(*terms)
-        return ObjectiveTermsAndStatistics(*terms, statistics)
+            return ObjectiveTerms(total, dice, mutual)
+        return ObjectiveTermsAndStatistics(total, dice, mutual, statistics)
 
     def extra_repr(self) -> str:
         """The keywords of the supervised term, for print(module)."""

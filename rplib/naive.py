@@ -77,9 +77,7 @@ def loss_and_statistics(
     return result, Sums(*(t.detach() for t in sums)).over_ranks(group)
 
 
-def maps(
-    logits: list[Tensor], features: list[Tensor] | None, options: Options, valid: Tensor | None = None
-) -> list[Reliability]:
+def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options, valid: Tensor | None = None) -> list[Reliability]:
     """What the loss above multiplies the cross-entropy with, pair by pair."""
     logits, features = _prepared(logits, features, valid)
     p = [F.softmax(z, dim=1) for z in logits]

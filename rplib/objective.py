@@ -77,7 +77,7 @@ def check_weight(weight: object, z: Tensor) -> float | Tensor:
     Raises:
         TypeError, ValueError: names ``consistency_weight``.
     """
-    if isinstance(weight, (float, int, torch.SymFloat, torch.SymInt)) and not isinstance(weight, bool):
+    if isinstance(weight, (float, int)) and not isinstance(weight, bool):
         return weight
     if isinstance(weight, Tensor):
         if weight.numel() != 1:

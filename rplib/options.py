@@ -89,8 +89,9 @@ def _check_class_weights(weights: object) -> None:
 def _check_students(students: object) -> None:
     if students is None:
         return
-    numbers = isinstance(students, tuple) and all(isinstance(k, int) and not isinstance(k, bool) for k in students)
-    if not numbers or not students or min(students) < 0 or len(set(students)) < len(students):
+    given = students if isinstance(students, tuple) else ()
+    indices = {k for k in given if isinstance(k, int) and not isinstance(k, bool) and k >= 0}
+    if not indices or len(indices) < len(given):
         raise ValueError(
             f"students is {students!r}; expected a tuple of different network indices such as (0,), or None for all networks."
         )

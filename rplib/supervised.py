@@ -72,9 +72,7 @@ def supervised_loss(
     return torch.stack(terms).sum()
 
 
-def cross_entropy_loss(
-    logits: Tensor, target: Tensor, process_group: ranks.Group = None, valid: Tensor | None = None
-) -> Tensor:
+def cross_entropy_loss(logits: Tensor, target: Tensor, process_group: ranks.Group = None, valid: Tensor | None = None) -> Tensor:
     """Cross-entropy of one network, mean over all labelled voxels.
 
     Args:

@@ -16,8 +16,8 @@ KEYWORDS = {
     "prototypes": {"prototypes": "batch"},
     "sum": {"reduction": "sum"},
     "all": {
-        "minimum_confidence": 0.5, "temperature": 3.0, "class_weights": (0.3, 1.0, 0.7), "prototypes": "batch", "reduction": "sum",
-        "students": (1, 2), "cross_entropy_on": "probabilities",
+        "minimum_confidence": 0.5, "temperature": 3.0, "class_weights": (0.3, 1.0, 0.7), "prototypes": "batch",
+        "reduction": "sum", "students": (1, 2), "cross_entropy_on": "probabilities",
     },
 }  # fmt: skip
 
@@ -105,7 +105,9 @@ def test_nothing_summed(impl, cross_entropy_on):
     (costs * upstream).sum().backward()
     for t, g in zip(z, torch.autograd.grad((expected * upstream.flatten(2)).sum(), exact), strict=True):
         assert (t.grad - g).norm() <= 1e-12 * g.norm()
-    summed = rplib.functional.reliable_mutual_loss(logits, features, impl=impl, reduction="sum", cross_entropy_on=cross_entropy_on)
+    summed = rplib.functional.reliable_mutual_loss(
+        logits, features, impl=impl, reduction="sum", cross_entropy_on=cross_entropy_on
+    )
     torch.testing.assert_close(costs.sum().detach(), summed, rtol=1e-12, atol=0)
     half = [t.to(torch.bfloat16) for t in logits], [f.to(torch.bfloat16) for f in features]
     assert rplib.functional.reliable_mutual_loss(*half, impl=impl, reduction="none").dtype == torch.float32
