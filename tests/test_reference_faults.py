@@ -51,7 +51,7 @@ def test_disturbed_runs_are_finished_by_the_same_command(job):
 @POSIX
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
-@pytest.mark.parametrize("file", ["rplib/lean.py", "reference/training/batches.py", "reference/evaluation/metrics.py"])
+@pytest.mark.parametrize("file", ["rplib/lean_voxels.py", "reference/training/batches.py", "reference/evaluation/metrics.py"])
 def test_mutants_are_killed(file, tmp_path):
     """Ten of each, of a seed whose survivors have been looked at."""
     out = run("mutation.py", "--mutants", 10, "--seed", 2, "--results", tmp_path / "mutants.jsonl", file)
