@@ -49,7 +49,7 @@ def build(ins: Instruction, program: "Program") -> "Step | None":
     if ins.opcode == "cp.async.commit_group":
         return _commit
     if ins.opcode in ("cp.async.wait_group", "cp.async.wait_all"):
-        left = int(str(ins.operands[0])) if ins.operands else 0
+        left = int(str(ins.operands[0]), 0) if ins.operands else 0
         return lambda chunk: _wait(chunk, left)
     return None
 
@@ -202,9 +202,9 @@ def _matrices(ins: Instruction, program: "Program", load: bool, count: int, tran
 
 def _copy(ins: Instruction, program: "Program") -> "Step":
     """cp.async: what it copies lands when the lane waits for it; until then its target holds nothing."""
-    if len(ins.operands) < 3 or str(ins.operands[2]) not in ("4", "8", "16"):
+    size = int(str(ins.operands[2]), 0) if len(ins.operands) > 2 else 0
+    if size not in (4, 8, 16):
         raise Unsupported(f"line {ins.line}: {ins}")
-    size = int(str(ins.operands[2]))
     _note_shared(program, "shared", 4)
     to, to_offset = _address(program, ins.operands[0], "shared")
     of, of_offset = _address(program, ins.operands[1], "global")

@@ -1,7 +1,7 @@
 """Instructions whose result depends on their operands alone: arithmetic, logic, comparisons, conversions.
 
-`decode` looks an opcode up in the table of rules. A rule is a regular expression for the whole opcode, so that an unknown modifier
-matches nothing, and what it makes of a match: types of operands and result, and a function of numpy arrays.
+`decode` looks an opcode up in a table of rules. A rule is a regular expression for the whole opcode, so that an unknown
+modifier matches nothing, and what it makes of a match: types of operands and result, and a function of numpy arrays.
 
 >>> rule = decode("add.s32")
 >>> rule.function(np.int32([1, 2]), np.int32([10, 20]))

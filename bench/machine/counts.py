@@ -10,8 +10,8 @@ import numpy as np
 class Access:
     """All executions of one instruction on memory, warps together.
 
-    requests: by warps. bytes: of the lanes that took part. units: sectors of 32 bytes (global memory), or passes through the banks
-    (shared memory: one pass serves each of 32 banks once; 64- and 128-bit accesses need at least two and four).
+    requests: by warps. bytes: of the lanes that took part. units: sectors of 32 bytes (global memory), or passes through the
+    banks (shared memory: one pass serves each of 32 banks once; 64- and 128-bit accesses need at least two and four).
     """
 
     requests: int = 0
@@ -72,8 +72,10 @@ class Counts:
 
 
 def passes(who: np.ndarray, address: np.ndarray, size: int) -> int:
-    """Passes through the 32 banks of shared memory: lanes are served in groups that take at most 128 bytes together, and a group needs
-    as many passes as the busiest bank has different words to serve.
+    """Passes through the 32 banks of shared memory.
+
+    Lanes are served in groups that take at most 128 bytes together. A group needs as many passes as its busiest bank has
+    different words to serve.
 
     >>> lanes = np.arange(32)
     >>> [passes(lanes, 4 * stride * lanes, 4) for stride in (0, 1, 2, 32, 33)]

@@ -1,37 +1,37 @@
 """Triton's own way to a launch, with this machine at its end instead of a GPU."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 
 from rplib.bench.machine.counts import Counts
 from rplib.bench.machine.execution import Launch, parameters_of
 from rplib.bench.machine.findings import Finding, Findings
-from rplib.bench.machine.memory import Allocation, GlobalMemory
+from rplib.bench.machine.memory import GlobalMemory
 from rplib.bench.machine.program import Program
 from rplib.bench.machine.ptx import Unsupported, parse
+from rplib.bench.machine.tensors import Tensors
 from rplib.errors import UserError
 
 ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Compute capability (times ten) -> bytes of shared memory that a block may have."""
 
-_POISON = 0xD7  # every byte of memory that nothing has written
-_SCALARS = {"i1": "i1", "u1": "u1", "i8": "i1", "u8": "u1", "i16": "i2", "u16": "u2", "i32": "i4", "u32": "u4", "i64": "i8", "u64": "u8",
-            "fp16": "f2", "fp32": "f4", "f32": "f4", "fp64": "f8", "f64": "f8"}  # fmt: skip
+_SCALARS = {f"i{bits}": f"i{bits // 8}" for bits in (8, 16, 32, 64)} | {f"u{bits}": f"u{bits // 8}" for bits in (8, 16, 32, 64)}
+_SCALARS |= {"i1": "i1", "u1": "u1", "fp16": "f2", "fp32": "f4", "f32": "f4", "fp64": "f8", "f64": "f8"}
+"""Triton's types of numbers -> numpy's."""
 
 
 @dataclass
 class Ran:
-    """One launch as it ran: see `Counts` for what it did. ptx, cubin: what was compiled; shared: bytes of a block's shared memory.
+    """One launch as it ran: see `Counts` for what it did.
 
-    sectors: names of arguments that lie in one piece of memory, joined by "=" -> different 32-byte sectors (loaded, stored).
+    ptx, cubin: what was compiled. shared: bytes of shared memory of a block. sectors: names of arguments that lie in one piece of memory, joined by "=" -> different 32-byte sectors (loaded, stored).
     """
 
     name: str
@@ -67,7 +67,7 @@ class Session:
     launches: list[Ran] = field(default_factory=list)
     _findings: Findings = field(default_factory=Findings)
     _programs: dict[str, Program] = field(default_factory=dict)
-    _empty: dict[int, tuple[torch.Tensor, np.ndarray]] = field(default_factory=dict)
+    _tensors: Tensors = field(default_factory=Tensors)
 
     @property
     def findings(self) -> list[Finding]:
@@ -83,70 +83,77 @@ class Session:
         """Forget launches and findings so far."""
         self.launches, self._findings = [], Findings()
 
-    def _program(self, ptx: str) -> Program:
-        if ptx not in self._programs:
-            self._programs[ptx] = Program(parse(ptx))
-        return self._programs[ptx]
-
-    def _made_empty(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Fill new memory with a pattern and remember that it holds no value."""
-        if tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.untyped_storage().nbytes():
-            memory = _bytes(tensor)
-            memory[:] = _POISON
-            # The tensor is kept: memory that was freed and used again would be taken for undefined.
-            self._empty[tensor.untyped_storage().data_ptr()] = tensor, np.zeros(len(memory), bool)
-        return tensor
-
-    def _allocations(self, tensors: list[tuple[str, torch.Tensor]]) -> tuple[list[Allocation], list[tuple[Allocation, np.ndarray]]]:
-        """Arguments -> memory, one piece per storage; and the pieces that began without values, with their masks by bytes."""
-        groups: dict[int, list[tuple[str, torch.Tensor]]] = {}
-        for name, tensor in tensors:
-            if tensor.numel():
-                groups.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
-        made, undefined = [], []
-        for start, members in groups.items():
-            place = min(t.element_size() for _, t in members)
-            memory = _bytes(members[0][1])
-            allowed = np.zeros(len(memory) // place, bool)
-            for _, t in members:
-                _elements(allowed, t, place)
-            a = Allocation(tuple(n for n, _ in members), start, memory, place, None if allowed.all() else allowed)
-            if start in self._empty:
-                mask = self._empty[start][1]
-                mask |= memory != _POISON  # written by the host meanwhile
-                a.defined = mask[: len(mask) // place * place].reshape(-1, place).any(1)
-                undefined.append((a, mask))
-            made.append(a)
-        return made, undefined
-
     def _launch(self, loaded: Any, signature: dict[str, Any], metadata: Any, grid: tuple[int, int, int], arguments: Any) -> None:
-        program = self._program(loaded.ptx)
         if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
-            raise Unsupported(f"{program.kernel.name}: scratch memory or clusters of blocks")
-        values, numpy_types, tensors = [], [], []
-        for name, type, value in _flat(signature, arguments):
-            if type.startswith("*"):
-                tensors.append((name, value))
-                values.append(value.data_ptr())
-                numpy_types.append("u8")
-            elif type in _SCALARS:
-                values.append(value)
-                numpy_types.append(_SCALARS[type])
-            else:
-                raise Unsupported(f"{program.kernel.name}: argument {name} of type {type}")
-        values += [0, 0]  # scratch memory
-        numpy_types += ["u8", "u8"]
-        allocations, undefined = self._allocations(tensors)
-        parameters = parameters_of(program.kernel, values, numpy_types)
+            raise Unsupported(f"{metadata.name}: scratch memory or clusters of blocks")
+        named = list(_flat(signature, arguments))
+        for name, type, _ in named:
+            if not type.startswith("*") and type not in _SCALARS:
+                raise Unsupported(f"{metadata.name}: argument {name} of type {type}")
+        values = [(name, value, _SCALARS.get(type, "u8")) for name, type, value in named]
+        values += [("scratch memory", 0, "u8")] * 2
+        self._run(loaded, grid, 32 * metadata.num_warps, metadata.shared, values)
+
+    def _run(
+        self, loaded: Any, grid: tuple[int, int, int], threads: int, shared: int, values: list[tuple[str, Any, str]]
+    ) -> None:
+        """values: (name, tensor or number, numpy type of a number)."""
+        if loaded.ptx not in self._programs:
+            self._programs[loaded.ptx] = Program(parse(loaded.ptx))
+        program = self._programs[loaded.ptx]
+        allocations = self._tensors.allocations([(name, v) for name, v, _ in values if isinstance(v, torch.Tensor)])
+        numbers = [v.data_ptr() if isinstance(v, torch.Tensor) else v for _, v, _ in values]
+        parameters = parameters_of(program.kernel, numbers, [kind for _, _, kind in values])
         memory = GlobalMemory(allocations)
-        launch = Launch(program, parameters, grid, 32 * metadata.num_warps, metadata.shared, memory, self._findings)
-        counts = launch.run()
-        for a, mask in undefined:
-            assert a.defined is not None
-            mask[: len(a.defined) * a.place] |= np.repeat(a.defined, a.place)
+        counts = Launch(program, parameters, grid, threads, shared, memory, self._findings).run()
+        self._tensors.written(allocations)
         sectors = {"=".join(a.names): (int(a.loaded_sectors.sum()), int(a.stored_sectors.sum())) for a in memory.allocations}
-        ran = Ran(launch.name, grid, metadata.num_warps, metadata.shared, counts, program, loaded.ptx, loaded.cubin, sectors)
+        ran = Ran(program.kernel.name, grid, threads // 32, shared, counts, program, loaded.ptx, loaded.cubin, sectors)
         self.launches.append(ran)
+
+
+def execute(
+    ptx: str, grid: tuple[int, int, int], arguments: Sequence[torch.Tensor | int], *, shared: int = 0, empty: Sequence[int] = ()
+) -> Session:
+    """Run the text of one kernel, without Triton.
+
+    Args:
+        ptx: with ``.reqntid``, a multiple of 32 threads.
+        grid: blocks along x, y and z.
+        arguments: a CPU tensor per pointer, an integer per other parameter.
+        shared: bytes of shared memory of a block, which the kernel calls ``global_smem``.
+        empty: positions of arguments that hold no values yet; they are overwritten.
+
+    >>> doubled = torch.arange(64.0)
+    >>> ran = execute('''
+    ... .visible .entry doubling(.param .u64 doubling_param_0)
+    ... .reqntid 32
+    ... {
+    ...   .reg .b32 %r<4>; .reg .b64 %rd<4>;
+    ...   ld.param.b64 %rd1, [doubling_param_0];
+    ...   mov.u32 %r1, %tid.x;
+    ...   mul.wide.u32 %rd2, %r1, 4;
+    ...   add.s64 %rd3, %rd1, %rd2;
+    ...   ld.global.b32 %r2, [%rd3+128];
+    ...   add.f32 %r3, %r2, %r2;
+    ...   st.global.b32 [%rd3+128], %r3;
+    ...   ret;
+    ... }''', (1, 1, 1), [doubled])
+    >>> doubled[30:34].tolist(), ran.findings, ran.launches[0].sectors
+    ([30.0, 31.0, 64.0, 66.0], [], {'0': (4, 4)})
+    """
+    session = Session(0)
+    kernel = parse(ptx)
+    if kernel.threads is None or kernel.threads % 32:
+        raise Unsupported(f"{kernel.name} must state its threads (.reqntid), a multiple of 32; it states {kernel.threads}")
+    for n in empty:
+        session._tensors.made_empty(arguments[n])  # type: ignore[arg-type]
+    types = {"64": "8", "32": "4", "16": "2", "8": "1"}
+    values = []
+    for n, (value, type) in enumerate(zip(arguments, kernel.parameters.values(), strict=True)):
+        values.append((str(n), value, ("u" if type[0] in "ub" else "i") + types[type[1:]]))
+    session._run(SimpleNamespace(ptx=ptx, cubin=b""), grid, kernel.threads, shared, values)
+    return session
 
 
 @contextmanager
@@ -182,7 +189,7 @@ def compiled(architecture: int = 90) -> Iterator[Session]:
 
 def _tracked(make: Any, session: Session) -> Any:
     def made(*arguments: Any, **keywords: Any) -> Any:
-        return session._made_empty(make(*arguments, **keywords))
+        return session._tensors.made_empty(make(*arguments, **keywords))
 
     return made
 
@@ -208,8 +215,7 @@ def _driver(session: Session, stack: ExitStack) -> Any:
             self.signature, self.metadata = source.signature, metadata
 
         def __call__(self, x: int, y: int, z: int, stream: Any, loaded: Any, *rest: Any) -> None:
-            _, _, enter, leave, *arguments = rest
-            _current(session)._launch(loaded, self.signature, self.metadata, (x, y, z), arguments)
+            _current(session)._launch(loaded, self.signature, self.metadata, (x, y, z), rest[4:])  # after metadata and hooks
 
     class Driver(DriverBase):
         def __init__(self) -> None:
@@ -265,20 +271,3 @@ def _flat(signature: Any, arguments: Any, prefix: str = "") -> Iterator[tuple[st
             yield from _flat(type, value, f"{prefix}{name}.")
         elif type != "constexpr":
             yield prefix + name, re.sub(r"^\*k?", "*", type), value
-
-
-def _bytes(tensor: torch.Tensor) -> np.ndarray:
-    """The whole storage of a tensor, as it is."""
-    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
-
-
-def _elements(mask: np.ndarray, tensor: torch.Tensor, place: int) -> None:
-    """Set the places of a storage that belong to elements of the tensor."""
-    flags = torch.from_numpy(mask)
-    wide = tensor.element_size() // place
-    start = tensor.storage_offset() * wide
-    if tensor.is_contiguous():
-        flags[start : start + tensor.numel() * wide] = True
-        return
-    sizes, strides = [*tensor.shape, wide], [*(s * wide for s in tensor.stride()), 1]
-    torch.as_strided(flags, sizes, strides, start).fill_(True)

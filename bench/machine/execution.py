@@ -1,7 +1,8 @@
-"""Runs a parsed kernel on a CPU: the threads of many blocks as lanes of numpy arrays, basic blocks one after the other under masks.
+"""Runs a program: the threads of many blocks as lanes of numpy arrays, basic blocks one after the other under masks.
 
-Of the basic blocks that some lanes have reached the first in the text runs next, for all of those lanes, so that lanes which a branch
-has parted meet again where their ways join. A barrier holds lanes until all lanes of their thread block have come.
+Of the basic blocks that some lanes have reached the first in the text runs next, for all of those lanes, so that lanes
+which a branch has parted meet again where their ways join. A barrier holds lanes until all lanes of their thread block
+have come.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,7 +61,7 @@ class Launch:
 class Chunk:
     """The lanes of some blocks of a launch, and where each of them is."""
 
-    SPECIAL = tuple(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz") + ("%laneid", "%warpid")
+    SPECIAL = ("%laneid", "%warpid", *(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"))
 
     def __init__(self, launch: Launch, blocks: np.ndarray) -> None:
         self.launch, self.program, self.counts = launch, launch.program, launch.counts
@@ -154,7 +155,9 @@ class Chunk:
         gx, gy, _ = self.launch.grid
         block, thread = int(self.block[who[first]]), int(self.thread[who[first]])
         text = detail(first) if callable(detail) else "=".join(detail)
-        example = f"block ({block % gx}, {block // gx % gy}, {block // (gx * gy)}) thread {thread}" + (f", {text}" if text else "")
+        example = f"block ({block % gx}, {block // gx % gy}, {block // (gx * gy)}) thread {thread}" + (
+            f", {text}" if text else ""
+        )
         self.launch.findings.add(kind, self.launch.name, ins, int(bad.sum()), example)
 
     def require_whole_warps(self, ins: Instruction) -> None:

@@ -1,7 +1,7 @@
 """Global and shared memory with their checks: bounds, alignment, what is defined, races.
 
-An access names lanes of the chunk (``who``), addresses, the size of an element and how many of them a lane takes. Findings go to the
-run; a lane whose address is wrong reads zeros, undefined, and writes nothing.
+An access names lanes of the chunk (``who``), addresses, the size of an element and how many of them a lane takes. Findings
+go to the launch; a lane whose address is wrong reads zeros, undefined, and writes nothing.
 """
 
 from collections.abc import Sequence

@@ -15,7 +15,7 @@ from rplib.bench.machine.registers import Halves, as_type, halves, meet, simplif
 
 
 class Program:
-    """A kernel whose instructions have become functions; whatever is not known raises `Unsupported` here, before anything runs."""
+    """A kernel whose instructions have become functions. What is not known raises `Unsupported` here, before anything runs."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel

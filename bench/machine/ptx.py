@@ -1,9 +1,7 @@
 """The text of one PTX kernel -> parameters, registers, basic blocks of instructions. Nothing is executed here.
 
 >>> kernel = parse('''
-... .visible .entry twice(
-...   .param .u64 twice_param_0
-... )
+... .visible .entry twice(.param .u64 twice_param_0)
 ... .reqntid 32
 ... {
 ...   .reg .b32 %r<3>;
@@ -15,6 +13,7 @@
 ('twice', 32, ['mov.u32 %r1, %tid.x', 'shl.b32 %r2, %r1, 1', 'ret'])
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -65,7 +64,6 @@ class Kernel:
 
 _ENTRY = re.compile(r"(?:\.visible\s+)?\.entry\s+(\w+)")
 _PARAMETER = re.compile(r"\.param\s+\.(\w+)\s+(?:\.ptr\s+)?(?:\.(?:global|align\s+\d+)\s+)*(\w+)$")
-_THREADS = re.compile(r"\.(?:reqntid|maxntid)\s+(\d+)(?:\s*,\s*1)*$")
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(%\w+)<\d+>$")
 _STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.DOTALL)
 _LABEL = re.compile(r"(\$?\w+):\s*")
@@ -94,20 +92,24 @@ def parse(text: str) -> Kernel:
 
 
 def _head(lines: list[str], start: int) -> tuple[Kernel, int]:
+    """The kernel with its parameters, and the line where its body begins."""
+    body = next((n for n in range(start, len(lines)) if "{" in _plain(lines[n])), None)
     entry = _ENTRY.match(lines[start].strip())
-    assert entry is not None
+    if entry is None or body is None:
+        raise Unsupported(f"line {start + 1}: {lines[start]}")
     kernel = Kernel(entry.group(1), {}, None)
-    for n in range(start + 1, len(lines)):
-        text = _plain(lines[n]).strip(" \t,()")
-        if text.startswith("{"):
-            return kernel, n
-        if parameter := _PARAMETER.match(text):
-            kernel.parameters[parameter.group(2)] = parameter.group(1)
-        elif threads := _THREADS.match(text):
-            kernel.threads = int(threads.group(1))
-        elif text and not re.match(r"\.(minnctapersm|maxnreg)\b", text):
-            raise Unsupported(f"line {n + 1}: {text}")
-    raise Unsupported(f"kernel {kernel.name} has no body")
+    text = " ".join(map(_plain, lines[start:body])).strip()
+    inside, _, directives = text[text.find("(") + 1 :].partition(")") if "(" in text else ("", "", "")
+    for parameter in filter(None, map(str.strip, inside.split(","))):
+        if not (found := _PARAMETER.match(parameter)):
+            raise Unsupported(f"parameter of {kernel.name}: {parameter}")
+        kernel.parameters[found.group(2)] = found.group(1)
+    for name, value in re.findall(r"\.(\w+)\s+([\d,\s]+)", directives):
+        if name in ("reqntid", "maxntid"):
+            kernel.threads = math.prod(int(n) for n in value.split(",") if n.strip())
+        elif name not in ("minnctapersm", "maxnreg"):
+            raise Unsupported(f"directive of {kernel.name}: .{name}")
+    return kernel, body
 
 
 def _body(kernel: Kernel, lines: list[str], start: int) -> None:
@@ -120,7 +122,7 @@ def _body(kernel: Kernel, lines: list[str], start: int) -> None:
             text = text.removeprefix("{").strip()
         if text == "}" and not pending:
             return
-        if not text or text.startswith((".loc", ".file")):
+        if not text or re.match(r"\.(loc|file)\s", text):
             continue
         while label := _LABEL.match(text) if not pending else None:
             if kernel.blocks[-1]:

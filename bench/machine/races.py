@@ -28,7 +28,7 @@ class Touched:
         self._read_epoch = np.full(places, -1, np.int64)
 
     def read(self, at: np.ndarray, agents: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        """Note reads of places ``at`` (accesses, places of each); True (accesses,) where another agent's write is not in order."""
+        """Note reads of places ``at`` (accesses, places of each); True where another agent's write is not in order."""
         agent, epoch = np.broadcast_to(agents[:, None], at.shape), np.broadcast_to(epochs[:, None], at.shape)
         race = (self._write_epoch[at] == epoch) & (self._writer[at] != agent)
         others = (self._read_epoch[at] == epoch) & (self._reader[at] != agent)

@@ -31,7 +31,9 @@ def build(ins: Instruction, program: "Program") -> "Step | None":
     if ins.opcode == "bar.warp.sync":
         return lambda chunk: None
     if ins.base in ("mma", "wgmma", "tcgen05", "ldtm"):
-        raise Unsupported(f"line {ins.line}: {ins.opcode}: products of matrices are not executed (tl.dot with input_precision='ieee' is)")
+        raise Unsupported(
+            f"line {ins.line}: {ins.opcode}: products of matrices are not executed"
+        )
     return None
 
 
