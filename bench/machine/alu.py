@@ -288,7 +288,7 @@ def _to_integer(way: str, to: str, of: str) -> Rule:
     return Rule((of,), to, lambda a: arithmetic.to_integer(a, _TO_WHOLE[way], _numpy(to)))
 
 
-@_rule(r"cvt\.(?P<way>rni|rzi|rmi|rpi)\.(?P<type>f32|f64)\.(?P=type)")
+@_rule(r"cvt\.(?P<way>rni|rzi|rmi|rpi)(?:\.ftz)?\.(?P<type>f32|f64)\.(?P=type)")
 def _to_whole(way: str, type: str) -> Rule:
     return Rule((type,), type, _TO_WHOLE[way])
 

@@ -15,7 +15,7 @@ from rplib.bench.machine.execution import Launch, parameters_of
 from rplib.bench.machine.findings import Finding, Findings
 from rplib.bench.machine.memory import GlobalMemory
 from rplib.bench.machine.program import Program
-from rplib.bench.machine.ptx import Unsupported, parse
+from rplib.bench.machine.ptx import BITS, Unsupported, parse
 from rplib.bench.machine.tensors import Tensors
 from rplib.errors import UserError
 
@@ -148,10 +148,9 @@ def execute(
         raise Unsupported(f"{kernel.name} must state its threads (.reqntid), a multiple of 32; it states {kernel.threads}")
     for n in empty:
         session._tensors.made_empty(arguments[n])  # type: ignore[arg-type]
-    types = {"64": "8", "32": "4", "16": "2", "8": "1"}
     values = []
     for n, (value, type) in enumerate(zip(arguments, kernel.parameters.values(), strict=True)):
-        values.append((str(n), value, ("u" if type[0] in "ub" else "i") + types[type[1:]]))
+        values.append((str(n), value, f"{'i' if type[0] == 's' else 'u'}{BITS[type] // 8}"))
     session._run(SimpleNamespace(ptx=ptx, cubin=b""), grid, kernel.threads, shared, values)
     return session
 

@@ -98,21 +98,23 @@ class GlobalMemory:
             same = (memory[at] == mine).all(0)
             memory[at] = mine
             clash = (memory[at] != mine).any(0)
-            chunk.found(kinds.LANES_DISAGREE, ins, who[lanes], clash, a.names)
             a.stored_sectors[(a.base % SECTOR + offset) // SECTOR] = True
             if a.defined is not None:
                 a.defined[places] = True
-            blocks, warps = chunk.block[who[lanes]], chunk.agent[who[lanes]]
+            read, earlier, together = (np.zeros(len(offset), bool) for _ in range(3))
+            block, warp = chunk.block[who[lanes]], chunk.agent[who[lanes]]
             for touched, agents, epochs in (
-                (a.between_blocks, blocks, np.zeros_like(blocks)),
-                (a.between_warps, warps, chunk.epoch_of(who[lanes])),
+                (a.between_blocks, block, np.zeros_like(block)),  # nothing orders two blocks
+                (a.between_warps, warp, chunk.epoch_of(who[lanes])),
             ):
-                rivals = touched.rivals(places, agents, epochs)
-                race = touched.write(places, agents, epochs)
-                rivals |= touched.crowded(places, agents)
-                chunk.found(f"{kinds.GLOBAL_RACE}: write to what another warp reads", ins, who[lanes], race, a.names)
-                chunk.found(f"{kinds.GLOBAL_RACE}: two warps write", ins, who[lanes], rivals & ~same, a.names)
-                chunk.found(kinds.SAME_VALUE, ins, who[lanes], rivals & same, a.names)
+                earlier |= touched.rivals(places, agents, epochs)
+                read |= touched.write(places, agents, epochs)
+                together |= touched.crowded(places, agents)
+            differ = (earlier & ~same) | (together & clash)
+            chunk.found(f"{kinds.GLOBAL_RACE}: write to what another warp reads", ins, who[lanes], read, a.names)
+            chunk.found(f"{kinds.GLOBAL_RACE}: two warps write", ins, who[lanes], differ, a.names)
+            chunk.found(kinds.SAME_VALUE, ins, who[lanes], (earlier | together) & ~differ, a.names)
+            chunk.found(kinds.LANES_DISAGREE, ins, who[lanes], clash & ~together, a.names)
 
     def update(self, chunk: "Chunk", ins: Instruction, who: Any, address: np.ndarray, operands: Any, size: int, how: Any) -> Any:
         """An atomic operation, lane after lane: the new value is ``how(old, *operands)``. Returns the old values (lanes,)."""
@@ -205,9 +207,10 @@ class SharedMemory:
         race = self._touched.write(places, agents, epochs)
         together = self._touched.crowded(places, agents)
         chunk.found(f"{kinds.SHARED_RACE}: write to what another warp reads", ins, who[lanes], race, where)
-        chunk.found(f"{kinds.SHARED_RACE}: two warps write", ins, who[lanes], (earlier & ~same) | (together & clash), where)
+        differ = (earlier & ~same) | (together & clash)
+        chunk.found(f"{kinds.SHARED_RACE}: two warps write", ins, who[lanes], differ, where)
+        chunk.found(kinds.SAME_VALUE, ins, who[lanes], (earlier | together) & ~differ, where)
         chunk.found(kinds.LANES_DISAGREE, ins, who[lanes], clash & ~together, where)
-        chunk.found(kinds.SAME_VALUE, ins, who[lanes], (earlier & same) | (together & ~clash), where)
 
     def _resolve(self, chunk: "Chunk", ins: Instruction, who: Any, address: np.ndarray, size: int) -> tuple[Any, Any, Any]:
         at = address.astype(np.int64) - SHARED_BASE

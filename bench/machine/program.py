@@ -137,7 +137,7 @@ def _pure(program: Program, ins: Instruction, rule: Rule) -> Step:
         elif rule.decides is not None and not (known[0] is True and known[1] is True):
             settled = [k & (v == rule.decides) for k, v in zip(map(meet, known), values, strict=True)]
             defined = simplified(np.asarray(meet(*known) | settled[0] | settled[1]))
-        elif rule.result == "f32x2":
+        elif rule.result.endswith("x2"):
             defined = Halves(*(meet(*side) for side in zip(*map(halves, known), strict=True)))
         else:
             defined = meet(*known)
@@ -158,7 +158,7 @@ def _join(program: Program, opcode: str, target: Any, parts: tuple[str, ...]) ->
         for i, part in enumerate(slots):
             value = value | chunk.values[part].astype(wide) << wide(each * i)
         known = [chunk.known[part] for part in slots]
-        chunk.write(slot, value, Halves(*known) if (len(parts), each) == (2, 32) else meet(*known))
+        chunk.write(slot, value, Halves(*map(meet, known)) if len(parts) == 2 else meet(*known))
 
     return step
 
@@ -172,7 +172,7 @@ def _part(program: Program, opcode: str, targets: tuple[str, ...], source: Any) 
 
     def step(chunk: Chunk) -> None:
         value, known = chunk.values[slot], chunk.known[slot]
-        sides = halves(known) if (len(targets), each) == (2, 32) else [meet(known)] * len(targets)
+        sides = halves(known) if len(targets) == 2 else [meet(known)] * len(targets)
         for i, target in enumerate(slots):
             if target is not None:
                 part = as_type(value >> value.dtype.type(each * i), f"u{each}")

@@ -101,7 +101,7 @@ def _head(lines: list[str], start: int) -> tuple[Kernel, int]:
     text = " ".join(map(_plain, lines[start:body])).strip()
     inside, _, directives = text[text.find("(") + 1 :].partition(")") if "(" in text else ("", "", "")
     for parameter in filter(None, map(str.strip, inside.split(","))):
-        if not (found := _PARAMETER.match(parameter)):
+        if not (found := _PARAMETER.match(parameter)) or found.group(1) not in BITS:
             raise Unsupported(f"parameter of {kernel.name}: {parameter}")
         kernel.parameters[found.group(2)] = found.group(1)
     for name, value in re.findall(r"\.(\w+)\s+([\d,\s]+)", directives):

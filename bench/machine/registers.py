@@ -14,7 +14,7 @@ Known = Any  # True, False, an array of booleans, or `Halves`
 
 
 class Halves(NamedTuple):
-    """Of a 64-bit register that packs two 32-bit values: which of them is defined."""
+    """Of a register that packs two values: which of them is defined."""
 
     low: Any
     high: Any

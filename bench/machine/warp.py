@@ -21,8 +21,8 @@ def build(ins: Instruction, program: "Program") -> "Step | None":
     """The instruction as a function, or None where it is none of this module's."""
     if found := re.fullmatch(r"shfl\.sync\.(bfly|idx|up|down)\.b32", ins.opcode):
         return _shuffle(ins, program, found.group(1))
-    if found := re.fullmatch(r"redux\.sync\.(add|min|max|and|or|xor)\.([usb]32)", ins.opcode):
-        return _reduction(ins, program, *found.groups())
+    if found := re.fullmatch(r"redux\.sync\.(add|min|max|and|or|xor)\.([usb]32)|redux\.sync\.(min|max)\.(f32)", ins.opcode):
+        return _reduction(ins, program, *filter(None, found.groups()))
     if found := re.fullmatch(r"vote\.sync\.(any|all|ballot)\.(pred|b32)", ins.opcode):
         return _vote(ins, program, found.group(1))
     if ins.opcode == "activemask.b32":
@@ -106,7 +106,7 @@ def _shuffle(ins: Instruction, program: "Program", mode: str) -> "Step":
 def _reduction(ins: Instruction, program: "Program", name: str, type: str) -> "Step":
     target, value = program.register(ins.operands[0]), program.operand(ins.operands[1], type)
     members = _everybody(ins, program, ins.operands[2])
-    function = _REDUCTIONS[name]
+    function = {"min": np.fmin, "max": np.fmax}[name] if type == "f32" else _REDUCTIONS[name]
 
     def step(chunk: "Chunk") -> None:
         named = _named(chunk, ins, members)
