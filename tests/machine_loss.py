@@ -38,7 +38,9 @@ def golden_objective(name):
         case = Golden(name, F32)
         z = [t.clone().requires_grad_() for t in case.logits]
         target = case.stored["labels"][: int(case.stored["labeled_batch"])]
-        out = rplib.MutualObjective(dice_weight=0.5, dice_classes=(1,), impl="triton")(z, case.features, target, torch.tensor(0.7))
+        out = rplib.MutualObjective(dice_weight=0.5, dice_classes=(1,), impl="triton")(
+            z, case.features, target, torch.tensor(0.7)
+        )
         out.total.backward()
         assert relative(out.total, 0.5 * case.stored["dice_loss"] + 0.7 * case.loss) <= 2e-6
         for k, t in enumerate(z):
@@ -89,7 +91,9 @@ ODD = {
     "four classes, multiples of 16": made((4, 8, 16), 4),
     "bfloat16 logits, float32 features": made((4, 8, 8), dtype=BF16, feature_dtype=F32),
     "no confidence": made((3, 4, 5), confidence=None),
-    "maximum probability, cross-entropy on probabilities": made((3, 4, 5), confidence="max_probability", cross_entropy_on="probabilities"),
+    "maximum probability, cross-entropy on probabilities": made(
+        (3, 4, 5), confidence="max_probability", cross_entropy_on="probabilities"
+    ),
     "no weighting": made((3, 4, 5), weighting=None),
 }
 MANY = {
@@ -112,6 +116,16 @@ GROUPS = {
     "odd": ODD,
     "many": MANY,
     "ones": ONES,
+    "quick": {
+        "golden": golden("odd_shape"),
+        "objective": golden_objective("binary_f16"),
+        "maps": maps("class_never_predicted"),
+        "odd axes, channels last": ODD["odd axes, channels last"],
+        "a slice of every axis": ODD["a slice of every axis"],
+        "bfloat16": ODD["bfloat16"],
+        "float16, not aligned": ODD["float16, not aligned"],
+        "four classes, multiples of 16": ODD["four classes, multiples of 16"],
+    },
     "few": {
         "golden": golden("odd_shape"),
         "objective": golden_objective("binary_f16"),

@@ -14,7 +14,7 @@ from rplib.bench.machine.counts import passes
 
 
 def text(body, parameters=1, threads=64):
-    """A kernel k: %r1 is the thread, %rd1.. the parameters, %rd9 = %rd1 + 4 thread, %r2 = 4 thread, %r3 = %r2 in shared memory."""
+    """A kernel k: %r1 the thread, %r2 four times that, %r3 = %r2 in shared memory, %rd1.. the parameters, %rd9 = %rd1 + %r2."""
     declared = ", ".join(f".param .u64 k_param_{n}" for n in range(parameters))
     loads = "\n".join(f"ld.param.b64 %rd{n + 1}, [k_param_{n}];" for n in range(parameters))
     return f"""
@@ -125,7 +125,10 @@ st.global.b32 [%rd9], %r9;
 
 
 def test_a_shuffle_and_a_reduction():
-    body = "shfl.sync.bfly.b32 %r9, %r1, 16, 31, -1; redux.sync.add.s32 %r10, %r1, -1; sub.s32 %r9, %r9, %r10; st.global.b32 [%rd9], %r9;"
+    body = (
+        "shfl.sync.bfly.b32 %r9, %r1, 16, 31, -1; redux.sync.add.s32 %r10, %r1, -1;"
+        "sub.s32 %r9, %r9, %r10; st.global.b32 [%rd9], %r9;"
+    )
     out = torch.zeros(64, dtype=torch.int32)
     ran = run(body, out)
     sums = [sum(range(32)), sum(range(32, 64))]
@@ -262,7 +265,11 @@ def test_what_is_not_known_is_refused_before_anything_runs(body):
 
 def test_heads_that_are_not_known():
     good = text("")
-    for old, new in ((".reqntid 64", ".reqnctapercluster 2"), (".param .u64 k", ".param .texref k"), (".visible .entry", ".func")):
+    for old, new in (
+        (".reqntid 64", ".reqnctapercluster 2"),
+        (".param .u64 k", ".param .texref k"),
+        (".visible .entry", ".func"),
+    ):
         with pytest.raises(Unsupported):
             execute(good.replace(old, new), (1, 1, 1), [torch.zeros(1)])
     with pytest.raises(Unsupported, match="variable of the module"):

@@ -22,7 +22,7 @@ from rplib.errors import UserError
 ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Compute capability (times ten) -> bytes of shared memory that a block may have."""
 
-_SCALARS = {f"i{bits}": f"i{bits // 8}" for bits in (8, 16, 32, 64)} | {f"u{bits}": f"u{bits // 8}" for bits in (8, 16, 32, 64)}
+_SCALARS = {f"{sign}{bits}": f"{sign}{bits // 8}" for sign in "iu" for bits in (8, 16, 32, 64)}
 _SCALARS |= {"i1": "i1", "u1": "u1", "fp16": "f2", "fp32": "f4", "f32": "f4", "fp64": "f8", "f64": "f8"}
 """Triton's types of numbers -> numpy's."""
 
@@ -157,7 +157,7 @@ def execute(
 
 @contextmanager
 def compiled(architecture: int = 90) -> Iterator[Session]:
-    """Inside, ``kernel[grid](...)`` on CPU tensors compiles for a GPU of this architecture and runs on this machine.
+    """Inside, ``kernel[grid](...)`` on CPU tensors compiles for a GPU of this architecture and runs here.
 
     Tensors that ``torch.empty``, ``torch.empty_like``, ``torch.empty_strided`` and ``Tensor.new_empty`` make inside hold undefined
     values until a kernel, or the host, writes them.

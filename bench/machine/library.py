@@ -11,5 +11,5 @@ from rplib.bench.machine.driver import Session, compiled
 @contextmanager
 def compiled_library(architecture: int = 90) -> Iterator[Session]:
     """As `compiled`; inside, ``impl="triton"`` also takes CPU tensors, without Triton's interpreter."""
-    with mock.patch.object(dispatch, "interpreting", lambda: True), compiled(architecture) as session:
+    with mock.patch.object(dispatch, "interpreting", return_value=True), compiled(architecture) as session:
         yield session

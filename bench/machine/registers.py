@@ -97,7 +97,7 @@ def choose(mask: np.ndarray, new: Known, old: Known) -> Any:
         return True
     if isinstance(new, Halves) or isinstance(old, Halves):
         pair = Halves(*(choose(mask, n, o) for n, o in zip(halves(new), halves(old), strict=True)))
-        return True if pair == (True, True) else pair
+        return True if pair.low is True and pair.high is True else pair
     return simplified(np.where(mask, new, old))
 
 

@@ -1,9 +1,9 @@
 """Machine code (SASS) behind the executed PTX: which of its instructions ran, and how often.
 
-The machine executes PTX; the GPU executes what ptxas makes of it. ptxas keeps a line table when it is asked to, from the ``.loc``
-directives of the PTX: here every PTX instruction is given a ``.loc`` of its own line, so that every SASS instruction names the PTX
-instruction that it came from. The code itself stays the same, which is checked. A basic block of the SASS then ran as often as most of
-the PTX instructions that it came from.
+The machine executes PTX; the GPU executes what ptxas makes of it. ptxas keeps a table of lines, from the ``.loc`` directives of
+the PTX: here every PTX instruction gets a ``.loc`` with its own line, so that every SASS instruction names the PTX instruction
+that it came from. The code itself stays the same, which is checked. A basic block of the SASS then counts as run as often as
+most of the PTX instructions that it came from.
 """
 
 import re
@@ -56,7 +56,9 @@ def machine_code(ptx: str, cubin: bytes, architecture: int) -> list[MachineInstr
         source.write_text(numbered)
         theirs.write_bytes(cubin)
         name = sm_arch_from_capability(architecture)
-        _run(get_ptxas(architecture).path, "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={name}", str(source), "-o", str(ours))
+        _run(
+            get_ptxas(architecture).path, "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={name}", str(source), "-o", str(ours)
+        )
         text = _run(knobs.nvidia.nvdisasm.path, "-g", "-c", str(ours))
         before = _run(knobs.nvidia.nvdisasm.path, "-c", str(theirs))
     found = list(_instructions(text))

@@ -31,9 +31,7 @@ def build(ins: Instruction, program: "Program") -> "Step | None":
     if ins.opcode == "bar.warp.sync":
         return lambda chunk: None
     if ins.base in ("mma", "wgmma", "tcgen05", "ldtm"):
-        raise Unsupported(
-            f"line {ins.line}: {ins.opcode}: products of matrices are not executed"
-        )
+        raise Unsupported(f"line {ins.line}: {ins.opcode}: products of matrices are not executed")
     return None
 
 
