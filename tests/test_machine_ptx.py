@@ -127,7 +127,7 @@ st.global.b32 [%rd9], %r9;
 def test_a_shuffle_and_a_reduction():
     body = (
         "shfl.sync.bfly.b32 %r9, %r1, 16, 31, -1; redux.sync.add.s32 %r10, %r1, -1;"
-        "sub.s32 %r9, %r9, %r10; st.global.b32 [%rd9], %r9;"
+        "bar.warp.sync -1; sub.s32 %r9, %r9, %r10; st.global.b32 [%rd9], %r9;"
     )
     out = torch.zeros(64, dtype=torch.int32)
     ran = run(body, out)
@@ -282,7 +282,7 @@ def test_heads_that_are_not_known():
 
 
 def test_fused_multiply_add_rounds_once():
-    """Against exact fractions; among the cases are sums that lie halfway between two floats but for the last bits of the product."""
+    """Against exact fractions; some sums lie halfway between two floats but for the last bits of the product."""
     rng = np.random.default_rng(0)
     n = 3000
     a, b = rng.normal(size=(2, n)).astype(np.float32)

@@ -142,3 +142,55 @@ def test_refused_where_triton_interprets():
         pass
     with pytest.raises(UserError, match="architecture is 75; expected one of 80, 90, 100"), compiled(75):
         pass
+
+
+# ------------------------------------------------------------------------------------------------------ beside a GPU
+
+
+def a_row(kernel, sass, passes, moved):
+    from rplib.bench.machine import report
+
+    return report.Row("sm_90", 2, 16, "float32", "contiguous", kernel, 4, sass, sass, 0.0, passes, moved, moved, 16384)
+
+
+def test_measured_times_beside_predicted_ones():
+    from rplib.bench.machine.beside_gpu import HEADS, beside
+    from rplib.bench.machine.prediction import GPUS
+    from rplib.bench.shapes import SHAPES, Case
+
+    # 4,014,080 voxels of 144 B at 3.35 TB/s take 172.5 us, of 9 instructions by 4 x 132 x 1.7 GHz 40.2 us
+    rows = [a_row("first_kernel", 9.0, 0.0, 144.0), a_row("second_kernel", 9.0, 0.0, 1.0)]
+    measured = {"first_kernel": 345.1e-6, "second_kernel": 40.2e-6, "third_kernel": 1e-6}
+    lines = beside(Case(SHAPES["left-atrium"]), measured, rows, GPUS["H100"])
+    assert [len(line) for line in lines] == [len(HEADS)] * 4
+    assert lines[0][3:] == ["first_kernel", "345.1", "172.5", "2.00", "memory"]
+    assert lines[1][3:] == ["second_kernel", "40.2", "40.2", "1.00", "issue"]
+    assert lines[2][3:] == ["third_kernel", "1.0", "-", "-", "not in the table"]
+    assert lines[3][3:] == ["all", "385.3", "212.8", "1.81", ""]
+
+
+def test_the_profilers_figures_beside_the_machines(capsys):
+    """What `make gpu` prints after its part ncu."""
+    from rplib.bench import gpu
+
+    log = '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+    log += '"0","gradient_kernel","dram__bytes_read.sum","byte","80,281,600"\n'
+    log += '"0","gradient_kernel","gpu__time_duration.sum","us","30.0"\n'
+    gpu._print_bytes(log, "NVIDIA H100 80GB HBM3")
+    said = capsys.readouterr().out
+    assert "gradient_kernel: 20.00 B/voxel of the memory, 30.0 us (the machine: " in said and said.rstrip().endswith(" us)")
+    gpu._print_bytes(log, "another GPU")
+    assert "B/voxel)" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_kernel_times_on_a_gpu():
+    import torch
+
+    from rplib.bench.machine.beside_gpu import kernel_seconds
+    from rplib.bench.shapes import SHAPES, Case
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    found = kernel_seconds(Case(SHAPES["small"]), torch.device("cuda"))
+    assert len(found) >= 3 and all(0 < seconds < 1 for seconds in found.values())

@@ -31,7 +31,8 @@ _SCALARS |= {"i1": "i1", "u1": "u1", "fp16": "f2", "fp32": "f4", "f32": "f4", "f
 class Ran:
     """One launch as it ran: see `Counts` for what it did.
 
-    ptx, cubin: what was compiled. shared: bytes of shared memory of a block. sectors: names of arguments that lie in one piece of memory, joined by "=" -> different 32-byte sectors (loaded, stored).
+    ptx, cubin: what was compiled. shared: bytes of shared memory of a block. sectors: argument -> different 32-byte sectors
+    (loaded, stored); arguments that lie in one piece of memory are joined by "=".
     """
 
     name: str
@@ -159,8 +160,8 @@ def execute(
 def compiled(architecture: int = 90) -> Iterator[Session]:
     """Inside, ``kernel[grid](...)`` on CPU tensors compiles for a GPU of this architecture and runs here.
 
-    Tensors that ``torch.empty``, ``torch.empty_like``, ``torch.empty_strided`` and ``Tensor.new_empty`` make inside hold undefined
-    values until a kernel, or the host, writes them.
+    Tensors that ``torch.empty``, ``torch.empty_like``, ``torch.empty_strided`` and ``Tensor.new_empty`` make inside hold
+    undefined values until a kernel, or the host, writes them.
 
     Args:
         architecture: 80, 90 or 100, the compute capability times ten.

@@ -10,7 +10,7 @@ from rplib.bench.machine import access, warp
 from rplib.bench.machine.alu import Rule, decode
 from rplib.bench.machine.execution import Chunk, End, Step, barrier, branch, fall
 from rplib.bench.machine.memory import SHARED_BASE
-from rplib.bench.machine.ptx import ENDS_BLOCK, Instruction, Kernel, Unsupported
+from rplib.bench.machine.ptx import Instruction, Kernel, Unsupported
 from rplib.bench.machine.registers import Halves, as_type, halves, meet, simplified, storage, to_bits
 
 
@@ -53,7 +53,7 @@ class Program:
         steps, instructions = [], self.kernel.blocks[number]
         end: End = partial(fall, number)
         for ins in instructions:
-            if ins.base in ENDS_BLOCK:
+            if ins.ends_block:
                 end = self._end(ins, number)
             else:
                 steps.append(self._guarded(ins, self._step(ins)))

@@ -43,6 +43,11 @@ class Instruction:
     def base(self) -> str:
         return self.opcode.partition(".")[0]
 
+    @property
+    def ends_block(self) -> bool:
+        """A branch, a return, or a barrier of the thread block."""
+        return self.base in _ENDS_BLOCK and not self.opcode.startswith("bar.warp")
+
     def __str__(self) -> str:
         guard = f"@{'!' if self.negated else ''}{self.guard} " if self.guard else ""
         operands = ", ".join(o if isinstance(o, str) else "{" + ", ".join(o) + "}" for o in self.operands)
@@ -70,7 +75,7 @@ _LABEL = re.compile(r"(\$?\w+):\s*")
 # A frame of local memory is harmless while nothing refers to it, and so is a constant that libdevice leaves behind.
 _HARMLESS = re.compile(r"\.local\s+\.align\s+\d+\s+\.b8\s+__local_depot\w*\[\d+\]$|\.reg\s+\.b64\s+%SPL?$|\.pragma\b")
 _UNUSED_CONSTANT = re.compile(r"\.global\s+\.align\s+1\s+\.b8\s+_\$_str")
-ENDS_BLOCK = {"bra", "ret", "exit", "bar", "barrier"}
+_ENDS_BLOCK = {"bra", "ret", "exit", "bar", "barrier"}
 
 
 def parse(text: str) -> Kernel:
@@ -151,7 +156,7 @@ def _statement(kernel: Kernel, text: str, line: int, source: str) -> None:
     negated, guard, opcode, operands = found.groups()
     instruction = Instruction(opcode, _operands(operands), guard, bool(negated), line, source)
     kernel.blocks[-1].append(instruction)
-    if instruction.base in ENDS_BLOCK:
+    if instruction.ends_block:
         kernel.blocks.append([])
 
 
