@@ -120,7 +120,7 @@ def _integer_division(name: str, type: str) -> Rule:
     return Rule((type, type), type, arithmetic.divide if name == "div" else arithmetic.remainder)
 
 
-_SPECIAL = {
+_SPECIAL: dict[str, Any] = {
     "ex2": np.exp2,
     "lg2": np.log2,
     "sqrt": np.sqrt,

@@ -147,7 +147,7 @@ class Chunk:
             who = self.who()
             self.found(f"{kinds.UNDEFINED_USE} {use}", ins, who, ~np.broadcast_to(known, (self.lanes,))[who], ())
 
-    def found(self, kind: str, ins: Instruction, who: np.ndarray, bad: np.ndarray, detail: Any) -> None:
+    def found(self, kind: str, ins: Instruction, who: np.ndarray, bad: Any, detail: Any) -> None:
         """Report the lanes ``who`` where ``bad`` is set; detail: names of tensors, or a text for the n-th of ``who``."""
         if not bad.any():
             return

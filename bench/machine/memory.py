@@ -58,7 +58,7 @@ class Allocation:
         return self.bytes[: len(self.bytes) // size * size].view(f"u{size}")
 
 
-def by_component(known: np.ndarray, count: int) -> np.ndarray:
+def by_component(known: np.ndarray, count: int) -> Any:
     """Masks of places (accesses, n) -> of the components of a vector (count, accesses)."""
     if known.shape[1] < count:
         return np.broadcast_to(known.all(1), (count, len(known)))

@@ -147,11 +147,11 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
 
 def read_csv(path: Path = TABLE) -> dict[Row, str]:
     """Rows -> version of the compiler, as `write_csv` wrote them."""
-    types: dict[str, Any] = {"str": str, "int": int, "float": float, str: str, int: int, float: float}
+    types: dict[Any, Any] = {"str": str, "int": int, "float": float, str: str, int: int, float: float}
     found = {}
     with path.open(newline="") as file:
         for line in csv.DictReader(file):
-            found[Row(**{f.name: types[f.type](line[f.name]) for f in fields(Row)})] = line["triton"]  # type: ignore[index]
+            found[Row(**{f.name: types[f.type](line[f.name]) for f in fields(Row)})] = line["triton"]
     return found
 
 

@@ -40,7 +40,7 @@ class Tensors:
             if start in self._empty:
                 mask = self._empty[start][1]
                 mask |= memory != _POISON  # written by the host meanwhile
-                a.defined = mask[: len(mask) // place * place].reshape(-1, place).any(1)
+                a.defined = np.asarray(mask[: len(mask) // place * place].reshape(-1, place).any(1))
             made.append(a)
         return made
 
