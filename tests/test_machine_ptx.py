@@ -366,6 +366,16 @@ def test_packed_values_are_defined_half_by_half():
     assert kinds_of(run(shorts.replace(" %rs3;", " %rs4;") + "st.global.b32 [%rd9], %r10;", out)) == [kinds.UNDEFINED_STORE]
 
 
+def test_pairs_are_compared_half_by_half():
+    """1.0 and 2.0 as bfloat16 (0x3F80, 0x4000) in the halves of a register."""
+    body = (
+        "mov.b32 %r9, 0x40003F80; mov.b32 %r10, 0x3F803F80; setp.gt.bf16x2 %p1|%p2, %r9, %r10;"
+        "selp.b32 %r11, 1, 0, %p1; selp.b32 %r12, 2, 0, %p2; add.s32 %r11, %r11, %r12; st.global.b32 [%rd9], %r11;"
+    )
+    out = torch.zeros(64, dtype=torch.int32)
+    assert run(body, out).findings == [] and out.tolist() == [2] * 64
+
+
 def test_findings_say_where():
     ran = run(".loc 1 7 3 // source.py:7:3\nst.global.b32 [%rd9+4], %r1;", torch.zeros(64))
     (finding,) = ran.findings

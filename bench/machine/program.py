@@ -71,6 +71,8 @@ class Program:
             if source in Chunk.SPECIAL:
                 slot = self.register(target)
                 return lambda chunk: chunk.write(slot, chunk.special(source).astype(self.classes[slot]), True)
+        if ins.base == "setp" and ins.opcode.endswith(("f16x2", "bf16x2")):
+            return _compare_pairs(self, ins)
         if rule := decode(ins.opcode):
             return _pure(self, ins, rule)
         raise Unsupported(f"line {ins.line}: {ins}")
@@ -177,5 +179,23 @@ def _part(program: Program, opcode: str, targets: tuple[str, ...], source: Any) 
             if target is not None:
                 part = as_type(value >> value.dtype.type(each * i), f"u{each}")
                 chunk.write(target, part.astype(program.classes[target]), sides[i])
+
+    return step
+
+
+def _compare_pairs(program: Program, ins: Instruction) -> Step:
+    """setp.gt.bf16x2 %p|%q, %r, %r: a predicate for each half."""
+    rule = decode(ins.opcode.removesuffix("x2"))
+    names = str(ins.operands[0]).split("|")
+    if rule is None or len(names) != 2 or len(ins.operands) != 3:
+        raise Unsupported(f"line {ins.line}: {ins}")
+    targets, sources = [program.register(name) for name in names], [program.operand(text, "b32") for text in ins.operands[1:]]
+    type = rule.inputs[0] + "x2"
+
+    def step(chunk: Chunk) -> None:
+        result = rule.function(*(as_type(chunk.values[s], type) for s in sources))
+        known = [halves(chunk.known[s]) for s in sources]
+        for half, target in enumerate(targets):
+            chunk.write(target, result[:, half], meet(*(k[half] for k in known)))
 
     return step
