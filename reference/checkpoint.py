@@ -1,65 +1,28 @@
-"""Checkpoints that are whole or not there, and weights for everybody else."""
+"""Checkpoints, written atomically, and the networks in them."""
 
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
 
 from rplib.errors import UserError
 from rplib.reference.config import Config, load_config, load_recipe, parse
+from rplib.reference.files import write_atomically
 from rplib.reference.network import MutualVNet
 
 LAST, BEST, CONFIG = "last.pt", "best.pt", "config.toml"
-_TEMPORARY = ".tmp"
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that at every moment, a kill included, the path holds the old content or the new."""
-    written = temporary(path)
-    try:
-        with open(written, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(written, path)
-    except BaseException:
-        written.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the rename itself reaches the disk with the folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def temporary(path: Path) -> Path:
-    """Where a file is written before it takes its name; `remove_leftovers` finds it."""
-    return path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def remove_leftovers(run: Path) -> None:
-    """Delete temporary files of writes that a kill interrupted."""
-    for path in run.glob(f".*{_TEMPORARY}"):
-        path.unlink(missing_ok=True)
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint atomically. It holds tensors, numbers, text, lists and dicts only.
 
     Raises:
-        OSError: the disk is full, or the like.
+        OSError: the file cannot be written, for example because the disk is full.
     """
     try:
         write_atomically(path, lambda file: torch.save(content, file))
     except RuntimeError as error:
-        # torch.save closes its archive even after a failed write, which fails in turn and hides the first reason.
+        # torch.save closes its archive even after a failed write, which fails in turn and hides the first error.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -69,7 +32,7 @@ def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, with ``weights_only=True``.
 
     Raises:
-        UserError: missing, half-written, damaged, or not a checkpoint.
+        UserError: the file is missing, truncated, damaged, or not a checkpoint.
     """
     if not path.is_file():
         raise UserError(f"no checkpoint {path}.")
@@ -77,7 +40,7 @@ def load(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage sizes
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is not a readable checkpoint ({reason}); use another one or train again.") from error
+        raise UserError(f"{path} is not a readable checkpoint ({reason}); use another checkpoint or train again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; expected a checkpoint of `rplib train` or a state dict.")
     return content
@@ -87,9 +50,9 @@ def load_network(run: str | Path, which: Literal["best", "last"] | None = None) 
     """The network of a run, in evaluation mode on the CPU, and its settings.
 
     Args:
-        run: a run folder, one of its checkpoints, or a state dict of the authors' `mine3d_v1` (then the network's
-            size is read off its weights and the other settings are those of the recipe la-8).
-        which: ``"best"`` or ``"last"``; None takes best.pt where it exists, else last.pt.
+        run: a run folder, one of its checkpoints, or a state dict of the authors' `mine3d_v1` (the network's
+            size is then inferred from the weights; other settings are those of the recipe la-8).
+        which: ``"best"`` or ``"last"``; None loads best.pt if it exists, else last.pt.
 
     Raises:
         UserError: no such run or checkpoint, a damaged one, or weights that do not fit the network.
@@ -98,7 +61,7 @@ def load_network(run: str | Path, which: Literal["best", "last"] | None = None) 
     if run.is_dir():
         path = run / {"best": BEST, "last": LAST, None: BEST if (run / BEST).is_file() else LAST}[which]
         if not path.is_file():
-            raise UserError(f"{run} holds no {path.name}; is it a run folder of `rplib train`, and has it got that far?")
+            raise UserError(f"{run} holds no {path.name}; expected a run folder of `rplib train` with a saved checkpoint.")
     else:
         path = run
     content = load(path)
@@ -119,10 +82,10 @@ def build_network(config: Config) -> MutualVNet:
 
 
 def load_weights(network: MutualVNet, weights: dict[str, Any], path: Path) -> None:
-    """Put a state dict into a network.
+    """Load a state dict into a network.
 
     Raises:
-        UserError: the keys or the shapes are another network's.
+        UserError: keys or shapes do not match.
     """
     try:
         network.load_state_dict(weights)

@@ -1,7 +1,7 @@
-"""Settings of a training: recipes, overrides, and the resolved `config.toml` of a run.
+"""Training settings: recipes, overrides, and the resolved `config.toml` of a run.
 
-One flat table. The fields below are its keys, their defaults are the paper's settings on the Left Atrium data, and
-their comments go into every file that is written.
+One flat table. The fields below are its keys. Their defaults are the paper's settings on the Left Atrium data, written out in
+recipes/base.toml; a recipe names its base and what differs. Their comments go into every config.toml and `--help-settings`.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from typing import Any
 from rplib.errors import UserError
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
+BASE = "base"  # recipes/base.toml: every key; also the key of a recipe file that names the recipe it builds on
 DEPTH = 16  # the network halves each axis four times
 
 CACHES = ("auto", "device", "ram")
@@ -25,11 +26,12 @@ _LEAVES_OUT = {
     "both": (),
     "which-only": ("weighting",),
     "how-only": ("confidence",),
-    "neither": ("confidence", "weighting"),
     "cross-pseudo-supervision": ("confidence", "weighting"),
     CONSISTENCY: ("confidence", "weighting"),
 }
 METHODS = tuple(_LEAVES_OUT)
+# Settings of earlier versions: the value that can be ignored, and the replacement.
+_RETIRED = {"weighting": ("similarity", "method=which-only for weight 1")}
 
 
 def _key(
@@ -58,7 +60,7 @@ class Config:
     """All settings of a run; checked on creation.
 
     Raises:
-        UserError: a value of the wrong type, outside its range, or at odds with another one.
+        UserError: a value of the wrong type, outside its range, or in conflict with another one.
 
     Example:
         >>> from rplib.reference.config import load_recipe
@@ -67,10 +69,10 @@ class Config:
         (8, 4, (32, 32, 32))
     """
 
-    name: str = _key("la-8", "what to call it", section="recipe")
+    name: str = _key("la-8", "name of the recipe", section="recipe")
 
     dataset: str = _key(
-        "left-atrium", "layout on disk", choices=("left-atrium", "pancreas", "brats", "generic"), section="data"
+        "left-atrium", "layout of the data set", choices=("left-atrium", "pancreas", "brats", "generic"), section="data"
     )
     normalisation: str = _key(
         "z-score",
@@ -78,26 +80,25 @@ class Config:
         choices=("z-score", "z-score-nonzero", "percentiles", "none"),
     )
     classes: int = _key(2, "background included", least=2, most=255)
-    labelled: int = _key(8, "the first so many of the training list, the rest is unlabelled; 0: all that have a label", least=0)
-    validation: int = _key(0, "so many of the labelled cases (the last) are moved out to choose the best weights by", least=0)
+    labelled: int = _key(8, "first N training cases; the rest are unlabelled. 0: every case that has a label", least=0)
+    validation: int = _key(0, "last N labelled cases, held out for model selection", least=0)
     patch: tuple[int, ...] = _key((112, 112, 80), "voxels; multiples of 16; two numbers for 2-D images", least=DEPTH)
     batch_size: int = _key(4, "labelled and unlabelled together", least=1)
-    labelled_per_batch: int = _key(2, "equal to batch_size: labelled only, unlabelled cases are not even read", least=1)
+    labelled_per_batch: int = _key(2, "equal to batch_size: labelled-only training; unlabelled cases are not read", least=1)
     augmentation: str = _key("mirror-rotate", "in the first two axes; 'none' crops only", choices=("mirror-rotate", "none"))
-    cache: str = _key("auto", "where the volumes are kept: on the device, where they fit, or in RAM", choices=CACHES)
+    cache: str = _key("auto", "where volumes are kept; 'auto': on the GPU if they fit, else in RAM", choices=CACHES)
 
     in_channels: int = _key(1, "channels of the image", least=1, section="network")
     filters: int = _key(16, "channels at full resolution; 16 gives 12,347,716 parameters", least=1)
     dropout: float = _key(0.5, "after the deepest block and before each output convolution", least=0.0, most=0.99)
 
-    dice_weight: float = _key(0.5, "times the sum of both decoders' Dice losses", least=0.0, section="objective")
-    consistency: float = _key(1.0, "maximum weight of the mutual loss; 0 trains on labels alone", least=0.0)
+    dice_weight: float = _key(0.5, "factor of the sum of both decoders' Dice losses", least=0.0, section="objective")
+    consistency: float = _key(1.0, "maximum weight of the mutual loss; 0: train on labels alone", least=0.0)
     ramp_length: int = _key(40, "steps of the ramp-up of that weight; 0: maximum from the start", least=0)
     ramp_every: int = _key(150, "iterations per step", least=1)
-    method: str = _key("both", "of mutual learning, see README.md", choices=METHODS)
-    confidence: str = _key("entropy", "which network teaches", choices=("entropy", "max_probability", "none"))
-    weighting: str = _key("similarity", "how reliable its pseudo-label is", choices=("similarity", "none"))
-    temperature: float = _key(0.1, "of the sharpened probabilities; 'mutual-consistency' only", above=0.0)
+    method: str = _key("both", "the paper's loss, an ablation or an alternative; see training/README.md", choices=METHODS)
+    confidence: str = _key("entropy", "how the networks' confidence is compared", choices=("entropy", "max_probability"))
+    temperature: float = _key(0.1, "temperature of the sharpened probabilities; 'mutual-consistency' only", above=0.0)
     cross_entropy_on: str = _key(
         "logits", "'probabilities' is the authors' upload of January 2024", choices=("logits", "probabilities")
     )
@@ -108,25 +109,25 @@ class Config:
     momentum: float = _key(0.9, "of SGD", least=0.0, most=0.9999)
     weight_decay: float = _key(0.0001, "of SGD", least=0.0)
     schedule: str = _key("constant", "'polynomial': times (1 - t/iterations)^0.9", choices=("constant", "polynomial"))
-    seed: int = _key(1337, "of weights, dropout, order of cases, crops", least=0, most=2**63 - 1)
+    seed: int = _key(1337, "for weights, dropout, order of cases, crops", least=0, most=2**63 - 1)
     amp: str = _key("off", "mixed precision of the network, on a GPU", choices=("off", "bfloat16"))
-    tf32: bool = _key(True, "TensorFloat-32 convolutions on GPUs that have them, as is PyTorch's habit; false: float32")
-    channels_last: bool = _key(False, "memory layout; faster convolutions on most devices, last bits differ")
-    compile: bool = _key(False, "torch.compile the network's training; the first step then takes a minute or so")
+    tf32: bool = _key(True, "TensorFloat-32 convolutions on GPUs that support them (PyTorch's default)")
+    channels_last: bool = _key(False, "memory layout; faster on most devices, results differ in the last bits")
+    compile: bool = _key(False, "torch.compile the network; the first step takes about a minute")
 
     protocol: str = _key(
         "held-out",
-        "'paper' chooses the weights on the TEST list, as the published numbers did",
+        "'paper' selects weights on the TEST list, as the published numbers did",
         choices=("held-out", "paper"),
         section="evaluation",
     )
-    validate_from: int = _key(800, "first iteration to validate at", least=1)
+    validate_from: int = _key(800, "iteration of the first validation", least=1)
     validate_every: int = _key(200, "iterations", least=1)
     stride: tuple[int, ...] = _key((18, 18, 4), "of the sliding windows, voxels", least=1)
     window_batch: int = _key(4, "windows in one forward pass", least=1)
 
     checkpoint_every: int = _key(200, "iterations between writes of last.pt", least=1, section="run folder")
-    log_every: int = _key(10, "iterations between looks at the losses (each waits for the device once)", least=1)
+    log_every: int = _key(10, "iterations between logged losses (each synchronises the device once)", least=1)
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -139,45 +140,42 @@ class Config:
                 raise UserError(f"patch is {list(self.patch)}; each axis must be a multiple of {DEPTH}.")
         if len(self.stride) != len(self.patch):
             raise UserError(
-                f"stride {list(self.stride)} and patch {list(self.patch)} differ in their number of axes; "
+                f"stride {list(self.stride)} and patch {list(self.patch)} have different numbers of axes; "
                 "give both three numbers, or two for 2-D images."
             )
         if any(s > p for s, p in zip(self.stride, self.patch, strict=True)):
             raise UserError(
                 f"stride {list(self.stride)} is larger than patch {list(self.patch)}; voxels between windows "
-                "would stay unseen: set stride."
+                "would be skipped; lower stride."
             )
         if self.labelled_per_batch > self.batch_size:
             raise UserError(
-                f"labelled_per_batch is {self.labelled_per_batch} of batch_size {self.batch_size}; lower it or raise batch_size."
+                f"labelled_per_batch={self.labelled_per_batch} exceeds batch_size={self.batch_size}; lower the former."
             )
         if self.validation >= self.labelled > 0:
             raise UserError(
                 f"validation={self.validation} leaves none of the {self.labelled} labelled cases for training; "
                 "lower validation or raise labelled."
             )
-        for method, key, remedy in (("which-only", "confidence", "entropy"), ("how-only", "weighting", "similarity")):
-            if self.method == method and getattr(self, key) == "none":
-                raise UserError(f"method={method} and {key}=none leave nothing; set {key}={remedy}, or method=neither.")
         if self.protocol == "paper" and self.validation:
             raise UserError(
-                f"protocol 'paper' chooses by the test list, so validation={self.validation} has no use; "
+                f"protocol 'paper' selects weights on the test list, so validation={self.validation} has no effect; "
                 "set validation=0 or protocol=held-out."
             )
         if self.batch_size * math.prod(axis // DEPTH for axis in self.patch) < 2:
             raise UserError(
                 f"batch_size {self.batch_size} with patch {list(self.patch)} leaves one value per channel at "
-                "the deepest level, too few for batch normalisation; raise either."
+                "the deepest level, too few for batch normalisation; increase either."
             )
 
     @property
     def labelled_only(self) -> bool:
-        """No unlabelled sample in any batch."""
+        """Whether batches have no unlabelled samples."""
         return self.labelled_per_batch == self.batch_size
 
     @property
     def title(self) -> str:
-        """The recipe's name, and the method where it is another than the paper's."""
+        """The recipe's name, followed by the method if it is not the paper's."""
         return self.name if self.method == "both" else f"{self.name}, method {self.method}"
 
     @property
@@ -186,18 +184,18 @@ class Config:
         out = _LEAVES_OUT[self.method]
         return {
             "dice_weight": self.dice_weight,
-            "confidence": None if "confidence" in out or self.confidence == "none" else self.confidence,
-            "weighting": None if "weighting" in out or self.weighting == "none" else self.weighting,
+            "confidence": None if "confidence" in out else self.confidence,
+            "weighting": None if "weighting" in out else "similarity",
             "cross_entropy_on": self.cross_entropy_on,
             "impl": self.impl,
         }
 
     def replace(self, **changes: Any) -> "Config":
-        """A copy with some settings changed, checked again."""
+        """A checked copy with some settings changed."""
         return dataclasses.replace(self, **changes)
 
     def to_toml(self) -> str:
-        """The complete file, with comments; `parse` reads it back to an equal object."""
+        """The complete file with comments; `parse` reads it back to an equal object."""
         lines: list[str] = []
         for f in dataclasses.fields(self):
             if f.metadata["section"]:
@@ -210,38 +208,36 @@ KEYS = {f.name: f for f in dataclasses.fields(Config)}
 
 
 def parse(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
-    """Settings from TOML text; keys that it lacks take the paper's values.
+    """Settings from TOML text; missing keys take the values of its `base` recipe, or else the paper's.
 
     Args:
-        source: what to call the text in an error.
-        overrides: `key=value` words, as after `--set`.
+        source: name of the text in error messages.
+        overrides: `key=value` options, as after `--set`.
 
     Raises:
-        UserError: bad TOML, unknown key (with the nearest known one), or a value that does not fit.
+        UserError: invalid TOML, an unknown key (the nearest known one is suggested), or an invalid value.
     """
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{source} is not valid TOML: {error}.") from error
-    for key in table:
-        _known(key, source)
-    return Config(**{**table, **parse_overrides(overrides)})
+    return Config(**{**_base_of(table, source), **_known_keys(table, source), **parse_overrides(overrides)})
 
 
-def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
     """`["filters=4", "patch=32,32,32"]` as a table.
 
-    Values are written as in TOML; text needs no quotes and lists no brackets.
+    Values use TOML syntax; strings need no quotes and lists no brackets.
 
     Raises:
         UserError: no `=`, or an unknown key.
     """
     table: dict[str, Any] = {}
-    for word in words:
-        key, equals, text = word.partition("=")
+    for setting in settings:
+        key, equals, text = setting.partition("=")
         key, text = key.strip(), text.strip()
         if not equals:
-            raise UserError(f"--set {word}: expected key=value, for example --set filters=4.")
+            raise UserError(f"--set {setting}: expected key=value, for example --set filters=4.")
         _known(key, "--set")
         if KEYS[key].type is str:
             table[key] = text.strip("\"'")
@@ -257,15 +253,15 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
 
 
 def recipe_names() -> list[str]:
-    """Names that `--recipe` knows."""
-    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+    """Names that `--recipe` accepts."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml") if path.stem != BASE)
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """A recipe by its name or by the path of a TOML file.
+    """Load a recipe by its name or from a TOML file.
 
     Raises:
-        UserError: no such recipe or file, or something in it does not fit.
+        UserError: no such recipe or file, or invalid content.
     """
     path = Path(recipe)
     if path.suffix != ".toml":
@@ -273,7 +269,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
         if str(recipe) not in recipe_names():
             near = difflib.get_close_matches(str(recipe), recipe_names(), n=2, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise UserError(f"no recipe named {recipe}; {hint}known: {', '.join(recipe_names())}; or give a FILE.toml.")
+            raise UserError(f"no recipe named {recipe}; {hint}known: {', '.join(recipe_names())}; or name a FILE.toml.")
     return load_config(path, overrides)
 
 
@@ -281,13 +277,25 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Settings from a TOML file, such as the `config.toml` of a run.
 
     Raises:
-        UserError: the file is missing or unreadable, or something in it does not fit.
+        UserError: the file is missing, unreadable or invalid.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"settings {path} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
     return parse(text, str(path), overrides)
+
+
+def describe_settings() -> str:
+    """Every key with its type, default and meaning, by section: the text of `rplib train --help-settings`."""
+    lines: list[str] = []
+    for f in KEYS.values():
+        if f.metadata["section"]:
+            lines += ["", f.metadata["section"]]
+        kind = {int: "integer", float: "number", bool: "true or false", str: "text"}.get(f.type, "integers")  # type: ignore[arg-type]
+        lines.append(f"  {f.name} = {_toml(f.default)}  ({kind})")
+        lines.append(f"      {_comment(f)}")
+    return "\n".join(lines).strip() + "\n"
 
 
 def differences(a: Config, b: Config) -> list[str]:
@@ -299,16 +307,49 @@ def differences(a: Config, b: Config) -> list[str]:
     return [key for key in KEYS if getattr(a, key) != getattr(b, key)]
 
 
+def _base_of(table: dict[str, Any], source: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The keys inherited through `base = "NAME"`, recursively; removes `base` from the table."""
+    name = table.pop(BASE, None)
+    if name is None:
+        return {}
+    if not isinstance(name, str) or not (RECIPES / f"{name}.toml").is_file() or Path(name).name != name:
+        raise UserError(f"{source}: base is {name!r}; expected the name of a recipe: {BASE}, {', '.join(recipe_names())}.")
+    if name in seen:
+        raise UserError(f"{source}: base = {name!r} is circular, through {', '.join(seen)}.")
+    below = tomllib.loads((RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
+    return {**_base_of(below, name, (*seen, name)), **_known_keys(below, name)}
+
+
+def _known_keys(table: dict[str, Any], source: str) -> dict[str, Any]:
+    """The table without retired settings that have no effect.
+
+    Raises:
+        UserError: an unknown key, or a retired one with an effect.
+    """
+    known = {}
+    for key, value in table.items():
+        if key in _RETIRED:
+            without_meaning, instead = _RETIRED[key]
+            if value != without_meaning:
+                raise UserError(f"{source}: {key} = {value!r} is no longer a setting; use {instead}.")
+            continue
+        _known(key, source)
+        known[key] = value
+    return known
+
+
 def _known(key: str, source: str) -> None:
     if key in KEYS:
         return
+    if key in _RETIRED:
+        raise UserError(f"{source}: {key} is no longer a setting; use {_RETIRED[key][1]}.")
     near = difflib.get_close_matches(key, KEYS, n=3, cutoff=0.5) or [k for k in KEYS if key in k]
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(KEYS)}."
     raise UserError(f"{source}: unknown setting {key!r}; {hint}")
 
 
 def _checked(f: "dataclasses.Field[Any]", value: Any) -> Any:
-    """The value in its declared type, or a UserError that names the key."""
+    """The value converted to its declared type; a UserError names the key."""
     if f.type == tuple[int, ...]:
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) not in (2, 3) or not all(map(_is_int, value)):
             raise UserError(
@@ -319,7 +360,7 @@ def _checked(f: "dataclasses.Field[Any]", value: Any) -> Any:
         return tuple(int(axis) for axis in value)
     if f.type is float and _is_int(value):
         value = float(value)
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[f.type]  # type: ignore[index]
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[f.type]  # type: ignore[index]
     fits = _is_int(value) if f.type is int else isinstance(value, f.type)  # type: ignore[arg-type]
     if not fits or (isinstance(value, float) and not math.isfinite(value)):
         raise UserError(f"{f.name} is {value!r}; expected {expected}, such as {f.name}={_toml(f.default)}.")

@@ -178,7 +178,7 @@ def test_the_profilers_figures_beside_the_machines(capsys):
     log += '"0","gradient_kernel","gpu__time_duration.sum","us","30.0"\n'
     gpu._print_bytes(log, "NVIDIA H100 80GB HBM3")
     said = capsys.readouterr().out
-    assert "gradient_kernel: 20.00 B/voxel of the memory, 30.0 us (the machine: " in said and said.rstrip().endswith(" us)")
+    assert "gradient_kernel: 20.00 B/voxel of DRAM traffic, 30.0 us (the machine: " in said and said.rstrip().endswith(" us)")
     gpu._print_bytes(log, "another GPU")
     assert "B/voxel)" in capsys.readouterr().out
 
