@@ -100,6 +100,12 @@ def _fused(ftz: str | None, type: str) -> Rule:
     return Rule((type, type, type), type, arithmetic.flushing(function) if ftz else function)
 
 
+@_rule(r"fma\.rm(?P<ftz>\.ftz)?\.f32")
+def _fused_down(ftz: str | None) -> Rule:
+    function = arithmetic.fused_multiply_add_down
+    return Rule(("f32", "f32", "f32"), "f32", arithmetic.flushing(function) if ftz else function)
+
+
 @_rule(r"fma\.rn\.(?P<type>f16|bf16|f16x2|bf16x2)")
 def _short_fused(type: str) -> Rule:  # products of short floats are exact in float32, the result is rounded from there
     return Rule((type, type, type), type, arithmetic.fused_multiply_add)
@@ -291,6 +297,11 @@ def _to_integer(way: str, to: str, of: str) -> Rule:
 @_rule(r"cvt\.(?P<way>rni|rzi|rmi|rpi)(?:\.ftz)?\.(?P<type>f32|f64)\.(?P=type)")
 def _to_whole(way: str, type: str) -> Rule:
     return Rule((type,), type, _TO_WHOLE[way])
+
+
+@_rule(r"cvt(?:\.ftz)?\.sat\.f32\.f32")
+def _saturate() -> Rule:
+    return Rule(("f32",), "f32", lambda a: np.where(np.isnan(a), np.float32(0), np.clip(a, np.float32(0), np.float32(1))))
 
 
 @_rule(r"cvt\.(?P<to>f32|f64)\.(?P<of>f16|bf16|f32)")

@@ -20,6 +20,17 @@ def fused_multiply_add(a: Array, b: Array, c: Array) -> Array:
     return to_odd_float32(*two_sum(product, np.asarray(c, np.float64)))
 
 
+def fused_multiply_add_down(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c of float32, rounded towards minus infinity.
+
+    >>> fused_multiply_add_down(np.float32([1, 1]), np.float32([2**-30, -(2**-30)]), np.float32([1, 1])).tolist()
+    [1.0, 0.9999999403953552]
+    """
+    high, low = two_sum(np.multiply(a, b, dtype=np.float64), np.asarray(c, np.float64))
+    nearest = to_odd_float32(high, low)
+    return np.where(nearest.astype(np.float64) - high > low, np.nextafter(nearest, np.float32(-np.inf)), nearest)
+
+
 def two_sum(x: Array, y: Array) -> tuple[Array, Array]:
     """x + y of float64 and the rounding error of that sum, exactly."""
     total = x + y

@@ -16,7 +16,8 @@ class Tensors:
 
     def made_empty(self, tensor: torch.Tensor) -> torch.Tensor:
         """Fill new memory with a pattern and remember that it holds no value."""
-        if tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.untyped_storage().nbytes():
+        plain = type(tensor) is torch.Tensor and tensor.device.type == "cpu" and tensor.layout == torch.strided
+        if plain and tensor.untyped_storage().nbytes():
             memory = _bytes(tensor)
             memory[:] = _POISON
             # The tensor is kept: memory that was freed and used again would be taken for undefined.
