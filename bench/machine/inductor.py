@@ -49,7 +49,7 @@ def loss_and_gradients(za: Tensor, zb: Tensor, fa: Tensor, fb: Tensor) -> tuple[
 
 
 def inductor_code(function: Callable[..., Any], inputs: Sequence[Tensor]) -> str:
-    """The Python module that inductor writes for ``function`` on CUDA tensors like ``inputs`` (CPU tensors). Inside `compiled`."""
+    """The Python module that inductor writes for ``function`` on CUDA tensors like ``inputs``, CPU tensors. Inside `compiled`."""
     import torch._inductor.config as config
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_inner
@@ -125,7 +125,7 @@ def _pretended_gpu() -> Iterator[None]:
 
 
 class _Runs:
-    """Runs inductor's module on CPU tensors; ``cost``: (name, predicted needs) of every launch, in order."""
+    """Runs inductor's module on CPU tensors; ``cost``: (name, needs) of every launch, in order."""
 
     def __init__(self, session: Session, folder: Path) -> None:
         self.session, self.folder = session, folder
@@ -140,8 +140,8 @@ class _Runs:
         space = {
             "async_compile": SimpleNamespace(triton=self._triton, wait=lambda _: None, cpp_pybinding=None),
             "empty_strided_cuda": lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype),
-            "extern_kernels": SimpleNamespace(bmm=self._bmm, mm=self._bmm), "get_raw_stream": lambda _: 0, "_nothing": nullcontext,
-            "__name__": "inductor",
+            "extern_kernels": SimpleNamespace(bmm=self._bmm, mm=self._bmm), "get_raw_stream": lambda _: 0,
+            "_nothing": nullcontext, "__name__": "inductor",
         }  # fmt: skip
         exec(compile(body, "inductor", "exec"), space)
         space["copy_if_misaligned"] = lambda t: t
