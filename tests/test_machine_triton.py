@@ -89,6 +89,22 @@ def test_the_kernels_do_no_more_than_they_did(case):
     assert done.stdout.startswith("passed")
 
 
+RIVAL = """
+from rplib.bench.machine.inductor import rival
+launches = rival(2, 16, "float32", "contiguous")
+assert len(launches) >= 10 and all(needs.bytes > 0 for _, needs in launches)
+assert sum(needs.bytes for _, needs in launches) > 240, "fewer bytes than the floor"
+print("passed")
+"""
+
+
+@pytest.mark.slow
+def test_inductors_kernels_run_here_and_are_right():
+    """`rival` compares loss and gradient with eager PyTorch before it counts anything."""
+    done = without_interpreter("-c", RIVAL)
+    assert done.returncode == 0 and done.stdout.endswith("passed\n"), (done.stdout + done.stderr)[-3000:]
+
+
 def test_the_committed_table_is_complete():
     from itertools import product
 
