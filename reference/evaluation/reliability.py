@@ -49,11 +49,8 @@ def map_stride(config: Config, stride: Sequence[int]) -> tuple[int, ...]:
 
 
 def questions(config: Config) -> dict[str, str]:
-    """Keywords of the two questions: those of the run, and the paper's where the run asks none."""
-    return {
-        "confidence": "entropy" if config.confidence == "none" else config.confidence,
-        "weighting": "similarity",
-    }
+    """Keywords of the two questions, asked of every run, whatever its method."""
+    return {"confidence": config.confidence, "weighting": "similarity"}
 
 
 @torch.inference_mode()

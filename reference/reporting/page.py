@@ -137,7 +137,7 @@ def _reliability(report: Report) -> str:
     used = "The training asks both questions."
     if config.labelled_only or config.consistency == 0:
         used = "This training learnt from labels alone: it asked neither question."
-    elif (config.loss_keywords["confidence"], config.loss_keywords["weighting"]) != (config.confidence, config.weighting):
+    elif None in (config.loss_keywords["confidence"], config.loss_keywords["weighting"]):
         used = f"This training (method {config.method}) did not ask both."
     stride = map_stride(config, report.stride)
     text = (
