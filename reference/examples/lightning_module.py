@@ -36,7 +36,7 @@ class MutualModule(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.hparams.lr, momentum=0.9)
 
 
-def main(processes: int = 1, epochs: int = 4) -> MutualModule:
+def main(processes: int = 1, epochs: int = 4, steps: int = -1) -> MutualModule:
     lightning.seed_everything(0)
     labelled = DataLoader(TensorDataset(*discs(4, seed=0)), batch_size=2 // processes)
     unlabelled = DataLoader(TensorDataset(discs(30, seed=1)[0]), batch_size=2 // processes)
@@ -44,7 +44,7 @@ def main(processes: int = 1, epochs: int = 4) -> MutualModule:
     module = MutualModule()
     trainer = lightning.Trainer(
         accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", max_epochs=epochs,
-        logger=False, enable_checkpointing=False, log_every_n_steps=1,
+        max_steps=steps, logger=False, enable_checkpointing=False, log_every_n_steps=1,
     )  # fmt: skip
     trainer.fit(module, loaders)
     if trainer.is_global_zero:

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-torch.set_num_threads(1)  # so small a training is slower with more
-
 
 def discs(number: int, seed: int, size: int = 48) -> tuple[Tensor, Tensor]:
     """Images (number, 1, size, size) float32 and labels (number, size, size) in {0, 1}."""
