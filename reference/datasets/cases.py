@@ -1,12 +1,16 @@
 """One case in memory, and what every kind of data set offers."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from rplib.errors import UserError
+from rplib.errors import UserError, printable, reading
+from rplib.reference.files import name_mistake
+
+MOST_CLASSES = 255  # background included: labels are uint8
 
 
 class Case(NamedTuple):
@@ -95,19 +99,20 @@ class Dataset(ABC):
 
 
 def read_list(path: Path) -> list[str]:
-    """Case names, one a line; what follows a comma is ignored, as are empty lines.
+    """Case names, one a line; what follows a comma is ignored, as are empty lines, and byte order marks.
 
     Raises:
-        UserError: unreadable, empty, or a name comes twice.
+        UserError: unreadable, empty, a name comes twice, or is none (``..``, with a separator or control character, too long).
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable as text ({error}); expected one case name a line.") from error
-    names = [name for line in lines if (name := line.partition(",")[0].strip())]
+    with reading(path, "list", "write one case name a line, in UTF-8"):
+        text = path.read_text(encoding="utf-8")  # CRLF and CR are line ends, too
+    names = [name for line in text.split("\n") if (name := line.replace("\ufeff", "").partition(",")[0].strip())]
     if not names:
         raise UserError(f"{path} is empty; expected one case name a line.")
-    twice = sorted({name for name in names if names.count(name) > 1})
+    for name in names:
+        if (expected := name_mistake(name)) is not None:
+            raise UserError(f"{path} names {printable(name)[:80]!r}, which is no case name; expected {expected}.")
+    twice = sorted(name for name, times in Counter(names).items() if times > 1)
     if twice:
         raise UserError(f"{path} names {', '.join(twice[:3])} more than once; remove the repetition.")
     return names

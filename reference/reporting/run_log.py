@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 import rplib
-from rplib.errors import UserError
+from rplib.errors import UserError, reading
 from rplib.reference.files import write_text_atomically
 
 METRICS_FILE, ENVIRONMENT = "metrics.csv", "environment.json"
@@ -92,8 +92,9 @@ def read_metrics(path: Path) -> list[LogRow]:
     Raises:
         UserError: not a metrics.csv of this program.
     """
-    with open(path, newline="", encoding="utf-8") as file:
-        header, *lines = list(csv.reader(file)) or [[]]
+    with reading(path, "metrics.csv", "take it away; a resumption writes a new one"):
+        text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")  # a kill may leave a line of zeros
+        header, *lines = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
     if tuple(header) != LogRow._fields:
         raise UserError(f"{path} has the columns {', '.join(header) or 'none'}; expected {', '.join(LogRow._fields)}.")
     rows = []
