@@ -302,8 +302,8 @@ def test_other_orientations_and_voxel_sizes_are_remarked(tmp_path, capsys):
         write_nifti(tmp_path / "labels" / f"{name}.nii.gz", np.ones((6, 5, 4), np.uint8), affine)
     code, out = check(capsys, tmp_path)
     assert code == 0
-    assert "stored in different orientations: " in out and "LAS (a)" in out and "RAS (b)" in out
-    assert "voxel sizes differ by more than half (0.5-0.5, 1.5-1.5, 2-4 mm)" in out
+    assert "1 of 2 images are stored in the orientation " in out and ("LAS, not b (RAS)" in out or "RAS, not a (LAS)" in out)
+    assert "differ by more than half from the usual 0.5 x 1.5 x 2 mm: b (0.5 x 1.5 x 4)" in out
 
 
 # --------------------------------------------------------------------------------------- network and batches for 2-D

@@ -1,6 +1,8 @@
 """`rplib data check`: reads every case of a data set and says what is wrong with which file."""
 
 import sys
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,8 @@ from rplib.errors import UserError
 from rplib.reference.datasets.cases import MOST_CLASSES
 from rplib.reference.datasets.layouts import NiftiFolder, guess_layout, open_dataset
 from rplib.reference.progress import progress
+
+_MANY = 4  # labelled cases, from which a label of one case alone is remarked on
 
 
 def check(root: Path, layout: str | None = None, classes: int | None = None, channels: int | None = None) -> int:
@@ -45,7 +49,8 @@ def check(root: Path, layout: str | None = None, classes: int | None = None, cha
                 for name in sorted(set(names[first]) & set(names[second]))
             ]
 
-    unlabelled, sizes, found = 0, [], set()
+    unlabelled, sizes = 0, []
+    voxels: dict[int, dict[str, int]] = defaultdict(dict)  # label value -> case -> number of voxels
     todo = [(split, name) for split in names for name in names[split]]
     for split, name in progress(todo, "checking"):
         try:
@@ -58,7 +63,8 @@ def check(root: Path, layout: str | None = None, classes: int | None = None, cha
         if case.label is None:
             unlabelled += 1
             continue
-        found |= set(np.unique(case.label).tolist())
+        for value, number in zip(*np.unique(case.label, return_counts=True), strict=True):
+            voxels[int(value)][name] = int(number)
         if not case.label.any():
             problems.append(
                 f"{dataset.path(name)}: 'label' is background everywhere; "
@@ -73,15 +79,48 @@ def check(root: Path, layout: str | None = None, classes: int | None = None, cha
         counts += [f"{len(names[split])} {'validation' if split == 'val' else split} cases" for split in splits[1:]]
         print(f"{root}: {', '.join(counts)}; {' x '.join(axes)} voxels")
     if isinstance(dataset, NiftiFolder) and sizes:
-        labels = ", ".join(map(str, sorted(found)))
+        known = dataset.label_names
+        labels = ", ".join(f"{value} ({known[value]})" if value in known else str(value) for value in sorted(voxels))
+        highest = max([*voxels, *known], default=0)
         print(
             f"{dataset.dims}-D, {dataset.channels} channel{'s' * (dataset.channels != 1)}, labels {labels}: "
-            f"--set in_channels={dataset.channels} classes={max(found, default=0) + 1}"
+            f"--set in_channels={dataset.channels} classes={highest + 1}"
         )
-    for remark in dataset.remarks() if sizes else []:
+    remarks = [*dataset.remarks(), *(label_remarks(voxels) if own else [])] if sizes else []
+    for remark in remarks:
         print(remark)
     if problems:
         print(f"rplib: error: {len(problems)} problem{'s' * (len(problems) != 1)} found in {root}", file=sys.stderr)
         return 2
     print("nothing wrong")
     return 0
+
+
+def label_remarks(voxels: Mapping[int, Mapping[str, int]]) -> list[str]:
+    """What the label values of all cases look like a slip by.
+
+    Args:
+        voxels: of every label value that was found, the voxels in each case that has it.
+
+    >>> label_remarks({0: {"a": 90, "b": 90}, 2: {"a": 10, "b": 10}})
+    ['no case has the label 1, and 2 is there: give the values 0 to 1 without a gap, or its class is trained on nothing.']
+    """
+    remarks = []
+    highest = max(voxels, default=0)
+    gaps = [value for value in range(1, highest) if value not in voxels]
+    if gaps:
+        shown = ", ".join(map(str, gaps[:5])) + ", ..." * (len(gaps) > 5)
+        many = len(gaps) > 1
+        remarks.append(
+            f"no case has the label{'s' * many} {shown}, and {highest} is there: give the values 0 to {len(voxels) - 1} without "
+            f"a gap, or {'their classes are' if many else 'its class is'} trained on nothing."
+        )
+    cases = {name for counts in voxels.values() for name in counts}
+    for value, counts in sorted(voxels.items()):
+        if value and len(counts) == 1 and len(cases) >= _MANY:
+            ((name, number),) = counts.items()
+            remarks.append(
+                f"the label {value} is in {name} alone, {number} voxel{'s' * (number != 1)}, of {len(cases)} labelled cases: "
+                "look whether it is a slip."
+            )
+    return remarks

@@ -2,8 +2,8 @@
 
 import torch
 from monai.networks.nets import BasicUNet
-from toy import dice, discs
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from toy import dice, discs
 
 import rplib
 

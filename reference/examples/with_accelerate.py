@@ -1,10 +1,10 @@
-"""Hugging Face accelerate: both networks in one module, the objective over all processes: `accelerate launch with_accelerate.py`."""
+"""Hugging Face accelerate: both networks in one module, the objective over all processes (`accelerate launch`)."""
 
 import torch
 from accelerate import Accelerator
 from monai.networks.nets import BasicUNet
-from toy import dice, discs
 from torch.utils.data import DataLoader, TensorDataset
+from toy import dice, discs
 
 import rplib
 
