@@ -17,7 +17,9 @@ class Pair(torch.nn.Module):
     def __init__(self, *networks: torch.nn.Module) -> None:
         super().__init__()
         self.networks = torch.nn.ModuleList(networks)
-        self.tap = rplib.FeatureTap(self.networks)
+        # By name, because on a GPU nnU-Net compiles the network before its first pass.
+        last = f"decoder.seg_layers.{len(networks[0].decoder.seg_layers) - 1}"
+        self.tap = rplib.FeatureTap(self.networks, layer=last)
 
     def forward(self, images: torch.Tensor) -> list:
         return [network(images) for network in self.networks] if self.training else self.networks[0](images)
