@@ -1,6 +1,7 @@
 """One's own data as it lies on the disk: nnU-Net folders, DICOM series, slips in labels, odd files among good ones."""
 
 import contextlib
+import csv
 import json
 import locale
 from pathlib import Path
@@ -9,14 +10,19 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from reference_tools import TINY, mistake
 
 from rplib import cli
 from rplib.errors import UserError
+from rplib.reference.checkpoint import load_network
 from rplib.reference.config import load_recipe
 from rplib.reference.datasets.check import label_remarks
 from rplib.reference.datasets.layouts import guess_layout, open_dataset, open_for, split_training
 from rplib.reference.datasets.nnunet import NnunetFolder, described
+from rplib.reference.evaluation import metrics
+from rplib.reference.inference.windows import segment
+from rplib.reference.network import MutualVNet
 
 AFFINE = np.diag([-0.5, -0.5, 2.0, 1.0])  # right to left, front to back, upwards: as DICOM has it, in NIfTI's terms
 SHAPE = (20, 18, 17)
@@ -298,3 +304,57 @@ def test_predict_does_the_good_files_when_one_is_refused(tmp_path, capsys):
         f"case_{number}_0000_prediction.nii.gz" for number in (0, 1)
     ]
     assert out.count("voxels") + out.count("nothing found") == 2
+
+
+# ------------------------------------------------------------------------------------------------------------- slices
+
+
+def test_a_network_of_slices_sees_volumes_slice_by_slice():
+    network = MutualVNet(in_channels=2, classes=3, filters=2, dims=2).eval()
+    volumes = torch.randn(2, 2, 16, 32, 3)
+    logits, features = network(volumes)
+    assert [tuple(z.shape) for z in logits] == [(2, 3, 16, 32, 3)] * 2 and features[0].shape == (2, 2, 16, 32, 3)
+    for z in range(3):
+        alone, _ = network(volumes[..., z])
+        for whole, part in zip(logits, alone, strict=True):
+            torch.testing.assert_close(whole[..., z], part)
+    torch.testing.assert_close(network.first_logits(volumes), logits[0])
+
+
+def test_training_on_slices_of_volumes_and_scores_of_volumes(tmp_path, capsys):
+    """The network is two-dimensional; crops, scores, label maps and spacings are those of volumes."""
+    data = tmp_path / "d"
+    for number in range(5):
+        image, label = example_case(number)
+        write_nifti(data / "images" / f"c{number}.nii.gz", image)
+        if number < 4:
+            write_nifti(data / "labels" / f"c{number}.nii.gz", label)
+    assert train(data, tmp_path / "run", "labelled=0", "patch=16,16,1", "stride=8,8,1", "batch_size=4", "channels_last=true") == 0
+    network, config = load_network(tmp_path / "run")
+    assert config.slices and isinstance(network.encoder.block_one.conv[0], torch.nn.Conv2d)
+    words = ["evaluate", tmp_path / "run", "--data", data, "--device", "cpu"]
+    assert cli.main([str(word) for word in words]) == 0
+    (row, *_) = list(csv.DictReader((tmp_path / "run" / "evaluation-test" / "scores.csv").open()))
+    case = open_dataset(data, "generic").load(row["case"], needs_label=True)
+    found = segment(network, case.image, config.patch, config.stride)
+    assert found.label.shape == SHAPE
+    assert float(row["dice"]) == pytest.approx(metrics.score(found.label, case.label).dice, abs=1e-4)
+    images = [data / "images" / "c4.nii.gz", "--out", tmp_path / "out", "--device", "cpu"]
+    assert cli.main([str(word) for word in ["predict", tmp_path / "run", *images]]) == 0
+    assert nibabel.load(tmp_path / "out" / "c4_prediction.nii.gz").shape == SHAPE
+
+
+def test_patches_that_are_no_slices():
+    for patch in ("16,1,16", "1,1,1", "16,1", "8,16,1"):
+        with pytest.raises(UserError, match="multiple of 16, or the last of three be 1 to train on slices"):
+            load_recipe("generic", [f"patch={patch}", "stride=1" + ",1" * patch.count(",")])
+
+
+def test_slices_of_background_alone_are_normal(tmp_path, capsys):
+    for number in range(4):
+        image, label = example_case(number)
+        write_nifti(tmp_path / "images" / f"c{number}.nii.gz", image[:, :, :1])
+        write_nifti(tmp_path / "labels" / f"c{number}.nii.gz", label[:, :, 8:9] * (number > 0))
+    code, out = check(capsys, tmp_path)
+    assert code == 0, out
+    assert "1 label of 2-D images holds background alone" in out

@@ -49,7 +49,7 @@ def check(root: Path, layout: str | None = None, classes: int | None = None, cha
                 for name in sorted(set(names[first]) & set(names[second]))
             ]
 
-    unlabelled, sizes = 0, []
+    unlabelled, bare, sizes = 0, 0, []
     voxels: dict[int, dict[str, int]] = defaultdict(dict)  # label value -> case -> number of voxels
     todo = [(split, name) for split in names for name in names[split]]
     for split, name in progress(todo, "checking"):
@@ -65,7 +65,9 @@ def check(root: Path, layout: str | None = None, classes: int | None = None, cha
             continue
         for value, number in zip(*np.unique(case.label, return_counts=True), strict=True):
             voxels[int(value)][name] = int(number)
-        if not case.label.any():
+        if not case.label.any() and case.label.ndim == 2:
+            bare += 1  # as many slices of an organ are
+        elif not case.label.any():
             problems.append(
                 f"{dataset.path(name)}: 'label' is background everywhere; "
                 f"{'remove the label file' if own else 'take the key out'} if it is unlabelled."
@@ -87,6 +89,8 @@ def check(root: Path, layout: str | None = None, classes: int | None = None, cha
             f"--set in_channels={dataset.channels} classes={highest + 1}"
         )
     remarks = [*dataset.remarks(), *(label_remarks(voxels) if own else [])] if sizes else []
+    if bare:
+        remarks.append(f"{bare} label{'s' * (bare != 1)} of 2-D images hold{'s' * (bare == 1)} background alone.")
     for remark in remarks:
         print(remark)
     if problems:

@@ -130,6 +130,8 @@ class NiftiFolder(Dataset):
                 f"{self.root} has no test.list: a fifth of the labelled cases is kept for the test ({kept}); "
                 "write train.list and test.list to choose yourself."
             )
+        if not self._grids:  # nothing was read yet
+            return remarks
         orientations = Counter(orientation for orientation, _ in self._grids.values())
         if len(orientations) > 1:
             (usual, times), *_ = orientations.most_common()
