@@ -128,8 +128,8 @@ def test_an_nnunet_folder_is_trained_on_as_it_lies(tmp_path, capsys):
 def test_settings_that_contradict_dataset_json(tmp_path, capsys):
     data = nnunet(tmp_path / "d", labels={"background": 0, "left": 1, "right": 2})
     said = mistake(capsys, "train", "--recipe", "generic", "--data", data, "--out", tmp_path / "r", "--device", "cpu")
-    assert "dataset.json names 2 channels; set in_channels=2" in said
-    with pytest.raises(UserError, match=r"names the labels 0 \(background\), 1 \(left\), 2 \(right\); set classes=3"):
+    assert "dataset.json lists 2 channels; set in_channels=2" in said
+    with pytest.raises(UserError, match=r"lists the labels 0 \(background\), 1 \(left\), 2 \(right\); set classes=3"):
         open_dataset(data, "generic", classes=2, channels=2)
     _, label = example_case(0)
     write_nifti(data / "labelsTr" / "case_0.nii.gz", 5 * label)  # a value that dataset.json does not name
@@ -151,10 +151,10 @@ def test_test_cases_of_nnunet(tmp_path, capsys):
     assert dataset.load("case_7", needs_label=True).label.sum() == 9**3
     code, out = check(capsys, data)
     assert code == 0
-    assert "the test cases are the 1 of imagesTs that have a label in labelsTs" in out
-    assert "imagesTs holds 1 images without a label" in out and "fifth" not in out
+    assert "1 cases of imagesTs have a label in labelsTs: they are the test cases" in out
+    assert "1 images in imagesTs have no label and are not used" in out and "fifth" not in out
     write_nifti(data / "imagesTr" / "case_7_0000.nii.gz", example_case(7)[0])
-    with pytest.raises(UserError, match="case_7 is in imagesTr and in imagesTs"):
+    with pytest.raises(UserError, match="case_7 is in both imagesTr and imagesTs"):
         open_dataset(data, "generic")
 
 
@@ -171,8 +171,8 @@ def test_cases_that_are_named_unlabelled_and_ignore(tmp_path):
     ("content", "reason"),
     [
         ("nothing", "is not a readable dataset.json"),
-        ("[1]", "no object in braces"),
-        ('{"labels": {"background": 0, "whole": [1, 2]}}', r"gives the label 'whole' as \[1, 2\].*regions are not trained"),
+        ("[1]", "expected a JSON object"),
+        ('{"labels": {"background": 0, "whole": [1, 2]}}', r"gives the label 'whole' as \[1, 2\].*regions are not supported"),
         ('{"labels": {"background": 0}, "file_ending": ".png"}', r"file_ending '.png'; expected .nii.gz or .nii"),
     ],
 )
@@ -229,7 +229,7 @@ def test_folders_that_are_no_one_series(tmp_path, capsys):
     (tmp_path / "images" / "notes" / "read.me").write_text("no image")
     code, out = check(capsys, tmp_path)
     assert code == 2
-    assert "b holds 2 folders of DICOM files (b, again); give one series" in out
+    assert "b holds 2 folders of DICOM files (b, again); keep one series" in out
     assert "4.00 mm apart, the others 2.00 mm; a slice is missing" in out
     assert "notes" not in out and "images/a" not in out
 
@@ -247,9 +247,9 @@ def test_labels_that_look_like_slips(tmp_path, capsys):
         write_nifti(tmp_path / "labels" / f"c{number}.nii.gz", label)
     code, out = check(capsys, tmp_path)
     assert code == 0
-    assert "no case has the labels 1, 3, 4, 5, 6, ..., and 9 is there: give the values 0 to 2 without a gap" in out
-    assert "the label 9 is in c4 alone, 3 voxels, of 6 labelled cases: look whether it is a slip" in out
-    assert "the label 2" not in out
+    assert "no case contains labels 1, 3, 4, 5, 6, ..., although 9 occurs; renumber the labels 0..2 without gaps" in out
+    assert "label 9 occurs in only one of 6 labelled cases, c4 (3 voxels); check whether it is a mistake" in out
+    assert "label 2" not in out
 
 
 def test_labels_that_are_as_they_should_be():
@@ -271,20 +271,20 @@ def test_an_odd_first_file_does_not_blame_the_others(tmp_path, capsys):
     problems = [line for line in out.splitlines() if ".nii.gz" in line]
     assert len(problems) == 1 and "a.nii.gz has 2 channels; expected 1" in problems[0]
     assert "3-D, 1 channel" in out
-    assert "4 of 5 images are stored in the orientation LPS, not b (RPS)" in out
-    assert "1 of 5 images have voxel sizes that differ by more than half from the usual 0.5 x 0.5 x 2 mm: b (0.5 x" in out
+    assert "4 of 5 images are stored in orientation LPS; different: b (RPS)" in out
+    assert "1 of 5 images have voxel sizes more than 1.5 times larger or smaller than the usual 0.5 x 0.5 x 2 mm: b (0.5 x" in out
 
 
 def test_check_of_an_unknown_folder_says_what_it_looked_for(tmp_path, capsys):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "notes.txt").touch()
     said = mistake(capsys, "data", "check", tmp_path)
-    assert "it holds notes.txt, pictures/" in said
+    assert "found notes.txt, pictures/." in said
     for name in ("2018LA_Seg_Training Set/", "Pancreas_h5/", "images/", "imagesTr/", "train.txt"):
         assert name in said
     (tmp_path / "pictures").rmdir()
     (tmp_path / "notes.txt").unlink()
-    assert "it holds nothing" in mistake(capsys, "data", "check", tmp_path)
+    assert "found nothing." in mistake(capsys, "data", "check", tmp_path)
     assert "no data folder" in mistake(capsys, "data", "check", tmp_path / "absent")
 
 
@@ -357,4 +357,4 @@ def test_slices_of_background_alone_are_normal(tmp_path, capsys):
         write_nifti(tmp_path / "labels" / f"c{number}.nii.gz", label[:, :, 8:9] * (number > 0))
     code, out = check(capsys, tmp_path)
     assert code == 0, out
-    assert "1 label of 2-D images holds background alone" in out
+    assert "1 label of 2-D images contains only background" in out

@@ -12,7 +12,7 @@ from rplib.reference.datasets.cases import MOST_CLASSES
 from rplib.reference.datasets.layouts import NiftiFolder, guess_layout, open_dataset
 from rplib.reference.progress import progress
 
-_MANY = 4  # labelled cases, from which a label of one case alone is remarked on
+_MANY = 4  # labelled cases from which on a label in a single case is worth a remark
 
 
 def check(root: Path, layout: str | None = None, classes: int | None = None, channels: int | None = None) -> int:
@@ -66,7 +66,7 @@ def check(root: Path, layout: str | None = None, classes: int | None = None, cha
         for value, number in zip(*np.unique(case.label, return_counts=True), strict=True):
             voxels[int(value)][name] = int(number)
         if not case.label.any() and case.label.ndim == 2:
-            bare += 1  # as many slices of an organ are
+            bare += 1  # normal for slices
         elif not case.label.any():
             problems.append(
                 f"{dataset.path(name)}: 'label' is background everywhere; "
@@ -90,7 +90,7 @@ def check(root: Path, layout: str | None = None, classes: int | None = None, cha
         )
     remarks = [*dataset.remarks(), *(label_remarks(voxels) if own else [])] if sizes else []
     if bare:
-        remarks.append(f"{bare} label{'s' * (bare != 1)} of 2-D images hold{'s' * (bare == 1)} background alone.")
+        remarks.append(f"{bare} label{'s' * (bare != 1)} of 2-D images contain{'s' * (bare == 1)} only background.")
     for remark in remarks:
         print(remark)
     if problems:
@@ -101,13 +101,13 @@ def check(root: Path, layout: str | None = None, classes: int | None = None, cha
 
 
 def label_remarks(voxels: Mapping[int, Mapping[str, int]]) -> list[str]:
-    """What the label values of all cases look like a slip by.
+    """Remarks on label values that look like mistakes: gaps, and values in a single case.
 
     Args:
-        voxels: of every label value that was found, the voxels in each case that has it.
+        voxels: per label value, the number of voxels in each case that contains it.
 
     >>> label_remarks({0: {"a": 90, "b": 90}, 2: {"a": 10, "b": 10}})
-    ['no case has the label 1, and 2 is there: give the values 0 to 1 without a gap, or its class is trained on nothing.']
+    ['no case contains label 1, although 2 occurs; renumber the labels 0..1 without gaps, or that class has no training voxel.']
     """
     remarks = []
     highest = max(voxels, default=0)
@@ -116,15 +116,15 @@ def label_remarks(voxels: Mapping[int, Mapping[str, int]]) -> list[str]:
         shown = ", ".join(map(str, gaps[:5])) + ", ..." * (len(gaps) > 5)
         many = len(gaps) > 1
         remarks.append(
-            f"no case has the label{'s' * many} {shown}, and {highest} is there: give the values 0 to {len(voxels) - 1} without "
-            f"a gap, or {'their classes are' if many else 'its class is'} trained on nothing."
+            f"no case contains label{'s' * many} {shown}, although {highest} occurs; renumber the labels 0..{len(voxels) - 1} "
+            f"without gaps, or {'those classes have' if many else 'that class has'} no training voxel."
         )
     cases = {name for counts in voxels.values() for name in counts}
     for value, counts in sorted(voxels.items()):
         if value and len(counts) == 1 and len(cases) >= _MANY:
             ((name, number),) = counts.items()
             remarks.append(
-                f"the label {value} is in {name} alone, {number} voxel{'s' * (number != 1)}, of {len(cases)} labelled cases: "
-                "look whether it is a slip."
+                f"label {value} occurs in only one of {len(cases)} labelled cases, {name} ({number} voxel{'s' * (number != 1)}); "
+                "check whether it is a mistake."
             )
     return remarks

@@ -22,7 +22,7 @@ def series_folder(path: Path) -> Path | None:
     folders = [folder for folder in (path, *sorted(path.rglob("*"))) if folder.is_dir() and _holds_dicom(folder)]
     if len(folders) > 1:
         names = ", ".join(folder.name for folder in folders[:3])
-        raise UserError(f"{path} holds {len(folders)} folders of DICOM files ({names}); give one series.")
+        raise UserError(f"{path} holds {len(folders)} folders of DICOM files ({names}); keep one series.")
     return folders[0] if folders else None
 
 
@@ -80,7 +80,7 @@ def read_series(path: Path) -> nibabel.Nifti1Image:
     if volume.GetDimension() != 3 or volume.GetNumberOfComponentsPerPixel() != 1:
         raise UserError(
             f"{folder} has the size {volume.GetSize()} with {volume.GetNumberOfComponentsPerPixel()} values a voxel; expected "
-            "a series of grey slices."
+            "a series of greyscale slices."
         )
     values, affine = xyz(volume), checked_affine(affine_of(volume), folder, "the grid of the series")
     image = nibabel.Nifti1Image(values.astype(np.float64) if values.dtype.itemsize == 8 else values, affine)

@@ -76,7 +76,7 @@ def guess_layout(root: str | Path) -> str:
     """The layout whose folders or lists lie in `root`.
 
     Raises:
-        UserError: none of them does; says what was looked for, and what is there.
+        UserError: none of them exists; lists what was looked for and what is there.
     """
     root = Path(root)
     if not root.is_dir():
@@ -90,14 +90,14 @@ def guess_layout(root: str | Path) -> str:
     for layout, names in signs.items():
         if any((root / name).is_dir() if name.endswith("/") else any(root.glob(name)) for name in names):
             return layout
-    if (root / "train.list").is_file():  # and the cases elsewhere: then their absence is told case by case
+    if (root / "train.list").is_file():  # its cases are then reported as missing, one by one
         return LeftAtrium.layout
     looked = "; ".join(f"{layout}: {', '.join(names)}" for layout, names in signs.items())
     there = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
     shown = ", ".join(map(printable, there[:5])) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
     raise UserError(
-        f"{root} has the layout of no data set that rplib reads (looked for {looked}); it holds {shown or 'nothing'}: give the "
-        "folder above or below, or put your images into images/ and your labels into labels/."
+        f"{root} contains no known data set: looked for {looked}; found {shown or 'nothing'}. Pass the folder that contains one "
+        "of these, or put your images into images/ and your labels into labels/."
     )
 
 

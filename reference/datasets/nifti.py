@@ -137,8 +137,8 @@ class NiftiFolder(Dataset):
             (usual, times), *_ = orientations.most_common()
             odd = [f"{name} ({orientation})" for name, (orientation, _) in self._grids.items() if orientation != usual]
             remarks.append(
-                f"{times} of {len(self._grids)} images are stored in the orientation {usual}, not {_some(odd)}; nothing is "
-                "turned on reading."
+                f"{times} of {len(self._grids)} images are stored in orientation {usual}; different: {_some(odd)}. Nothing is "
+                "reoriented."
             )
         sizes = {name: np.array(size) for name, (_, size) in self._grids.items()}
         middle = np.quantile(np.array(list(sizes.values())), 0.5, axis=0, method="lower")
@@ -150,8 +150,8 @@ class NiftiFolder(Dataset):
         if odd:
             told = " x ".join(f"{n:g}" for n in middle)
             remarks.append(
-                f"{len(odd)} of {len(sizes)} images have voxel sizes that differ by more than half from the usual {told} mm: "
-                f"{_some(odd)}; nothing is resampled on reading."
+                f"{len(odd)} of {len(sizes)} images have voxel sizes more than 1.5 times larger or smaller than the usual "
+                f"{told} mm: {_some(odd)}. Nothing is resampled."
             )
         return remarks
 
@@ -170,7 +170,7 @@ class NiftiFolder(Dataset):
         return [labelled[i] for i in order[: max(1, round(len(labelled) / 5))]]
 
     def _guess(self, dims: int | None, channels: int | None) -> tuple[int, int]:
-        """What is not given, as most of the images have it; one that cannot be read is told when it is loaded."""
+        """What is not given, from the majority of the images; unreadable ones are reported when they are loaded."""
         if dims is not None and channels is not None:
             return dims, channels
         seen: Counter[tuple[int, int]] = Counter()
