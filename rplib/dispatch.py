@@ -37,6 +37,11 @@ BEYOND_KERNELS = {
     "labelled": "the kernels take the first samples of the batch as the labelled ones",
     "supervised": 'the kernels compute no supervised term but "dice"',
     "statistics": "the kernels do not report statistics",
+    "minimum_confidence": "the kernels know no minimum_confidence",
+    "temperature": "the kernels know no temperature but 1",
+    "class_weights": "the kernels know no class_weights",
+    "prototypes": 'the kernels make prototypes per "sample"',
+    "reduction": 'the kernels compute reduction="mean"',
 }
 
 
@@ -64,7 +69,15 @@ def choose(
 
 def asked_of(options: Options, mask: Tensor | None) -> list[str]:
     """Names in `BEYOND_KERNELS` of what a call of the loss makes use of."""
-    used = {"mask": mask is not None, "students": options.students is not None}
+    used = {
+        "mask": mask is not None,
+        "students": options.students is not None,
+        "minimum_confidence": options.minimum_confidence is not None,
+        "temperature": options.temperature != 1,
+        "class_weights": options.class_weights is not None,
+        "prototypes": options.prototypes != "sample" and options.weighting is not None,
+        "reduction": options.reduction != "mean",
+    }
     return [name for name, asked in used.items() if asked]
 
 

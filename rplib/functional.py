@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rplib import dispatch, inputs, lean, naive
+from rplib import dispatch, inputs, lean, naive, per_voxel
 from rplib.maps import Reliability
-from rplib.options import Confidence, CrossEntropyOn, Implementation, Options, Weighting
+from rplib.options import Confidence, CrossEntropyOn, Implementation, Options, Prototypes, Reduction, Weighting
 from rplib.ranks import Group
 
 
@@ -25,6 +25,11 @@ def reliable_mutual_loss(
     check_finite: bool = False,
     process_group: Group = None,
     students: tuple[int, ...] | None = None,
+    minimum_confidence: float | None = None,
+    temperature: float = 1.0,
+    class_weights: tuple[float, ...] | None = None,
+    prototypes: Prototypes = "sample",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Mutual learning with reliable pseudo-labels: at each voxel the more confident network teaches the other.
 
@@ -51,11 +56,17 @@ def reliable_mutual_loss(
             init_process_group, and a module built with it then would know no group.
         students: the networks that learn, for example ``(0,)`` where network 1 is a mean teacher; the others only teach, and get
             no gradient. None: all.
+        minimum_confidence: a network teaches only where its largest probability is at least this; None: no such limit.
+        temperature: T of the teacher's probabilities in the weight, softmax(z_j / T): below 1 a sharper distribution.
+        class_weights: C numbers; the weight of a voxel is multiplied by that of its pseudo-label. None: 1 for all.
+        prototypes: the mean features of a class in each ``"sample"``, as in the paper, or in the whole ``"batch"``.
+        reduction: ``"mean"``: per pair the mean over the voxels taught, as in the paper; ``"sum"``: the sum over them;
+            ``"none"``: nothing is summed.
 
     Returns:
-        The loss, 0-dim, float32 (float64 for float64 input): the sum over ordered pairs of networks, each normalised by
-        the number of voxels taught. Computed in float32 or better whatever the input's dtype. A non-finite logit or
-        feature gives a non-finite loss.
+        The loss, 0-dim, float32 (float64 for float64 input): the sum over ordered pairs of networks. Computed in float32 or
+        better whatever the input's dtype. A non-finite logit or feature gives a non-finite loss. With ``reduction="none"`` a
+        tensor (pairs, B, *spatial) of this process's voxels: weight times cross-entropy, 0 where nobody teaches.
 
     Raises:
         TypeError: not a list of tensors, or an integer dtype.
@@ -76,13 +87,14 @@ def reliable_mutual_loss(
         >>> loss.shape, logits[0].grad.shape
         (torch.Size([]), torch.Size([2, 2, 8, 8, 8]))
     """
-    options = Options(confidence, weighting, cross_entropy_on, eps, impl, check_finite, process_group, students)
+    options = Options(
+        confidence, weighting, cross_entropy_on, eps, impl, check_finite, process_group, students,
+        minimum_confidence, temperature, class_weights, prototypes, reduction,
+    )  # fmt: skip
     return loss_with(options, logits, features, mask)
 
 
-def loss_with(
-    options: Options, logits: Sequence[Tensor], features: Sequence[Tensor] | None, mask: Tensor | None
-) -> Tensor:
+def loss_with(options: Options, logits: Sequence[Tensor], features: Sequence[Tensor] | None, mask: Tensor | None) -> Tensor:
     """`reliable_mutual_loss` with keywords that were checked before: for modules that keep them."""
     logits, features, mask = prepared(logits, features, mask, options)
     form = dispatch.choose(options.impl, logits, features, dispatch.asked_of(options, mask))
@@ -90,6 +102,9 @@ def loss_with(
         from rplib.kernels.operators import loss as triton_loss  # here: Triton need not be installed
 
         return triton_loss(usable_in_autograd(logits), features, options)
+    if options.reduction == "none":
+        found = (naive if form == "naive" else lean).maps([z.detach() for z in logits], features, options, mask)
+        return per_voxel.loss(logits, found, options, mask)
     if form == "naive":
         return naive.loss(logits, features, options, valid=mask)
     return lean.loss(logits, features, options, mask)
@@ -108,6 +123,11 @@ def reliability(
     check_finite: bool = False,
     process_group: Group = None,
     students: tuple[int, ...] | None = None,
+    minimum_confidence: float | None = None,
+    temperature: float = 1.0,
+    class_weights: tuple[float, ...] | None = None,
+    prototypes: Prototypes = "sample",
+    reduction: Reduction = "mean",
 ) -> list[Reliability]:
     """Which voxels each teacher is reliable at, and how reliable: for people who want to look.
 
@@ -134,7 +154,10 @@ def reliability(
         >>> bool((first.mask & second.mask).any())  # at most one of two networks teaches
         False
     """
-    options = Options(confidence, weighting, cross_entropy_on, eps, impl, check_finite, process_group, students)
+    options = Options(
+        confidence, weighting, cross_entropy_on, eps, impl, check_finite, process_group, students,
+        minimum_confidence, temperature, class_weights, prototypes, reduction,
+    )  # fmt: skip
     logits, features, mask = prepared(logits, features, mask, options)
     logits = [z.detach() for z in logits]
     form = dispatch.choose(impl, logits, features, dispatch.asked_of(options, mask))
@@ -155,13 +178,11 @@ class Prepared(NamedTuple):
     mask: Tensor | None
 
 
-def prepared(
-    logits: Sequence[Tensor], features: Sequence[Tensor] | None, mask: Tensor | None, options: Options
-) -> Prepared:
+def prepared(logits: Sequence[Tensor], features: Sequence[Tensor] | None, mask: Tensor | None, options: Options) -> Prepared:
     """Check what a caller passes against each other and against the options."""
     needed = options.weighting is not None
     z, f = inputs.check_tensors(logits, features, features_needed=needed)
-    options.check_networks(len(z))
+    options.check_sizes(len(z), z[0].shape[1])
     mask = inputs.check_mask(mask, z[0])
     f = None if f is None or not needed else [t.detach() for t in f]
     if options.students is not None:

@@ -25,10 +25,10 @@ def check_tensors(
         raise ValueError(f"logits holds {len(logits)} tensor; expected one per network, at least 2.")
     first = logits[0]
     if not 3 <= first.ndim <= 5:
-        stacked = " A stack of deep supervision outputs (B, outputs, C, *spatial) is unpacked by rplib.unstack."
+        advice = " A stack of deep supervision outputs (B, outputs, C, *spatial) is unpacked by rplib.unstack."
         raise ValueError(
             f"logits[0] has shape {_shape(first)}; expected (B, C, *spatial) with 1 to 3 spatial axes."
-            + (stacked if first.ndim == 6 else "")
+            + (advice if first.ndim == 6 else "")
         )
     if first.shape[1] < 2:
         raise ValueError(
@@ -39,9 +39,7 @@ def check_tensors(
         raise ValueError(f"logits[0] has shape {_shape(first)}; expected at least one sample and one voxel.")
     for k, z in enumerate(logits):
         if z.shape != first.shape:
-            raise ValueError(
-                f"logits[{k}] has shape {_shape(z)} but logits[0] has {_shape(first)}; expected equal shapes."
-            )
+            raise ValueError(f"logits[{k}] has shape {_shape(z)} but logits[0] has {_shape(first)}; expected equal shapes.")
     if features is None:
         if features_needed:
             raise ValueError(
@@ -61,7 +59,11 @@ def check_tensors(
             raise ValueError(
                 f"features[{k}] has shape {_shape(f)} but logits[0] has {_shape(first)}; "
                 "expected (B, F, *spatial) with the same batch and spatial sizes."
-                + (" A stack of deep supervision outputs (B, outputs, C, *spatial)? Unpack it with rplib.unstack." if stacked else "")
+                + (
+                    " A stack of deep supervision outputs (B, outputs, C, *spatial)? Unpack it with rplib.unstack."
+                    if stacked
+                    else ""
+                )
             )
         if f.shape[1] < 1:
             raise ValueError(f"features[{k}] has shape {_shape(f)}; expected at least one feature channel.")
@@ -144,9 +146,7 @@ def check_finite(logits: Sequence[Tensor], features: Sequence[Tensor] | None, ma
 
 def _as_list(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     if isinstance(tensors, Tensor) or not isinstance(tensors, (list, tuple)):
-        raise TypeError(
-            f"{name} is a {type(tensors).__name__}; expected a list or tuple with one tensor per network."
-        )
+        raise TypeError(f"{name} is a {type(tensors).__name__}; expected a list or tuple with one tensor per network.")
     for k, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}[{k}] is a {type(tensor).__name__}; expected a torch.Tensor.")
@@ -163,9 +163,7 @@ def _check_devices(logits: list[Tensor], features: list[Tensor]) -> None:
     for name, tensors in (("logits", logits), ("features", features)):
         for k, tensor in enumerate(tensors):
             if tensor.device != device:
-                raise ValueError(
-                    f"{name}[{k}] is on {tensor.device} but logits[0] is on {device}; expected one device for all."
-                )
+                raise ValueError(f"{name}[{k}] is on {tensor.device} but logits[0] is on {device}; expected one device for all.")
 
 
 def _shape(tensor: Tensor) -> str:

@@ -21,16 +21,14 @@ from torch import Tensor
 
 from rplib import ranks
 from rplib.inputs import valid_only
-from rplib.lean_voxels import compute_dtype, cross_entropy, doubt, network_at, pieces, slope, teaches
+from rplib.lean_voxels import class_factor, compute_dtype, cross_entropy, doubt, network_at, pieces, reliability, slope, teaches
 from rplib.maps import Reliability, ordered_pairs
 from rplib.options import Options
 from rplib.similarity import by_matrix_product, similarity
 from rplib.statistics import ObjectiveStatistics, Sums
 
 
-def loss(
-    logits: list[Tensor], features: list[Tensor] | None, options: Options, valid: Tensor | None = None
-) -> Tensor:
+def loss(logits: list[Tensor], features: list[Tensor] | None, options: Options, valid: Tensor | None = None) -> Tensor:
     """The mutual loss, a 0-dim tensor, differentiable once with respect to the logits."""
     return loss_and_statistics(logits, features, options, valid, detailed=False)[0]
 
@@ -45,6 +43,8 @@ def loss_and_statistics(
     poison = ranks.total(known.poison, group)
     counts = ranks.total(known.counts, group)
     normaliser = counts.to(poison.dtype) + options.eps + poison  # n_ij: (pairs,)
+    if options.reduction == "sum":
+        normaliser = torch.ones_like(normaliser) + poison
     value, numerators, weights = _LeanLoss.apply(  # type: ignore[no-untyped-call]
         options, len(logits), detailed, valid, poison, normaliser, *(known.prototypes or []), *logits, *(features or [])
     )
@@ -56,9 +56,7 @@ def loss_and_statistics(
     return result, sums.over_ranks(group)
 
 
-def maps(
-    logits: list[Tensor], features: list[Tensor] | None, options: Options, valid: Tensor | None = None
-) -> list[Reliability]:
+def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options, valid: Tensor | None = None) -> list[Reliability]:
     """Masks, weights and what they are made of, pair by pair."""
     dtype = compute_dtype(logits, features)
     spatial = logits[0].shape[2:]
@@ -72,14 +70,15 @@ def maps(
         assert prototypes is not None
         for k, (n, mu, f) in enumerate(zip(networks, prototypes, features, strict=True)):
             s, _ = similarity(valid_only(f.detach().flatten(2).to(dtype), keep), mu)
-            r = 1 - (s - n.p).square().mean(dim=1, keepdim=True)
-            known[k] = (mu, s.unflatten(2, spatial), r)
+            known[k] = (mu, s.unflatten(2, spatial), reliability(s, z[k], n, options))
     result = []
     for i, j in ordered_pairs(len(z), options.students):
-        mask = teaches(doubts[i], doubts[j], options, keep)
+        mask = teaches(doubts[i], doubts[j], networks[j], options, keep)
         label = networks[j].label.squeeze(1).unflatten(1, spatial)
         teacher = known[j]
         weight = mask.to(dtype) if teacher is None else torch.where(mask, teacher[2], torch.zeros_like(teacher[2]))
+        factor = class_factor(networks[j].label, options, dtype)
+        weight = weight if factor is None else weight * factor
         result.append(
             Reliability(
                 student=i,
@@ -138,7 +137,7 @@ def statistics(
             z = [valid_only(t[b, :, v].to(dtype), inside) for t in logits]
             networks = [network_at(t) for t in z]
             doubts = [doubt(t, n, options) for t, n in zip(z, networks, strict=True)]
-            counts = counts + torch.stack([teaches(doubts[i], doubts[j], options, inside).sum() for i, j in pairs])
+            counts = counts + torch.stack([teaches(doubts[i], doubts[j], networks[j], options, inside).sum() for i, j in pairs])
             poison = poison + sum(n.top.sum() for n in networks) * 0
             of_class = [_members(n.label, classes, inside) for n in networks] if features or detailed else []
             for k, f in enumerate(features):
@@ -168,7 +167,11 @@ def statistics(
     for network_sums, network_members in zip(sums, members, strict=True):
         total = torch.cat(network_sums)  # (B, C, F)
         poison = poison + total.sum() * 0
-        mean = total / (torch.cat(network_members).to(dtype).unsqueeze(2) + options.eps)
+        number = torch.cat(network_members)  # (B, C)
+        if options.prototypes == "batch":
+            total = ranks.total(total.sum(dim=0, keepdim=True), options.process_group).expand(batch, -1, -1)
+            number = ranks.total(number.sum(dim=0, keepdim=True), options.process_group).expand(batch, -1)
+        mean = total / (number.to(dtype).unsqueeze(2) + options.eps)
         length = mean.square().sum(dim=2, keepdim=True).sqrt()
         prototypes.append(mean / length.clamp_min(1e-12))
     return Statistics(counts, prototypes, poison, labelled, differing, counted)
@@ -274,16 +277,18 @@ def _weighting(
             doubts = [doubt(t, n, options) for t, n in zip(z, networks, strict=True)]
             reliable: list[Tensor] = []  # r_j: (b, 1, v)
             if features is not None and prototypes is not None:
-                for n, f, mu in zip(networks, features, prototypes, strict=True):
+                for own, n, f, mu in zip(z, networks, features, prototypes, strict=True):
                     s, length = similarity(valid_only(f[b, :, v].to(dtype), inside), mu[b])
-                    reliable.append(1 - (s - n.p).square().mean(dim=1, keepdim=True))
+                    reliable.append(reliability(s, own, n, options))
                     value = value + length.sum() * 0  # a feature whose square overflows must not look dissimilar
             totals: dict[int, Tensor] = {}
             pair_values, pair_weights = [], []
             for pair, (i, j) in enumerate(pairs):
-                mask = teaches(doubts[i], doubts[j], options, inside)
+                mask = teaches(doubts[i], doubts[j], networks[j], options, inside)
                 share = 1 / normaliser[pair]
                 share = reliable[j] * share if reliable else share
+                factor = class_factor(networks[j].label, options, dtype)
+                share = share if factor is None else share * factor
                 zeros = torch.zeros_like(networks[j].top)
                 weight = torch.where(mask, share, zeros)  # w_ij / n_ij: (b, 1, v)
                 ce = cross_entropy(z[i], networks[i], networks[j].label, options)

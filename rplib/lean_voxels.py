@@ -54,10 +54,25 @@ def doubt(z: Tensor, network: Network, options: Options) -> Doubt:
     return -(network.p * torch.log(network.p + options.eps)).sum(dim=1, keepdim=True), None
 
 
-def teaches(student: Doubt, teacher: Doubt, options: Options, valid: Tensor | None = None) -> Tensor:
+def teaches(student: Doubt, teacher: Doubt, teaching: Network, options: Options, valid: Tensor | None = None) -> Tensor:
     """m_ij: (b, 1, v) bool; False outside ``valid``, (b, 1, v)."""
-    more = _more_confident(student, teacher, options)
-    return more if valid is None else more & valid
+    mask = _more_confident(student, teacher, options)
+    if options.minimum_confidence is not None:
+        mask = mask & (1 / (1 + teaching.rest) >= options.minimum_confidence)
+    return mask if valid is None else mask & valid
+
+
+def reliability(s: Tensor, z: Tensor, network: Network, options: Options) -> Tensor:
+    """r_j from similarities (b, C, v): (b, 1, v)."""
+    p = network.p if options.temperature == 1 else network_at(z / options.temperature).p
+    return 1 - (s - p).square().mean(dim=1, keepdim=True)
+
+
+def class_factor(label: Tensor, options: Options, dtype: torch.dtype) -> Tensor | None:
+    """What the weight of a voxel with this pseudo-label (b, 1, v) is multiplied with; None for 1."""
+    if options.class_weights is None:
+        return None
+    return torch.tensor(options.class_weights, dtype=dtype, device=label.device)[label]
 
 
 def _more_confident(student: Doubt, teacher: Doubt, options: Options) -> Tensor:
@@ -84,10 +99,7 @@ def slope(network: Network, label: Tensor, options: Options) -> Tensor:
     own = classes == network.label
     if options.cross_entropy_on == "logits":
         # p - [c = l] without cancellation, then move the one from l to y where the two networks disagree.
-        return (
-            torch.where(own, -network.rest / (1 + network.rest), p)
-            + (own.to(p.dtype) - (classes == label).to(p.dtype))
-        )
+        return torch.where(own, -network.rest / (1 + network.rest), p) + (own.to(p.dtype) - (classes == label).to(p.dtype))
     # p(c) (D(c) - sum_q p(q) D(q)) with D = d - d(l): a shift cancels in the formula, and D(l) = 0 keeps small numbers.
     d = torch.softmax(p, dim=1) - (classes == label).to(p.dtype)
     shifted = d - d.gather(1, network.label)

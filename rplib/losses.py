@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from rplib.functional import loss_with
 from rplib.objective import objective_with
-from rplib.options import Confidence, CrossEntropyOn, Implementation, Options, Weighting
+from rplib.options import Confidence, CrossEntropyOn, Implementation, Options, Prototypes, Reduction, Weighting
 from rplib.ranks import Group
 from rplib.statistics import ObjectiveStatistics
-from rplib.supervised import Supervised, Supervision
+from rplib.supervised import MutualOn, Supervised, Supervision
 from rplib.targets import Labelled
 
 
@@ -40,16 +40,20 @@ class ReliableMutualLoss(nn.Module):
         check_finite: bool = False,
         process_group: Group = None,
         students: tuple[int, ...] | None = None,
+        minimum_confidence: float | None = None,
+        temperature: float = 1.0,
+        class_weights: tuple[float, ...] | None = None,
+        prototypes: Prototypes = "sample",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         self.options = Options(
-            confidence, weighting, cross_entropy_on, eps, impl, check_finite, process_group, students
-        )
+            confidence, weighting, cross_entropy_on, eps, impl, check_finite, process_group, students,
+            minimum_confidence, temperature, class_weights, prototypes, reduction,
+        )  # fmt: skip
 
-    def forward(
-        self, logits: Sequence[Tensor], features: Sequence[Tensor] | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        """Loss of K networks' logits (B, C, *spatial) and features (B, F, *spatial), at the voxels of mask (B, *spatial): 0-dim."""
+    def forward(self, logits: Sequence[Tensor], features: Sequence[Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
+        """Loss of K networks' logits (B, C, *spatial) and features (B, F, *spatial), where mask (B, *spatial) is True: 0-dim."""
         return loss_with(self.options, logits, features, mask)
 
     def extra_repr(self) -> str:
@@ -83,11 +87,12 @@ class MutualObjective(nn.Module):
     Args:
         dice_weight: factor of the supervised term S; the paper has 0.5.
         dice_classes: classes in the mean of the Dice loss; None is 1..C-1.
-        supervised: ``"dice"``, the paper's; ``"cross_entropy"``, its mean over labelled voxels; ``"dice+cross_entropy"``, the mean
-            of the two. Summed over the networks that learn.
+        supervised: ``"dice"``, the paper's; ``"cross_entropy"``, its mean over labelled voxels; ``"dice+cross_entropy"``, the
+            mean of the two. Summed over the networks that learn.
         ignore_index: label of voxels that the supervised term leaves out (scribbles, unlabelled slices); in the mutual term they
             take part. Any other label that is no class is an error; on a GPU, where looking would wait, the loss is NaN then.
         statistics: the result has a fourth field, `rplib.ObjectiveStatistics`.
+        mutual_on: samples of the mutual term: ``"all"``, as in the paper, or the ``"unlabelled"`` ones.
         **keywords: those of `ReliableMutualLoss`.
 
     Raises:
@@ -116,6 +121,7 @@ class MutualObjective(nn.Module):
         supervised: Supervised = "dice",
         ignore_index: int | None = None,
         statistics: bool = False,
+        mutual_on: MutualOn = "all",
         confidence: Confidence | None = "entropy",
         weighting: Weighting | None = "similarity",
         cross_entropy_on: CrossEntropyOn = "logits",
@@ -124,10 +130,15 @@ class MutualObjective(nn.Module):
         check_finite: bool = False,
         process_group: Group = None,
         students: tuple[int, ...] | None = None,
+        minimum_confidence: float | None = None,
+        temperature: float = 1.0,
+        class_weights: tuple[float, ...] | None = None,
+        prototypes: Prototypes = "sample",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         self.supervision = Supervision(
-            dice_weight, None if dice_classes is None else tuple(dice_classes), supervised, ignore_index, statistics
+            dice_weight, None if dice_classes is None else tuple(dice_classes), supervised, ignore_index, statistics, mutual_on
         )
         self.mutual_loss = ReliableMutualLoss(
             confidence=confidence,
@@ -138,7 +149,14 @@ class MutualObjective(nn.Module):
             check_finite=check_finite,
             process_group=process_group,
             students=students,
+            minimum_confidence=minimum_confidence,
+            temperature=temperature,
+            class_weights=class_weights,
+            prototypes=prototypes,
+            reduction=reduction,
         )
+        if reduction == "none":
+            raise ValueError('reduction is "none"; expected "mean" or "sum": the objective is one number.')
 
     def forward(
         self,
@@ -170,12 +188,12 @@ class MutualObjective(nn.Module):
                 classes, besides what the loss raises.
         """
         options = self.mutual_loss.options
-        *terms, statistics = objective_with(
+        total, dice, mutual, statistics = objective_with(
             options, self.supervision, logits, features, target, consistency_weight, mask, labelled
         )
         if statistics is None:
-            return ObjectiveTerms(*terms)
-        return ObjectiveTermsAndStatistics(*terms, statistics)
+            return ObjectiveTerms(total, dice, mutual)
+        return ObjectiveTermsAndStatistics(total, dice, mutual, statistics)
 
     def extra_repr(self) -> str:
         """The keywords of the supervised term, for print(module)."""

@@ -66,7 +66,7 @@ def loss_and_statistics(
         # Where nobody teaches, a class that the student rules out (a logit of -inf) costs nothing: 0, not 0 * inf.
         cross_entropy = cross_entropy.masked_fill(~mask & cross_entropy.isposinf(), 0)
         counts.append(ranks.total(pair.mask.sum(), group))
-        count = counts[-1].to(scores.dtype) + options.eps  # n_ij, counted in integers
+        count = counts[-1].to(scores.dtype) + options.eps if options.reduction == "mean" else 1  # n_ij, counted in integers
         numerators.append((pair.weight.detach() * cross_entropy).sum() / count)
         weights.append(pair.weight.sum())
         total = total + numerators[-1]
@@ -77,9 +77,7 @@ def loss_and_statistics(
     return result, Sums(*(t.detach() for t in sums)).over_ranks(group)
 
 
-def maps(
-    logits: list[Tensor], features: list[Tensor] | None, options: Options, valid: Tensor | None = None
-) -> list[Reliability]:
+def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options, valid: Tensor | None = None) -> list[Reliability]:
     """What the loss above multiplies the cross-entropy with, pair by pair."""
     logits, features = _prepared(logits, features, valid)
     p = [F.softmax(z, dim=1) for z in logits]
@@ -94,15 +92,22 @@ def _pair(
 ) -> Reliability:
     label = p[j].argmax(dim=1)  # (B, *spatial)
     if options.weighting is None or f is None:
-        return Reliability(i, j, mask, mask.to(p[i].dtype), label, None, None)
-    prototypes = _prototypes(f[j], label, valid, classes=p[j].shape[1], eps=options.eps)
+        return Reliability(i, j, mask, _by_class(mask.to(p[i].dtype), label, options), label, None, None)
+    prototypes = _prototypes(f[j], label, valid, p[j].shape[1], options)
     similarity = _similarity(f[j], prototypes)
-    weight = mask.to(p[i].dtype) * (1 - (similarity - p[j]) ** 2).mean(dim=1)
-    return Reliability(i, j, mask, weight, label, prototypes, similarity)
+    sharpened = p[j] if options.temperature == 1 else F.softmax(torch.log(p[j]) / options.temperature, dim=1)
+    weight = mask.to(p[i].dtype) * (1 - (similarity - sharpened) ** 2).mean(dim=1)
+    return Reliability(i, j, mask, _by_class(weight, label, options), label, prototypes, similarity)
+
+
+def _by_class(weight: Tensor, label: Tensor, options: Options) -> Tensor:
+    return weight if options.class_weights is None else weight * weight.new_tensor(options.class_weights)[label]
 
 
 def _mask(student: Tensor, teacher: Tensor, options: Options, valid: Tensor | None) -> Tensor:
     mask = _more_confident(student, teacher, options)
+    if options.minimum_confidence is not None:
+        mask = mask & (teacher.amax(dim=1) >= options.minimum_confidence)
     return mask if valid is None else mask & valid
 
 
@@ -116,14 +121,19 @@ def _more_confident(student: Tensor, teacher: Tensor, options: Options) -> Tenso
     return entropy_student > entropy_teacher
 
 
-def _prototypes(f: Tensor, label: Tensor, valid: Tensor | None, classes: int, eps: float) -> Tensor:
+def _prototypes(f: Tensor, label: Tensor, valid: Tensor | None, classes: int, options: Options) -> Tensor:
     mean = f.new_zeros(f.shape[0], classes, f.shape[1])  # (B, C, F)
+    number = f.new_zeros(f.shape[0], classes, 1)
     for b in range(f.shape[0]):
         for c in range(classes):
             of_class = label[b] == c  # (*spatial)
             of_class = (of_class if valid is None else of_class & valid[b]).to(f.dtype)
-            mean[b, c] = (f[b] * of_class).flatten(1).sum(dim=1) / (of_class.sum() + eps)
-    return F.normalize(mean, dim=-1, eps=1e-12)
+            mean[b, c] = (f[b] * of_class).flatten(1).sum(dim=1)
+            number[b, c] = of_class.sum()
+    if options.prototypes == "batch":
+        mean = ranks.total(mean.sum(dim=0, keepdim=True), options.process_group).expand_as(mean)
+        number = ranks.total(number.sum(dim=0, keepdim=True), options.process_group).expand_as(number)
+    return F.normalize(mean / (number + options.eps), dim=-1, eps=1e-12)
 
 
 def _similarity(f: Tensor, prototypes: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from rplib.functional import prepared, usable_in_autograd
 from rplib.options import Options
 from rplib.statistics import ObjectiveStatistics
 from rplib.supervised import Supervision, supervised_loss
-from rplib.targets import Labelled, bad_labels, check_labels, check_target
+from rplib.targets import Labelled, Target, bad_labels, check_labels, check_target
 
 Terms = tuple[Tensor, Tensor, Tensor, ObjectiveStatistics | None]
 
@@ -33,7 +33,8 @@ def objective_with(
     bad = bad_labels(known, classes, supervision.ignore_index, mask)
     spoilt = check_labels(known, bad, classes, supervision.ignore_index, look=options.check_finite)
     weight = check_weight(consistency_weight, z[0])
-    asked = dispatch.asked_of(options, mask)
+    taught = mask if supervision.mutual_on == "all" else _unlabelled(known, z[0], mask)
+    asked = dispatch.asked_of(options, taught)
     used = {
         "ignore_index": supervision.ignore_index is not None,
         "labelled": not known.first,
@@ -52,9 +53,9 @@ def objective_with(
         return total, supervised, mutual, None
     detailed = supervision.statistics
     if form == "naive":
-        mutual, statistics = naive.loss_and_statistics(z, f, options, None, mask, detailed=detailed)
+        mutual, statistics = naive.loss_and_statistics(z, f, options, None, taught, detailed=detailed)
     else:
-        mutual, statistics = lean.loss_and_statistics(z, f, options, mask, detailed=detailed)
+        mutual, statistics = lean.loss_and_statistics(z, f, options, taught, detailed=detailed)
     learning = z if options.students is None else [z[k] for k in sorted(options.students)]
     supervised = supervised_loss(learning, known, supervision, mask, options.process_group)
     if spoilt is not None:
@@ -63,13 +64,20 @@ def objective_with(
     return total, supervised.detach(), mutual.detach(), statistics
 
 
+def _unlabelled(target: Target, z: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, *spatial) bool: the voxels of ``mask`` in samples that the target does not belong to."""
+    rows = [k not in target.rows for k in range(z.shape[0])]
+    samples = torch.tensor(rows, device=z.device).view(-1, *[1] * (z.ndim - 2))
+    return samples.expand(z.shape[0], *z.shape[2:]) if mask is None else samples & mask
+
+
 def check_weight(weight: object, z: Tensor) -> float | Tensor:
     """The weight of the mutual term as a number, or as a 0-dim tensor of the loss's dtype on the logits' device.
 
     Raises:
         TypeError, ValueError: names ``consistency_weight``.
     """
-    if isinstance(weight, (float, int, torch.SymFloat, torch.SymInt)) and not isinstance(weight, bool):
+    if isinstance(weight, (float, int)) and not isinstance(weight, bool):
         return weight
     if isinstance(weight, Tensor):
         if weight.numel() != 1:

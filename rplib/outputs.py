@@ -10,8 +10,8 @@ def unstack(outputs: Sequence[Tensor | Sequence[Tensor]]) -> list[list[Tensor]]:
     """Deep supervision outputs, level by level: what the loss takes at each.
 
     Args:
-        outputs: per network a stack (B, levels, C, *spatial), as MONAI's DynUNet returns in training, or a list of (B, C, *spatial)
-            from fine to coarse, as nnU-Net's networks return.
+        outputs: per network a stack (B, levels, C, *spatial), as MONAI's DynUNet returns in training, or a list of
+            (B, C, *spatial) from fine to coarse, as nnU-Net's networks return.
 
     Returns:
         ``[level][network]``, views of the outputs; level 0 is the one that the features belong to.
@@ -72,7 +72,9 @@ def regions(logits: Sequence[Tensor]) -> list[list[Tensor]]:
         if not isinstance(z, Tensor) or z.ndim < 3:
             raise TypeError(f"logits[{k}] is {_shown(z)}; expected a tensor (B, R, *spatial).")
         if z.shape[1] != logits[0].shape[1]:
-            raise ValueError(f"logits[{k}] has {z.shape[1]} regions but logits[0] has {logits[0].shape[1]}; expected the same number.")
+            raise ValueError(
+                f"logits[{k}] has {z.shape[1]} regions but logits[0] has {logits[0].shape[1]}; expected the same number."
+            )
     return [
         [torch.cat([torch.zeros_like(z[:, r : r + 1]), z[:, r : r + 1]], dim=1) for z in logits]
         for r in range(logits[0].shape[1] if logits else 0)

@@ -28,7 +28,7 @@ def reliability_sheet(
 ) -> "Figure":
     """One slice of one sample: image, entropies, which network teaches where, how much, and the pseudo-labels.
 
-    One row per network: its entropy, where it teaches (*which*; the largest of its students' masks), with what weight (*how*), and
+    One row per network: its entropy, where it teaches (*which*; any of its students), with what weight (*how*; the largest), and
     its pseudo-labels. The image, and the target where there is one, stand in the first column.
 
     Args:
@@ -116,7 +116,7 @@ def _check(name: str, tensor: Tensor, z: Tensor, samples: int | None = None) -> 
     wanted = z.shape[0] if samples is None else samples
     if tensor.ndim != z.ndim or tensor.shape[0] < wanted or tensor.shape[2:] != z.shape[2:]:
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)} but logits[0] has {tuple(z.shape)}; expected the same samples and spatial axes."
+            f"{name} has shape {tuple(tensor.shape)} but logits[0] has {tuple(z.shape)}; expected its samples and spatial axes."
         )
 
 

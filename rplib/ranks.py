@@ -32,7 +32,7 @@ def check_group(group: Group) -> None:
     if isinstance(group, str) or not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         shown = repr(group) if isinstance(group, str) else f"a {type(group).__name__}"
         raise TypeError(
-            f"process_group is {shown}; expected a torch.distributed process group, \"world\" for the default group, or None."
+            f'process_group is {shown}; expected a torch.distributed process group, "world" for the default group, or None.'
         )
     if dist.get_rank(group) < 0:
         raise ValueError("process_group does not contain this process; expected a group that every calling rank belongs to.")
@@ -60,8 +60,9 @@ def resolved(group: Group) -> Group:
         )
     if isinstance(group, str):
         return dist.group.WORLD
+    by_name: Any = getattr(dist.distributed_c10d, "_resolve_process_group")  # noqa: B009 (not exported)
     try:
-        return dist.distributed_c10d._resolve_process_group(group.name)
+        return by_name(group.name)
     except RuntimeError as error:
         raise ValueError(
             f"process_group was saved as the group {group.name!r}, which this process does not have; build the module with "

@@ -13,7 +13,8 @@ from rplib.inputs import valid_only
 from rplib.targets import Target, check_dice_classes, is_index
 
 Supervised = Literal["dice", "cross_entropy", "dice+cross_entropy"]
-_KINDS = ("dice", "cross_entropy", "dice+cross_entropy")
+MutualOn = Literal["all", "unlabelled"]
+_ALLOWED = {"supervised": ("dice", "cross_entropy", "dice+cross_entropy"), "mutual_on": ("all", "unlabelled")}
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,13 @@ class Supervision:
     supervised: Supervised = "dice"
     ignore_index: int | None = None
     statistics: bool = False
+    mutual_on: MutualOn = "all"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dice_classes", check_dice_classes(self.dice_classes))
-        if self.supervised not in _KINDS:
-            raise ValueError(f"supervised is {self.supervised!r}; expected one of {', '.join(map(repr, _KINDS))}.")
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(repr, allowed))}.")
         if self.ignore_index is not None and (isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int)):
             raise TypeError(f"ignore_index is {self.ignore_index!r}; expected an integer label such as 255, or None.")
         if not isinstance(self.statistics, bool):
@@ -69,9 +72,7 @@ def supervised_loss(
     return torch.stack(terms).sum()
 
 
-def cross_entropy_loss(
-    logits: Tensor, target: Tensor, process_group: ranks.Group = None, valid: Tensor | None = None
-) -> Tensor:
+def cross_entropy_loss(logits: Tensor, target: Tensor, process_group: ranks.Group = None, valid: Tensor | None = None) -> Tensor:
     """Cross-entropy of one network, mean over all labelled voxels.
 
     Args:

@@ -30,8 +30,8 @@ class FeatureTap:
         RuntimeError: in the first forward pass: no layer makes the logits (a sum of two, an interpolation, a softmax does); the
             message lists the convolutions that ran last, to choose ``layer`` from.
 
-    Works under ``torch.compile``, DistributedDataParallel, activation checkpointing, ``copy.deepcopy`` and ``torch.save``. Order for
-    compiling: tap, one forward pass (or `find`, or ``layer=``), then ``torch.compile``; hooks set after a first compiled call
+    Works under ``torch.compile``, DistributedDataParallel, activation checkpointing, ``copy.deepcopy`` and ``torch.save``. Order
+    for compiling: tap, one forward pass (or `find`, or ``layer=``), then ``torch.compile``; hooks set after a first compiled call
     would never run. A copied network keeps its hooks, and needs a FeatureTap of its own to be read; a network has one tap, and a
     new one replaces it.
 
@@ -102,16 +102,20 @@ class FeatureTap:
 
 
 def _as_networks(networks: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
-    found = [networks] if isinstance(networks, nn.Module) and not isinstance(networks, nn.ModuleList) else list(networks)  # type: ignore[arg-type]
+    found = [networks] if isinstance(networks, nn.Module) and not isinstance(networks, nn.ModuleList) else list(networks)
     if not found:
         raise ValueError("networks is empty; expected at least one torch.nn.Module.")
     for k, network in enumerate(found):
         if not isinstance(network, nn.Module):
             raise TypeError(f"networks[{k}] is a {type(network).__name__}; expected a torch.nn.Module.")
         if any(network is other for other in found[:k]):
-            raise ValueError(f"networks[{k}] is given twice; one network that runs twice keeps the features of its last pass alone.")
+            raise ValueError(
+                f"networks[{k}] is given twice; one network that runs twice keeps the features of its last pass alone."
+            )
         if hasattr(network, "_orig_mod") or getattr(network, "_compiled_call_impl", None) is not None:
-            raise ValueError(f"networks[{k}] is compiled already, where new hooks may never run; tap it first, then torch.compile.")
+            raise ValueError(
+                f"networks[{k}] is compiled already, where new hooks may never run; tap it first, then torch.compile."
+            )
     return found
 
 
@@ -124,5 +128,7 @@ def _names_per_network(layer: Layers | None, networks: int) -> list[list[str] | 
     if networks == 1 and entries and all(isinstance(entry, str) for entry in entries):
         return [[str(entry) for entry in entries]]
     if len(entries) != networks:
-        raise ValueError(f"layer holds {len(entries)} entries for {networks} networks; expected one name, or one entry per network.")
+        raise ValueError(
+            f"layer holds {len(entries)} entries for {networks} networks; expected one name, or one entry per network."
+        )
     return [[entry] if isinstance(entry, str) else list(entry) for entry in entries]

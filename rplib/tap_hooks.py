@@ -103,8 +103,8 @@ class Recorder:
         """The calls that made the returned tensors of full resolution, and these tensors."""
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                f"FeatureTap does not know yet which layer of networks[{self.index}] makes the logits, and a compiled network cannot "
-                "show it: run one forward pass before torch.compile, call tap.find(images), or pass layer=."
+                f"FeatureTap does not know yet which layer of networks[{self.index}] makes the logits, and a compiled network "
+                "cannot show it: run one forward pass before torch.compile, call tap.find(images), or pass layer=."
             )
         made = [(call, t) for t in returned for call in reversed(self.calls) if _same_memory(call.output, t)]
         if not made:
@@ -134,8 +134,9 @@ class Recorder:
             read = self.inputs.get(layer.name, [])
             if layer.call < len(read) and read[layer.call].shape[1] <= classes:
                 warnings.warn(
-                    f"layer {layer.name!r} of networks[{self.index}] reads F = {read[layer.call].shape[1]} channels for C = {classes} "
-                    "classes: too few for prototypes to say more than the logits do; consider layer= with the layer before it.",
+                    f"layer {layer.name!r} of networks[{self.index}] reads F = {read[layer.call].shape[1]} channels for "
+                    f"C = {classes} classes: too few for prototypes to say more than the logits do; consider layer= with the "
+                    "layer before it.",
                     stacklevel=2,
                 )
 
@@ -153,16 +154,16 @@ class Recorder:
     def take(self, resize: bool) -> list[Tensor]:
         if not self.complete or self.layers is None:
             raise RuntimeError(
-                f"networks[{self.index}] has not run since its features were last read; call every network once before features()."
-                " (A network compiled before it was tapped never shows them: tap first, then torch.compile.)"
+                f"networks[{self.index}] has not run since its features were last read; call every network before features(). "
+                "(A network compiled before it was tapped never shows them: tap first, then torch.compile.)"
             )
         result = []
         for layer in self.layers:
             calls = self.inputs.get(layer.name, [])
             if layer.call >= len(calls):
                 raise RuntimeError(
-                    f"layer {layer.name!r} of networks[{self.index}] was not called in the last forward pass; pass layer= with one "
-                    "that always is."
+                    f"layer {layer.name!r} of networks[{self.index}] was not called in the last forward pass; pass layer= with "
+                    "one that always is."
                 )
             f = calls[layer.call]
             size = (self.size or ())[-(f.ndim - 2) :]

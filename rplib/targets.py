@@ -120,7 +120,7 @@ def check_labels(target: Target, bad: Tensor | None, classes: int, ignore_index:
         else "pass ignore_index= for voxels without a label, and map the labels to 0..C-1 otherwise"
     )
     raise ValueError(
-        f"target holds {found.numel()} voxels with values that are no class ({values}); expected 0..{classes - 1}{known}; {advice}."
+        f"target holds {found.numel()} voxels whose values are no class ({values}); expected 0..{classes - 1}{known}; {advice}."
     )
 
 

@@ -59,7 +59,13 @@ def test_where_nobody_may_look_a_bad_label_makes_the_loss_nan(impl, monkeypatch)
     logits, features, target = problem(dtype=torch.float32)
     good = rplib.MutualObjective(impl=impl)(logits, features, target, 0.1)
     assert good.total.isfinite() and good.dice.isfinite()
-    for value, dtype in ((3, torch.int64), (255, torch.uint8), (-1, torch.int32), (0.5, torch.float32), (float("nan"), torch.float16)):
+    for value, dtype in (
+        (3, torch.int64),
+        (255, torch.uint8),
+        (-1, torch.int32),
+        (0.5, torch.float32),
+        (float("nan"), torch.float16),
+    ):
         bad = target.to(dtype)
         bad[1, 6, 4, 2] = value
         terms = rplib.MutualObjective(impl=impl)(logits, features, bad, 0.1)
@@ -196,7 +202,12 @@ def test_labelled_by_index(impl, labelled, whole):
 
 @pytest.mark.parametrize(
     ("labelled", "rows"),
-    [(2, [0, 1]), ([False, True, False, True], [1, 3]), (torch.tensor([True, False, False, True]), [0, 3]), (range(1, 3), [1, 2])],
+    [
+        (2, [0, 1]),
+        ([False, True, False, True], [1, 3]),
+        (torch.tensor([True, False, False, True]), [0, 3]),
+        (range(1, 3), [1, 2]),
+    ],
     ids=["count", "list of bool", "mask", "range"],
 )
 @EVERY_IMPL

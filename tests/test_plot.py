@@ -1,4 +1,4 @@
-"""`rplib.plot` draws what `rplib.reliability` says; `rplib.unstack` and `rplib.regions` bring other outputs into the loss's form."""
+"""`rplib.plot` draws what `rplib.reliability` says; `rplib.unstack` and `rplib.regions` bring other outputs into its form."""
 
 import subprocess
 import sys
@@ -56,7 +56,11 @@ def test_a_volume_shows_the_slice_with_most_to_teach_or_the_one_asked_for(tmp_pa
 
 @pytest.mark.parametrize(
     ("keywords", "text"),
-    [({"sample": 2}, "sample is 2"), ({"index": 4}, "index is 4"), ({"target": torch.ones(2, 5, 5, 4)}, r"target.*\(2, 1, 5, 5, 4\)")],
+    [
+        ({"sample": 2}, "sample is 2"),
+        ({"index": 4}, "index is 4"),
+        ({"target": torch.ones(2, 5, 5, 4)}, r"target.*\(2, 1, 5, 5, 4\)"),
+    ],
 )
 def test_pictures_of_what_is_not_there(keywords, text):
     with pytest.raises(ValueError, match=text):

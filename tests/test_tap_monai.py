@@ -11,7 +11,7 @@ import rplib
 
 nets = pytest.importorskip("monai.networks.nets")
 
-# name -> (arguments, those without are built below; layer that must be named or None, layer read, F of these arguments, resolution of what it reads)
+# name -> (arguments, those without are built below; layer that must be named or None; layer read; F; resolution that it reads)
 NETWORKS = {
     "UNet(num_res_units=0)": ((2, 1, 3, (8, 16, 32), (2, 2)), None, "model.2.conv", 16, "half"),
     "UNet(num_res_units=2)": ((2, 1, 3, (8, 16, 32), (2, 2), 3, 3, 2), "model.2.0.conv", "model.2.0.conv", 16, "half"),
@@ -81,6 +81,8 @@ def test_stacked_deep_supervision_names_the_way_out():
 
 def test_the_documented_table():
     text = (Path(__file__).resolve().parent.parent / "rplib" / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `([\w=()]+)` \| (`layer=\"([\w.]+)\"`|found) \| `([\w.]+)` \| [^|]+ \| (full|half) \|", text, re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([\w=()]+)` \| (`layer=\"([\w.]+)\"`|found) \| `([\w.]+)` \| [^|]+ \| (full|half) \|", text, re.MULTILINE
+    )
     documented = {name: (named or None, read, resolution) for name, _, named, read, resolution in rows}
     assert documented == {name: (layer, read, resolution) for name, (_, layer, read, _, resolution) in NETWORKS.items()}
