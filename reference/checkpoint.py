@@ -1,6 +1,6 @@
-"""Checkpoints that are whole or not there, and weights for everybody else.
+"""Checkpoints, written atomically, and the networks in them.
 
-A checkpoint is a zip archive with a CRC-32 of every record, which PyTorch writes and does not look at; `load` does.
+A checkpoint is a zip archive with a CRC-32 of every record, which PyTorch writes but does not verify; `load` does.
 """
 
 import zipfile
@@ -24,12 +24,12 @@ def save(path: Path, content: dict[str, Any]) -> None:
     A last.pt that is there becomes last.previous.pt.
 
     Raises:
-        OSError: the disk is full, or the like.
+        OSError: the file cannot be written, for example because the disk is full.
     """
     try:
         write_atomically(path, lambda file: torch.save(content, file), path.with_name(PREVIOUS) if path.name == LAST else None)
     except RuntimeError as error:
-        # torch.save closes its archive even after a failed write, which fails in turn and hides the first reason.
+        # torch.save closes its archive even after a failed write, which fails in turn and hides the first error.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -39,7 +39,7 @@ def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, with ``weights_only=True``, after its checksums.
 
     Raises:
-        UserError: missing, half-written, damaged, or not a checkpoint.
+        UserError: the file is missing, truncated, damaged, or not a checkpoint.
     """
     if not path.is_file():
         raise UserError(f"no checkpoint {path}.")
@@ -82,9 +82,9 @@ def load_network(run: str | Path, which: Literal["best", "last"] | None = None) 
     """The network of a run, in evaluation mode on the CPU, and its settings.
 
     Args:
-        run: a run folder, one of its checkpoints, or a state dict of the authors' `mine3d_v1` (then the network's
-            size is read off its weights and the other settings are those of the recipe la-8).
-        which: ``"best"`` or ``"last"``; None takes best.pt where it exists, else last.pt.
+        run: a run folder, one of its checkpoints, or a state dict of the authors' `mine3d_v1` (the network's
+            size is then inferred from the weights; other settings are those of the recipe la-8).
+        which: ``"best"`` or ``"last"``; None loads best.pt if it exists, else last.pt.
 
     Raises:
         UserError: no such run or checkpoint, a damaged one, or weights that do not fit the network.
@@ -93,7 +93,7 @@ def load_network(run: str | Path, which: Literal["best", "last"] | None = None) 
     if run.is_dir():
         path = run / {"best": BEST, "last": LAST, None: BEST if (run / BEST).is_file() else LAST}[which]
         if not path.is_file():
-            raise UserError(f"{run} holds no {path.name}; is it a run folder of `rplib train`, and has it got that far?")
+            raise UserError(f"{run} holds no {path.name}; expected a run folder of `rplib train` with a saved checkpoint.")
     else:
         path = run
     content = load(path)
@@ -117,10 +117,10 @@ def build_network(config: Config) -> MutualVNet:
 
 
 def load_weights(network: MutualVNet, weights: dict[str, Any], path: Path) -> None:
-    """Put a state dict into a network.
+    """Load a state dict into a network.
 
     Raises:
-        UserError: the keys or the shapes are another network's.
+        UserError: keys or shapes do not match.
     """
     try:
         network.load_state_dict(weights)

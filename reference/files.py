@@ -1,6 +1,6 @@
-"""Files that are whole or not there, folders with one writer at a time, and the one place that makes output paths.
+"""Atomic writes, folders with one writer at a time, and checked output paths.
 
-Every write goes to a temporary file first, which then takes the final name.
+Every file is written under a temporary name first, then renamed.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ LONGEST_NAME = 200  # bytes of a case's name: `_prediction.nii.gz` and the like 
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object], previous: Path | None = None) -> None:
-    """Write a file so that at every moment, a kill included, the path holds the old content or the new.
+    """Write a file atomically: even if the process is killed, the path holds the old or the new content.
 
     Args:
         previous: where the old content is kept.
@@ -65,9 +65,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def temporary(path: Path) -> Path:
-    """A name of our own where a file is written before it takes its name; `remove_leftovers` finds it.
-
-    It is short whatever the file's name, and no other process has it.
+    """The temporary name of a file: short, unique, and recognised by `remove_leftovers`.
     """
     return path.with_name(f".rplib-{os.getpid()}-{uuid.uuid4().hex[:12]}.tmp")
 
@@ -90,9 +88,9 @@ def keep_previous(path: Path, previous: Path) -> None:
 
 
 def remove_leftovers(folder: Path, deep: bool = False) -> None:
-    """Delete temporary files of writes that a kill interrupted; ours alone, and with `deep` in all folders below.
+    """Delete our own temporary files of interrupted writes; with `deep` also in the folders below.
 
-    Only for a folder that is `locked`: what another process writes just now looks the same.
+    The folder must be `locked`: files that another process is writing look the same.
     """
     for path in folder.rglob(".rplib-*.tmp") if deep else folder.glob(".rplib-*.tmp"):
         if _OURS.fullmatch(path.name):
@@ -101,7 +99,7 @@ def remove_leftovers(folder: Path, deep: bool = False) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
-    """One process at a time writes into a folder; the lock ends with the process, however it ends.
+    """Let one process at a time write to a folder; the lock ends with the process.
 
     Args:
         folder: must exist.

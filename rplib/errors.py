@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the one place that turns errors of the machine and of damaged files into them."""
+"""Errors that a user can fix, and the conversion of system errors and damaged files into them."""
 
 import contextlib
 import errno
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A foreseeable mistake: its text is one sentence with the remedy.
+    """A user error; its message is one sentence that includes the remedy.
 
-    The command line prints it as one line and leaves with exit code 2; it never shows a traceback for it.
+    The command line prints it as one line, without a traceback, and exits with code 2.
     """
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("kernels", "reference", "bench")
-EXAMPLES = "examples"  # scripts to read in a checkout, not installed
+EXAMPLES = "examples"  # scripts to read: data, no package
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 _BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile", "rplib", "tests", *LINKED)
 
@@ -137,6 +137,6 @@ def tree_files() -> dict[str, Path]:
             inner = file.relative_to(folder)
             of_subpackage = any(p != folder and p.is_relative_to(folder) and p in file.parents for p in packages.values())
             in_link = name == "rplib" and inner.parts[0] in LINKED
-            if file.is_file() and not {"__pycache__", EXAMPLES} & {*inner.parts} and not of_subpackage and not in_link:
+            if file.is_file() and "__pycache__" not in inner.parts and not of_subpackage and not in_link:
                 files["/".join([*name.split("."), *inner.parts])] = file
     return files

@@ -299,7 +299,7 @@ def test_predict_does_the_good_files_when_one_is_refused(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert code == 2
     assert "nobody.nii.gz not segmented: no file " in err and "picture.png not segmented: " in err
-    assert "2 of 4 images were not segmented, for the reasons above: nobody.nii.gz, picture.png." in err
+    assert "2 of 4 images were not segmented; see above for the reasons: nobody.nii.gz, picture.png." in err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         f"case_{number}_0000_prediction.nii.gz" for number in (0, 1)
     ]

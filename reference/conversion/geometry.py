@@ -1,4 +1,4 @@
-"""Volumes as files hold them: reading, axes, affines, and bringing a label onto its image's grid (by SimpleITK)."""
+"""Reading volumes, axes and affines, and placing a label on its image's grid (with SimpleITK)."""
 
 import gzip
 import re
@@ -22,17 +22,17 @@ _SIZES = {
 
 
 class Placed(NamedTuple):
-    """A label on its image's grid, and whether its own header put it there."""
+    """A label on its image's grid, and whether its own header placed it there."""
 
     label: sitk.Image
     by_header: bool
 
 
 def read_volume(path: Path) -> sitk.Image:
-    """A 3-D volume of one channel: a file, or a folder that holds a DICOM series.
+    """Read a 3-D volume with one channel: a file, or a folder with a DICOM series.
 
     Raises:
-        UserError: unreadable, cut short, of another kind, or with NaN or infinity in it.
+        UserError: unreadable, truncated, of another kind, or with NaN or infinity.
     """
     if path.is_dir():
         return read_dicom_series(path)
@@ -46,14 +46,14 @@ def read_volume(path: Path) -> sitk.Image:
         raise
     except Exception as error:  # a damaged file fails in many ways, here and in ITK
         if "orthonormal" in str(error):
-            raise UserError(f"{path}: its header's axes are not at right angles; resample it onto ones that are.") from error
+            raise UserError(f"{path}: the axes in its header are not orthogonal; resample it to orthogonal axes.") from error
         raise UserError(f"{path} cannot be read ({itk_reason(error)}); copy it again from its source.") from error
     while volume.GetDimension() == 4 and volume.GetSize()[3] == 1:
         volume = volume[:, :, :, 0]
     if volume.GetDimension() != 3 or volume.GetNumberOfComponentsPerPixel() != 1:
         raise UserError(
-            f"{path} has the size {volume.GetSize()} with {volume.GetNumberOfComponentsPerPixel()} values a voxel; "
-            "expected a 3-D volume of one channel."
+            f"{path} has the size {volume.GetSize()} with {volume.GetNumberOfComponentsPerPixel()} values per voxel; "
+            "expected a 3-D volume with one channel."
         )
     if sitk.GetArrayViewFromImage(volume).dtype.kind not in "fiu":
         raise UserError(f"{path} holds values of type {volume.GetPixelIDTypeAsString()}; expected numbers.")
@@ -63,18 +63,18 @@ def read_volume(path: Path) -> sitk.Image:
 
 
 def to_lps(volume: sitk.Image) -> sitk.Image:
-    """Axes turned and flipped, nothing resampled: x to the patient's left, y to the back, z upwards, as near as can be."""
+    """Permute and flip axes without resampling, so that x points left, y back and z up, as closely as possible."""
     return sitk.DICOMOrient(volume, "LPS")
 
 
 def on_grid(label: sitk.Image, image: sitk.Image, label_path: Path, image_path: Path, by_index: bool = False) -> Placed:
-    """The label on its image's grid.
+    """Place the label on its image's grid.
 
-    A label in another orientation is turned by its header. One whose header says nothing (identity, origin 0) is taken
-    voxel for voxel; with `by_index` so is one whose header says something else, if only the sizes agree.
+    A label in another orientation is reoriented by its header. If the header is empty (identity, origin 0), the label is
+    matched by index; with `by_index`, so is any label of the same size.
 
     Raises:
-        UserError: the grids do not fit.
+        UserError: the grids do not match.
     """
     if _same_grid(label, image):
         return Placed(_with_grid_of(label, image), True)
@@ -86,12 +86,12 @@ def on_grid(label: sitk.Image, image: sitk.Image, label_path: Path, image_path: 
     if label.GetSize() == image.GetSize() and (silent or by_index):
         return Placed(_with_grid_of(label, image), False)
     raise UserError(
-        f"{label_path} does not lie on the grid of {image_path}: {_told(label)} against {_told(image)}; resample one of them."
+        f"{label_path} is not on the grid of {image_path}: {_grid(label)} against {_grid(image)}; resample one of them."
     )
 
 
 def flipped(label: sitk.Image, axes: str) -> sitk.Image:
-    """Voxels mirrored along axes of the file's own indices; the header stays.
+    """Mirror voxels along axes of the file's indices; the header is kept.
 
     >>> volume = sitk.GetImageFromArray(np.arange(8).reshape(2, 2, 2))
     >>> int(flipped(volume, "xz")[0, 0, 0])
@@ -104,11 +104,11 @@ def flipped(label: sitk.Image, axes: str) -> sitk.Image:
 
 
 def resample(volume: sitk.Image, spacing: float, interpolator: int) -> sitk.Image:
-    """Cubic voxels of `spacing` mm from the same first voxel on, as many as fit: floor(size * old spacing / spacing).
+    """Resample to cubic voxels of `spacing` mm from the same first voxel; size floor(size * old spacing / spacing).
 
-    Beyond the centre of the last voxel its value goes on.
+    Beyond the centre of the last voxel, its value is repeated.
     """
-    # The millionth keeps 240 slices of 1 mm, told as 0.9999999, from becoming 239.
+    # The tolerance keeps 240 slices of 1 mm, stored as 0.9999999, from becoming 239.
     size = [max(1, int(n * old / spacing + 1e-6)) for n, old in zip(volume.GetSize(), volume.GetSpacing(), strict=True)]
     filter_ = sitk.ResampleImageFilter()
     filter_.SetSize(size)
@@ -121,11 +121,11 @@ def resample(volume: sitk.Image, spacing: float, interpolator: int) -> sitk.Imag
 
 
 def _check_nifti(path: Path) -> None:
-    """ITK reads a NIfTI file that was cut short, or holds NaN, without a word, and gives zeros there."""
+    """Check a NIfTI file: ITK silently reads zeros for truncated data and NaN."""
     stored = open_nifti(path)
     if path.name.endswith(".nii.gz"):
         with gzip.open(path) as file:
-            while file.read(1 << 24):  # to the end, where the length and the checksum are
+            while file.read(1 << 24):  # to the end, which verifies length and checksum
                 pass
     if path.suffix == ".nii" or stored.get_data_dtype().kind == "f":
         _check_finite(np.asanyarray(stored.dataobj), path)
@@ -155,11 +155,11 @@ def _stored(path: Path) -> tuple[int | None, bool]:
 
 def _check_finite(values: np.ndarray, path: Path) -> None:
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise UserError(f"{path} holds values that are NaN or infinite; copy it again from its source.")
+        raise UserError(f"{path} contains NaN or infinite values; copy it again from its source.")
 
 
 def _same_grid(a: sitk.Image, b: sitk.Image) -> bool:
-    """Equal sizes, and all corners within a quarter of a voxel of one another."""
+    """Equal sizes, and all corners within a quarter of a voxel of each other."""
     if a.GetSize() != b.GetSize():
         return False
     ends = np.array(np.meshgrid(*[(0.0, n - 1.0) for n in a.GetSize()])).reshape(3, -1).T
@@ -174,7 +174,7 @@ def _with_grid_of(label: sitk.Image, image: sitk.Image) -> sitk.Image:
     return label
 
 
-def _told(volume: sitk.Image) -> str:
+def _grid(volume: sitk.Image) -> str:
     numbers = [", ".join(f"{value:g}" for value in values) for values in (volume.GetSpacing(), volume.GetOrigin())]
     code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(volume.GetDirection())
     return f"{' x '.join(map(str, volume.GetSize()))} voxels of {numbers[0]} mm from {numbers[1]}, orientation {code}"

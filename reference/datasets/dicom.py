@@ -10,14 +10,14 @@ import SimpleITK as sitk
 from rplib.errors import UserError
 from rplib.reference.datasets.headers import checked_affine
 
-sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK prints warnings of its own to stderr, lines long
+sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK prints multi-line warnings to stderr
 
 
 def series_folder(path: Path) -> Path | None:
-    """The folder with the slices of a case: `path` or the one below it that holds DICOM files; None where there is none.
+    """The folder with the slices of a case, `path` itself or one below it; None if there are no DICOM files.
 
     Raises:
-        UserError: several folders below hold DICOM files.
+        UserError: several folders contain DICOM files.
     """
     folders = [folder for folder in (path, *sorted(path.rglob("*"))) if folder.is_dir() and _holds_dicom(folder)]
     if len(folders) > 1:
@@ -27,15 +27,15 @@ def series_folder(path: Path) -> Path | None:
 
 
 def holds_series(path: Path) -> bool:
-    """Whether any file in or below a folder is DICOM."""
+    """Whether a file in or below a folder is DICOM."""
     return any(_is_dicom(file) for file in path.rglob("*"))
 
 
 def read_dicom_series(folder: Path) -> sitk.Image:
-    """The one DICOM series in a folder; slices in the order of their positions, values with slope and intercept applied.
+    """Read the DICOM series in a folder; slices ordered by position, slope and intercept applied.
 
     Raises:
-        UserError: no series, more than one, a damaged file, or a slice that is missing.
+        UserError: no series, more than one, a damaged file, or a missing slice.
     """
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if len(series) != 1:
@@ -43,8 +43,8 @@ def read_dicom_series(folder: Path) -> sitk.Image:
     files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
     names = {Path(file).name for file in files}
     strangers = [path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".dcm" and path.name not in names]
-    if strangers:  # GDCM passes over what it cannot read
-        raise UserError(f"{strangers[0]} is no readable slice of its series ({len(strangers)} such files); copy it again.")
+    if strangers:  # GDCM skips unreadable files
+        raise UserError(f"{strangers[0]} is not a readable slice of the series ({len(strangers)} such files); copy it again.")
     positions = []
     header = sitk.ImageFileReader()
     for file in files:
@@ -59,7 +59,7 @@ def read_dicom_series(folder: Path) -> sitk.Image:
         gap = int(np.abs(steps - np.median(steps)).argmax())
         raise UserError(
             f"{folder}: the slices {Path(files[gap]).name} and {Path(files[gap + 1]).name} are {steps[gap]:.2f} mm apart, the "
-            f"others {np.median(steps):.2f} mm; a slice is missing or there twice: copy the series again from its source."
+            f"others {np.median(steps):.2f} mm; a slice is missing or duplicated: copy the series again from its source."
         )
     try:
         return sitk.ReadImage(list(files))
@@ -68,10 +68,10 @@ def read_dicom_series(folder: Path) -> sitk.Image:
 
 
 def read_series(path: Path) -> nibabel.Nifti1Image:
-    """The series in or below a folder, with the axes (X, Y, Z) and the affine of NIfTI.
+    """Read the series in or below a folder, with the axes (X, Y, Z) and the affine of NIfTI.
 
     Raises:
-        UserError: as `series_folder` and `read_dicom_series`; several values a voxel, or a grid that places no voxels.
+        UserError: as `series_folder` and `read_dicom_series`; several values per voxel, or an invalid grid.
     """
     folder = series_folder(path)
     if folder is None:
@@ -79,7 +79,7 @@ def read_series(path: Path) -> nibabel.Nifti1Image:
     volume = read_dicom_series(folder)
     if volume.GetDimension() != 3 or volume.GetNumberOfComponentsPerPixel() != 1:
         raise UserError(
-            f"{folder} has the size {volume.GetSize()} with {volume.GetNumberOfComponentsPerPixel()} values a voxel; expected "
+            f"{folder} has the size {volume.GetSize()} with {volume.GetNumberOfComponentsPerPixel()} values per voxel; expected "
             "a series of greyscale slices."
         )
     values, affine = xyz(volume), checked_affine(affine_of(volume), folder, "the grid of the series")
@@ -89,13 +89,13 @@ def read_series(path: Path) -> nibabel.Nifti1Image:
 
 
 def xyz(volume: sitk.Image) -> np.ndarray:
-    """Voxels as (X, Y, Z), the order of the file's own indices."""
+    """Voxels as (X, Y, Z), in the file's index order."""
     return np.ascontiguousarray(sitk.GetArrayFromImage(volume).transpose(2, 1, 0))
 
 
 def affine_of(volume: sitk.Image, start: Sequence[int] = (0, 0, 0)) -> np.ndarray:
-    """(4, 4) from indices (x, y, z) of a crop that begins at `start` to millimetres, as in NIfTI (ITK's x and y point the
-    other way)."""
+    """Affine (4, 4) from the indices (x, y, z) of a crop that begins at `start` to millimetres, as in NIfTI (ITK flips x
+    and y)."""
     affine = np.eye(4)
     affine[:3, :3] = np.array(volume.GetDirection()).reshape(3, 3) * np.array(volume.GetSpacing())
     affine[:3, 3] = volume.TransformContinuousIndexToPhysicalPoint([float(s) for s in start])
@@ -103,12 +103,12 @@ def affine_of(volume: sitk.Image, start: Sequence[int] = (0, 0, 0)) -> np.ndarra
 
 
 def itk_reason(error: Exception) -> str:
-    """One line of what went wrong in ITK."""
+    """The reason of an error in ITK, on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    told = lines[-1] if isinstance(error, RuntimeError) else lines[0]  # ITK's reason stands at the end
-    return told.removeprefix("sitk::ERROR: ")[:160]
+    reason = lines[-1] if isinstance(error, RuntimeError) else lines[0]  # ITK gives the reason at the end
+    return reason.removeprefix("sitk::ERROR: ")[:160]
 
 
 def _holds_dicom(folder: Path) -> bool:
@@ -116,7 +116,7 @@ def _holds_dicom(folder: Path) -> bool:
 
 
 def _is_dicom(path: Path) -> bool:
-    """By its suffix, or by the four letters after the preamble where it has none."""
+    """By its suffix, or without one by the letters DICM after the preamble."""
     if not path.is_file() or path.name.upper() == "DICOMDIR":
         return False
     if path.suffix.lower() in (".dcm", ".ima"):

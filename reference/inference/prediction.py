@@ -1,4 +1,4 @@
-"""Segmentation of new images: from the files that people have to a label map on the same grid."""
+"""Segmentation of new images: from image files to label maps on the same grid."""
 
 import math
 import sys
@@ -29,12 +29,12 @@ EXISTING = ("refuse", "skip", "overwrite")
 
 
 class Done(NamedTuple):
-    """One image that was segmented."""
+    """The result for one image."""
 
     name: str
     path: Path  # the label map
     voxels: dict[int, int]  # class -> voxels, without background
-    voxel_ml: float | None  # volume of a voxel (2-D: None) where the voxel size is known
+    voxel_ml: float | None  # volume of a voxel; None in 2-D or if the voxel size is unknown
 
 
 def predict(
@@ -54,26 +54,26 @@ def predict(
     existing: str = "refuse",
     on_done: Callable[[Done], None] = lambda done: None,
 ) -> list[Done]:
-    """Segments images and writes `out`/<name>_prediction.nii.gz for each.
+    """Segment images and write `out`/<name>_prediction.nii.gz for each.
 
     Args:
         run: run folder of a training, or a checkpoint file.
         images: NIfTI or h5 files; with several channels one file each, or `<name>_0000`, `<name>_0001`, ... of a case.
         out: folder to write.
-        weights: ``"best"`` or ``"last"``; None takes best where it was written.
+        weights: ``"best"`` or ``"last"``; None uses best if it exists.
         output: ``"decoder 1"`` or ``"mean of both"``.
-        stride, batch: of the windows; None takes the run's settings.
-        spacing: voxel size in mm of h5 files that hold none.
-        prepared: NIfTI files, too, hold images that are ready: nothing is turned, resampled or normalised.
-        keep_largest: leave only the largest component of each class; the paper does not.
-        write_score: write `<name>_score.nii.gz` as well, the probability of not being background.
-        existing: what to do where a label map is there already: ``"refuse"`` (before anything is done), ``"skip"``,
+        stride, batch: of the windows; None uses the run's settings.
+        spacing: voxel size in mm of h5 files that lack it.
+        prepared: NIfTI files are preprocessed already; do not reorient, resample or normalise them.
+        keep_largest: keep only the largest component of each class; not in the paper.
+        write_score: also write `<name>_score.nii.gz`, the foreground probability.
+        existing: what to do if a label map exists: ``"refuse"`` (before anything is done), ``"skip"``,
             ``"overwrite"``.
         on_done: called after each image.
 
     Raises:
-        UserError: before anything is read: no network, two images of one name, impossible stride or device, no image that
-            can be segmented; at the end, after all others: the images that could not be segmented.
+        UserError: before anything is read: no network, duplicate names, invalid stride or device, no usable image; at the
+            end: the images that could not be segmented.
     """
     inputs, refused = find_inputs(images)
     where = find_device(device)
@@ -84,7 +84,7 @@ def predict(
     for one in refused if wanted > 1 else []:
         print(f"rplib: {one.name} not segmented: {one.reason}", file=sys.stderr)
     if not inputs:
-        raise UserError(refused[0].reason if wanted == 1 else _told(refused, wanted))
+        raise UserError(refused[0].reason if wanted == 1 else _summary_of(refused, wanted))
     steps = tuple(stride) if stride is not None else config.stride
     window_overlap(config.patch, steps)
     if spacing is not None and len(spacing) != len(config.patch):
@@ -108,9 +108,9 @@ def predict(
                 continue
             label = largest_components(found.label) if keep_largest else found.label
             label = ready.back(label)
-            told = f"rplib {rplib.__version__}: {config.title}, {config.protocol}, {output}"
-            save = partial(write_nifti, affine=ready.affine, millimetres=ready.placed, header=ready.header, description=told)
-            if write_score:  # first: a label map that is there says that all of its case is
+            origin = f"rplib {rplib.__version__}: {config.title}, {config.protocol}, {output}"
+            save = partial(write_nifti, affine=ready.affine, millimetres=ready.placed, header=ready.header, description=origin)
+            if write_score:  # first, so that an existing label map implies a complete case
                 score = ready.back(found.score).astype(np.float32)
                 save(output_path(out, f"{item.name}_score.nii.gz"), score)
             save(paths[item.name], label)
@@ -118,13 +118,13 @@ def predict(
             done.append(Done(item.name, paths[item.name], voxels, _millilitres(ready)))
             on_done(done[-1])
     if refused:
-        raise UserError(refused[0].reason if wanted == 1 else _told(refused, wanted))
+        raise UserError(refused[0].reason if wanted == 1 else _summary_of(refused, wanted))
     return done
 
 
-def _told(refused: Sequence[Refused], wanted: int) -> str:
+def _summary_of(refused: Sequence[Refused], wanted: int) -> str:
     names = ", ".join(one.name for one in refused)
-    return f"{len(refused)} of {wanted} images were not segmented, for the reasons above: {names}."
+    return f"{len(refused)} of {wanted} images were not segmented; see above for the reasons: {names}."
 
 
 def _segment(
@@ -142,7 +142,7 @@ def _segment(
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error)):
             raise
-        raise UserError(f"{where} ran out of memory; lower --batch (now {windows}), or take --device cpu.") from error
+        raise UserError(f"{where} ran out of memory; lower --batch (now {windows}), or use --device cpu.") from error
 
 
 def _without_existing(inputs: Sequence[Input], paths: dict[str, Path], existing: str) -> list[Input]:
@@ -151,11 +151,11 @@ def _without_existing(inputs: Sequence[Input], paths: dict[str, Path], existing:
         return list(inputs)
     if existing == "refuse":
         raise UserError(
-            f"{paths[there[0].name]} exists already ({len(there)} such files); choose another --out, or say "
+            f"{paths[there[0].name]} exists already ({len(there)} such files); choose another --out, or set "
             "--existing skip or --existing overwrite."
         )
     names = ", ".join(item.name for item in there)
-    print(f"skipped, for their label maps exist: {names}", file=sys.stderr)
+    print(f"skipped, label maps exist: {names}", file=sys.stderr)
     return [item for item in inputs if item not in there]
 
 
@@ -178,14 +178,14 @@ def _millilitres(ready: Ready) -> float | None:
 
 
 def summary(done: Done) -> str:
-    """One line on one image.
+    """One line per image.
 
     >>> summary(Done("a", Path("out/a_prediction.nii.gz"), {1: 24000}, 0.001))
     'a: 24,000 voxels (24.0 ml); out/a_prediction.nii.gz'
     """
-    told = []
+    parts = []
     for klass, voxels in done.voxels.items():
         ml = f" ({voxels * done.voxel_ml:.1f} ml)" if done.voxel_ml is not None and math.isfinite(done.voxel_ml) else ""
-        told.append(f"{f'class {klass} ' if len(done.voxels) > 1 else ''}{voxels:,} voxels{ml}")
-    found = ", ".join(told) if any(done.voxels.values()) else "nothing found: background everywhere"
+        parts.append(f"{f'class {klass} ' if len(done.voxels) > 1 else ''}{voxels:,} voxels{ml}")
+    found = ", ".join(parts) if any(done.voxels.values()) else "nothing found, all background"
     return f"{done.name}: {found}; {done.path}"
