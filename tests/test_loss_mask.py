@@ -131,8 +131,9 @@ def test_objective_is_that_of_the_cropped_problem(impl, classes, supervised):
         torch.testing.assert_close(terms.total.detach(), total, rtol=1e-12, atol=0)
 
 
-@EVERY_IMPL
+@pytest.mark.parametrize("impl", [pytest.param("naive", marks=pytest.mark.slow), "torch"])
 def test_compiled_together(impl):
+    torch._dynamo.reset()
     logits, features = networks((5, 6, 7), 3, 6)
     mask = box_mask(2)
     exact = truth(cropped(logits), cropped(features))
