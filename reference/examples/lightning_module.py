@@ -19,8 +19,8 @@ class MutualModule(lightning.LightningModule):
         unets = (BasicUNet(spatial_dims=2, out_channels=2, features=(8, 8, 16, 16, 32, 8)) for _ in range(2))
         self.networks = torch.nn.ModuleList(unets)
 
-    def on_fit_start(self) -> None:  # not in __init__: there is no process group yet
-        group = torch.distributed.group.WORLD if self.trainer.world_size > 1 else None
+    def on_fit_start(self) -> None:  # not in __init__, which does not know the number of processes
+        group = "world" if self.trainer.world_size > 1 else None
         self.tap, self.objective = rplib.FeatureTap(self.networks), rplib.MutualObjective(process_group=group)
 
     def training_step(self, batch: dict, _: int) -> torch.Tensor:

@@ -28,8 +28,7 @@ def main(epochs: int = 4, mixed_precision: str = "no") -> float:
     labelled = DataLoader(TensorDataset(*discs(4, seed=0)), batch_size=2)
     unlabelled = DataLoader(TensorDataset(discs(30, seed=1)[0]), batch_size=2)
     model, optimizer, labelled, unlabelled = accelerator.prepare(pair, optimizer, labelled, unlabelled)
-    group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
-    objective = rplib.MutualObjective(process_group=group)
+    objective = rplib.MutualObjective(process_group="world" if accelerator.num_processes > 1 else None)
 
     step = 0
     for _ in range(epochs):
