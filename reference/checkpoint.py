@@ -11,7 +11,7 @@ import torch
 
 from rplib.errors import UserError, brief_reason, is_out_of_memory, printable
 from rplib.reference.config import Config, load_config, load_recipe, parse
-from rplib.reference.files import write_atomically
+from rplib.reference.files import naming, write_atomically
 from rplib.reference.network import MutualVNet
 
 LAST, BEST, CONFIG = "last.pt", "best.pt", "config.toml"
@@ -31,7 +31,8 @@ def save(path: Path, content: dict[str, Any]) -> None:
     except RuntimeError as error:
         # torch.save closes its archive even after a failed write, which fails in turn and hides the first error.
         if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
+            with naming(path):
+                raise error.__context__ from None
         raise
 
 

@@ -65,8 +65,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def temporary(path: Path) -> Path:
-    """The temporary name of a file: short, unique, and recognised by `remove_leftovers`.
-    """
+    """The temporary name of a file: short, unique, and recognised by `remove_leftovers`."""
     return path.with_name(f".rplib-{os.getpid()}-{uuid.uuid4().hex[:12]}.tmp")
 
 

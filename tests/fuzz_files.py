@@ -161,7 +161,7 @@ def load_config_text() -> str:
     """A recipe of every kind of value, small enough that a sound one asks for little memory."""
     return (
         "base = 'la-8'\nname = 'own'\nfilters = 4\npatch = [32, 32, 32]\nstride = [16, 16, 16]\nlearning_rate = 0.02\n"
-        "compile = false\nseed = 3\nmomentum = 0.5  # of SGD\nmethod = \"both\"\n"
+        'compile = false\nseed = 3\nmomentum = 0.5  # of SGD\nmethod = "both"\n'
     )
 
 

@@ -36,20 +36,23 @@ def test_nnunet_trains_on_unlabelled_cases_and_predicts(tmp_path, monkeypatch):
     settings = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "disc": 1}, "numTraining": 3, "file_ending": ".nii.gz"}
     (dataset / "dataset.json").write_text(json.dumps(settings))
 
+    api = importlib.import_module("nnunetv2.experiment_planning.plan_and_preprocess_api")
+    api.extract_fingerprints([1], num_processes=1, check_dataset_integrity=True)
     importlib.import_module("add_unlabelled").main(dataset)
     written = json.loads((dataset / "dataset.json").read_text())
     assert written["labels"] == {"background": 0, "disc": 1, "ignore": 2}
     assert (written["unlabelled"], written["numTraining"]) == (["case3", "case4", "case5"], 6)
     assert (np.asarray(nibabel.load(dataset / "labelsTr" / "case4.nii.gz").dataobj) == 2).all()
 
-    api = importlib.import_module("nnunetv2.experiment_planning.plan_and_preprocess_api")
-    api.extract_fingerprints([1], num_processes=1, check_dataset_integrity=True)
+    api.extract_fingerprints([1], num_processes=1, clean=False)  # as nnUNetv2_plan_and_preprocess calls it
     api.plan_experiments([1])
     api.preprocess([1], configurations=["2d"], num_processes=[1])
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     training = importlib.import_module("nnunetv2.run.run_training")
     trainer = training.get_trainer_from_args("1", "2d", "all", "nnUNetTrainerMutual", device=torch.device("cpu"))
     trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, 2, 1
+    of_discs = trainer.plans_manager.foreground_intensity_properties_per_channel["0"]["mean"]
+    assert of_discs == pytest.approx(float(images[:3, 0][labels[:3] > 0].mean()), rel=0.05)  # not of the unlabelled volumes
     trained, validated = trainer.do_split()
     assert sorted(set(trained)) == [f"case{i}" for i in range(6)]
     assert sorted(validated) == ["case0", "case1", "case2"]

@@ -154,7 +154,7 @@ def test_a_list_cannot_lead_out_of_its_folder(data, trained, tmp_path, capsys, n
     else:
         told = mistake(capsys, *words)
     assert "train.list names '" in told or "test.list names '" in told
-    assert "no case name; expected" in told
+    assert "not a case name; expected" in told
     assert "\x1b" not in told and "\x00" not in told
     assert {k: v for k, v in everything(tmp_path).items() if not k.startswith("out/")} == before
 
@@ -496,6 +496,22 @@ def test_checkpoints_of_other_contents(data, tmp_path, capsys, content):
     assert str(path) in mistake(capsys, "evaluate", path, "--data", data, "--out", tmp_path / "out")
 
 
+def test_a_checkpoint_of_weights_alone_says_how_many_axes_its_network_has(tmp_path):
+    """Flat images, three channels, four classes: all of it is read off the weights."""
+    config = load_recipe("la-4", ["filters=2", "in_channels=3", "classes=4", "patch=32,16", "stride=16,16"])
+    torch.save(checkpoint.build_network(config).state_dict(), tmp_path / "weights.pt")
+    _, found = checkpoint.load_network(tmp_path / "weights.pt")
+    assert (found.filters, found.in_channels, found.classes, found.name) == (2, 3, 4, "weights")
+    assert (len(found.patch), len(found.stride)) == (2, 2)
+
+
+def test_a_disk_that_is_full_is_told_as_such_while_a_checkpoint_is_written(tmp_path):
+    with full(after=1000), pytest.raises(OSError, match=str(tmp_path / "a.pt")) as caught:
+        checkpoint.save(tmp_path / "a.pt", {"weights": torch.zeros(10_000)})
+    assert caught.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("optimiser", {}), ("batches", "[]"), ("batches", "{"), ("torch_random", torch.zeros(3)), ("iteration", 3.5),
@@ -569,7 +585,7 @@ def test_sigterm_writes_a_checkpoint_and_the_training_goes_on_to_the_same_bits(d
         patch.setattr(trainer, "training_step", step)
         assert cli.main(start(data, run)) == cli.EXIT_TERMINATED == 143
     err = capsys.readouterr().err
-    assert f"stopped after iteration 7, which is in {run / 'last.pt'}; go on with: rplib train --resume --out {run}" in err
+    assert f"stopped after iteration 7, saved in {run / 'last.pt'}; resume with: rplib train --resume --out {run}" in err
     assert "Traceback" not in err and "rplib: terminated" in err
     assert checkpoint.load(run / "last.pt")["iteration"] == 7
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -7,7 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from reference_tools import TINY, write_dataset
+from reference_tools import TINY, mistake, write_case, write_dataset
 from test_reference_batches import numbered
 from torch import nn
 
@@ -289,3 +289,25 @@ def test_distances_scale_with_each_axis_of_the_spacing():
         found = score(a, b, spacing)
         assert (found.hd95, found.asd, found.hd95_mm, found.asd_mm) == (3, 3, 3 * spacing[axis], 3 * spacing[axis])
         assert hd95(a, b, spacing) == assd(a, b, spacing) == 3 * spacing[axis]
+
+
+# ------------------------------------------------------------------------------------------------- what a training needs
+
+
+@pytest.mark.parametrize(
+    ("bare", "overrides"),
+    [("CASE01", []), ("CASE02", ["validation=1"]), ("CASE06", ["protocol=paper", "validate_from=1"])],
+    ids=["labelled", "validation", "test under paper"],
+)
+def test_a_case_that_needs_a_label_is_refused_before_the_first_step(tmp_path, capsys, monkeypatch, bare, overrides):
+    write_dataset(tmp_path / "data")
+    path = write_case(tmp_path / "data", bare, image=np.random.default_rng(0).random((20, 18, 17), np.float32))
+    monkeypatch.setattr(trainer, "training_step", lambda *_: 1 / 0)
+    words = ["train", "--recipe", "la-4", "--data", tmp_path / "data", "--out", tmp_path / "run", "--set", *TINY, *overrides]
+    assert f"{path} lacks the key 'label'" in mistake(capsys, *words)
+
+
+def test_nothing_is_said_of_a_validation_where_there_is_none(data, tmp_path, capsys):
+    trainer.train(settings("iterations=1"), data, tmp_path / "run", device="cpu")
+    assert "validation" not in capsys.readouterr().err
+    assert checkpoint.load(tmp_path / "run" / "best.pt")["chosen_by"] == "last iteration"

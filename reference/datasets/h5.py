@@ -80,7 +80,7 @@ def _check_header(dataset: h5py.Dataset, path: Path, key: str) -> None:
     """Type and size, without the values."""
     if dataset.shape is None or dataset.dtype.kind not in "fiub":
         expected = "float32" if key == "image" else "uint8"
-        raise UserError(f"{path}: {key!r} is of type {dataset.dtype}; expected {expected}.")
+        raise UserError(f"{path}: {key!r} has type {dataset.dtype}; expected {expected}.")
     # A file may leave out chunks that were never written; one that holds none of its values was never written at all.
     plain = dataset.chunks is None and not dataset.is_virtual and dataset.external is None
     stored = dataset.id.get_storage_size()

@@ -1,5 +1,6 @@
 """Your own data: a plain folder of NIfTI files or DICOM series, C classes, one or more channels, 3-D or 2-D."""
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from rplib.reference.datasets.cases import Case, Dataset, checked_image, checked
 from rplib.reference.datasets.dicom import holds_series, read_series
 from rplib.reference.datasets.headers import check_size, checked_affine
 from rplib.reference.files import name_mistake
+
+nibabel.imageglobals.logger.setLevel(logging.CRITICAL)  # what it mends in headers, on stderr, lines long
 
 NORMALISATIONS = ("z-score", "z-score-nonzero", "percentiles", "none")
 _SUFFIXES = (".nii.gz", ".nii")

@@ -36,9 +36,7 @@ def as_text(*parts: Table | str, width: int = 120) -> str:
     >>> print(as_text("recipe [/b], :smile:"), end="")
     recipe [/b], :smile:
     """
-    console = Console(
-        file=io.StringIO(), width=width, record=True, color_system=None, highlight=False, markup=False, emoji=False
-    )
+    console = Console(file=io.StringIO(), width=width, record=True, color_system=None, highlight=False, markup=False, emoji=False)
     for part in parts:
         console.print(part)
     return console.export_text()
