@@ -2,7 +2,6 @@
 
 import gzip
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,10 +9,11 @@ import numpy as np
 import SimpleITK as sitk
 
 from rplib.errors import UserError
+from rplib.reference.datasets.dicom import affine_of as affine_of
+from rplib.reference.datasets.dicom import itk_reason, read_dicom_series
+from rplib.reference.datasets.dicom import xyz as xyz
 from rplib.reference.datasets.headers import check_size, checked_affine
 from rplib.reference.datasets.nifti import open_nifti
-
-sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK prints multi-line warnings to stderr
 
 _SIZES = {
     sitk.sitkInt16: np.int16, sitk.sitkUInt16: np.int16, sitk.sitkInt32: np.int32, sitk.sitkUInt32: np.int32,
@@ -33,11 +33,13 @@ class Placed(NamedTuple):
 
 
 def read_volume(path: Path) -> sitk.Image:
-    """Read a 3-D volume with one channel.
+    """Read a 3-D volume with one channel: a file, or a folder with a DICOM series.
 
     Raises:
         UserError: unreadable, truncated, of another kind, or with NaN or infinity.
     """
+    if path.is_dir():
+        return read_dicom_series(path)
     try:
         if path.name.endswith((".nii", ".nii.gz")):
             _check_nifti(path)
@@ -49,7 +51,7 @@ def read_volume(path: Path) -> sitk.Image:
     except Exception as error:  # a damaged file fails in many ways, here and in ITK
         if "orthonormal" in str(error):
             raise UserError(f"{path}: the axes in its header are not orthogonal; resample it to orthogonal axes.") from error
-        raise UserError(f"{path} cannot be read ({_reason(error)}); copy it again from its source.") from error
+        raise UserError(f"{path} cannot be read ({itk_reason(error)}); copy it again from its source.") from error
     while volume.GetDimension() == 4 and volume.GetSize()[3] == 1:
         volume = volume[:, :, :, 0]
     if volume.GetDimension() != 3 or volume.GetNumberOfComponentsPerPixel() != 1:
@@ -62,56 +64,6 @@ def read_volume(path: Path) -> sitk.Image:
     _check_finite(sitk.GetArrayViewFromImage(volume), path)
     checked_affine(affine_of(volume), path, "the grid of its header")
     return volume
-
-
-def read_dicom_series(folder: Path) -> sitk.Image:
-    """Read the DICOM series in a folder; slices ordered by position, slope and intercept applied.
-
-    Raises:
-        UserError: no series, more than one, a damaged file, or a missing slice.
-    """
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    if len(series) != 1:
-        raise UserError(f"{folder} holds {len(series)} DICOM series; expected one: remove the others.")
-    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
-    names = {Path(file).name for file in files}
-    strangers = [path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".dcm" and path.name not in names]
-    if strangers:  # GDCM skips unreadable files
-        raise UserError(f"{strangers[0]} is not a readable slice of the series ({len(strangers)} such files); copy it again.")
-    positions = []
-    header = sitk.ImageFileReader()
-    for file in files:
-        header.SetFileName(file)
-        try:
-            header.ReadImageInformation()
-        except RuntimeError as error:
-            raise UserError(f"{file} cannot be read ({_reason(error)}); copy it again from its source.") from error
-        positions.append(header.GetOrigin())
-    steps = np.linalg.norm(np.diff(np.array(positions), axis=0), axis=1)
-    if len(steps) and steps.max() - steps.min() > 0.05 * np.median(steps):
-        gap = int(np.abs(steps - np.median(steps)).argmax())
-        raise UserError(
-            f"{folder}: the slices {Path(files[gap]).name} and {Path(files[gap + 1]).name} are {steps[gap]:.2f} mm apart, the "
-            f"others {np.median(steps):.2f} mm; a slice is missing or duplicated: copy the series again from its source."
-        )
-    try:
-        return sitk.ReadImage(list(files))
-    except RuntimeError as error:
-        raise UserError(f"{folder} cannot be read ({_reason(error)}); copy it again from its source.") from error
-
-
-def xyz(volume: sitk.Image) -> np.ndarray:
-    """Voxels as (X, Y, Z), in the file's index order."""
-    return np.ascontiguousarray(sitk.GetArrayFromImage(volume).transpose(2, 1, 0))
-
-
-def affine_of(volume: sitk.Image, start: Sequence[int] = (0, 0, 0)) -> np.ndarray:
-    """Affine (4, 4) from the indices (x, y, z) of a crop that begins at `start` to millimetres, as in NIfTI (ITK flips x
-    and y)."""
-    affine = np.eye(4)
-    affine[:3, :3] = np.array(volume.GetDirection()).reshape(3, 3) * np.array(volume.GetSpacing())
-    affine[:3, 3] = volume.TransformContinuousIndexToPhysicalPoint([float(s) for s in start])
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 
 def to_lps(volume: sitk.Image) -> sitk.Image:
@@ -244,11 +196,3 @@ def _grid(volume: sitk.Image) -> str:
     numbers = [", ".join(f"{value:g}" for value in values) for values in (volume.GetSpacing(), volume.GetOrigin())]
     code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(volume.GetDirection())
     return f"{' x '.join(map(str, volume.GetSize()))} voxels of {numbers[0]} mm from {numbers[1]}, orientation {code}"
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    reason = lines[-1] if isinstance(error, RuntimeError) else lines[0]  # ITK gives the reason at the end
-    return reason.removeprefix("sitk::ERROR: ")[:160]

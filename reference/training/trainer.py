@@ -120,7 +120,7 @@ class Training:
                 torch.manual_seed(_seed(config.seed, ranks.rank))
             if saved is not None:
                 checkpoint.load_weights(self.network, saved["network"], out / LAST)
-        last = torch.channels_last_3d if len(config.patch) == 3 else torch.channels_last
+        last = torch.channels_last_3d if config.network_dims == 3 else torch.channels_last
         memory_format = last if config.channels_last else torch.contiguous_format
         self.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
         synchronise_batch_norm(self.network, ranks, device)
@@ -134,7 +134,8 @@ class Training:
         if saved is not None:
             with reading(out / LAST, "checkpoint", "use another one or train again"):
                 self._restore(saved, batches)
-        self.batches, self.feed = batches, Feed(batches, device, memory_format)
+        of_images = torch.contiguous_format if config.slices else memory_format  # slices come with a third axis of one voxel
+        self.batches, self.feed = batches, Feed(batches, device, of_images)
 
         self.log: RunLog | None = None
         if ranks.first:
