@@ -45,11 +45,11 @@ def prepare(out: Path, resume: bool, config: Config) -> None:
 
 
 def room_needed(out: Path, config: Config) -> int:
-    """Bytes that a run may still write: last.pt holds weights and momentum, and while it is replaced there are two."""
+    """Bytes that a run may still write: last.pt holds weights (averaged ones too) and momentum, and while it is replaced there are two."""
     with torch.device("meta"):
         network = checkpoint.build_network(config)
     weights = sum(t.numel() * t.element_size() for t in network.state_dict().values())
-    last = 2 * weights + (1 << 16)  # names, sizes, state of the generators
+    last = (3 if config.average else 2) * weights + (1 << 16)  # names, sizes, state of the generators
     files = last + (0 if (out / LAST).is_file() else last) + (0 if (out / BEST).is_file() else weights)
     return files + _ROW * config.iterations + _REST
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import rplib
@@ -22,6 +23,7 @@ from rplib.reference.config import Config
 from rplib.reference.datasets import LAYOUTS, Case, load_cases, open_for, split_training
 from rplib.reference.devices import find_device, numerics
 from rplib.reference.feeding import Feed
+from rplib.reference.packed import pack
 from rplib.reference.parallel import Ranks, distributed, synchronise_batch_norm
 from rplib.reference.peers import build_objective
 from rplib.reference.runlog import Row, RunLog, record_session, write_curves
@@ -34,6 +36,7 @@ PAPER_WARNING = (
     "protocol 'paper': the weights are chosen on the {} list, as the published numbers were. "
     "Scores of this run are optimistic; compare them only with numbers chosen in the same way."
 )
+_AVERAGE_EVERY = 10  # iterations between updates of the averaged weights, whose decay is that of so many iterations at once
 _DEVICE_SHARE = 0.2  # of a GPU's memory, which the volumes may take under cache=auto
 
 
@@ -119,9 +122,19 @@ class Training:
         memory_format = last if config.channels_last else torch.contiguous_format
         self.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
         synchronise_batch_norm(self.network, ranks, device)
+        if device.type == "cpu":
+            pack(self.network)
         self.optimiser = torch.optim.SGD(
-            self.network.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
+            self.network.parameters(),
+            config.learning_rate,
+            config.momentum,
+            weight_decay=config.weight_decay,
+            fused=True if device.type in ("cpu", "cuda") else None,
         )
+        self.averaged: AveragedModel | None = None
+        if config.average:
+            decay = config.average**_AVERAGE_EVERY
+            self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         self.objective = build_objective(config, ranks.group)
         # What a step calls; checkpoints and validations take the network itself.
         stepped = cast(nn.Module, torch.compile(self.network)) if config.compile else self.network
@@ -159,9 +172,11 @@ class Training:
         with progress, contextlib.closing(self.feed), contextlib.closing(self.log) if self.log else contextlib.nullcontext():
             for t in progress:
                 batch = self.feed.next()
-                weight = config.consistency * rplib.ramp(t, config.ramp_length, config.ramp_every)
+                weight = self._consistency_weight(t)
                 rate = self._set_learning_rate(t)
                 terms = training_step(self.model, self.objective, self.optimiser, batch.images, batch.labels, weight, autocast)
+                if self.averaged is not None and t % _AVERAGE_EVERY == 0:
+                    self.averaged.update_parameters(self.network)
                 pending.append((t, weight, rate, batch.names, terms))
 
                 validating, saving = self._validates_at(t), t % config.checkpoint_every == 0 or t == config.iterations
@@ -212,10 +227,21 @@ class Training:
             f"{what}; cases {', '.join(names)}); {kept}; lower learning_rate, or look at the data with `rplib data check`."
         )
 
+    def _consistency_weight(self, t: int) -> float:
+        config, ramped = self.config, t - self.config.warmup
+        return config.consistency * rplib.ramp(ramped, config.ramp_length, config.ramp_every) if ramped > 0 else 0.0
+
+    @property
+    def scored(self) -> nn.Module:
+        """The network that is validated and declared final: the averaged one where there is one."""
+        return self.network if self.averaged is None else self.averaged.module
+
     def _set_learning_rate(self, t: int) -> float:
-        rate = self.config.learning_rate
+        rate, done = self.config.learning_rate, (t - 1) / self.config.iterations
         if self.config.schedule == "polynomial":
-            rate *= (1 - (t - 1) / self.config.iterations) ** 0.9
+            rate *= (1 - done) ** 0.9
+        elif self.config.schedule == "cosine":
+            rate *= (1 + math.cos(math.pi * done)) / 2
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         return rate
@@ -228,10 +254,10 @@ class Training:
 
     def _validate(self, t: int) -> float:
         """Mean decoder-1 Dice over the validation cases; keeps the weights if they are the best so far."""
-        self.network.eval()
+        network = self.scored.eval()
         mine = self.validation[self.ranks.rank :: self.ranks.size]
-        found = self.ranks.gather(case_dice(self.network, mine, self.config, self.device))
-        self.network.train()
+        found = self.ranks.gather(case_dice(network, mine, self.config, self.device))
+        network.train()
         # Back in the order of the list, so that the sum's last bit does not depend on the number of ranks.
         scores = [found[i % self.ranks.size][i // self.ranks.size] for i in range(len(self.validation))]
         mean = float(np.mean(scores))
@@ -260,10 +286,16 @@ class Training:
             "cases": self.case_names,
             "config": self.config.to_toml(),
         }
+        if self.averaged is not None:
+            content["averaged"] = self.averaged.module.state_dict()
+            content["averaged_updates"] = int(self.averaged.n_averaged)
         self._write(LAST, content)
 
     def _restore(self, saved: dict[str, Any], batches: TwoStreamBatches) -> None:
         self.optimiser.load_state_dict(saved["optimiser"])
+        if self.averaged is not None:
+            checkpoint.load_weights(self.averaged.module, saved["averaged"], self.out / LAST)
+            self.averaged.n_averaged.fill_(saved["averaged_updates"])
         batches.restore(saved["batches"])
         self.done = saved["iteration"]
         self.best_score, self.best_iteration = saved["best_score"], saved["best_iteration"]
@@ -277,7 +309,7 @@ class Training:
             torch.cuda.set_rng_state(cuda, self.device)
 
     def _save_best(self, t: int, chosen_by: str, score: float | None) -> None:
-        content = {"network": self.network.state_dict(), "iteration": t, "chosen_by": chosen_by, "score": score}
+        content = {"network": self.scored.state_dict(), "iteration": t, "chosen_by": chosen_by, "score": score}
         self._write(BEST, {**content, "config": self.config.to_toml()})
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
