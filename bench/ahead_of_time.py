@@ -49,7 +49,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Row:
+class CompiledKernel:
     """One kernel at one point of the matrix; figures as `rplib.bench.compiled_code.Resources`."""
 
     target: str
@@ -87,7 +87,7 @@ def matrix(
     return [Case(c, f, d, layout, t, variant) for (c, f), d, layout, variant, t in points]
 
 
-def report(case: Case) -> list[Row]:
+def report(case: Case) -> list[CompiledKernel]:
     """Compile the kernels of one forward and backward pass.
 
     Raises:
@@ -106,7 +106,7 @@ def report(case: Case) -> list[Row]:
     return rows
 
 
-def report_all(cases: Sequence[Case], jobs: int = 1, progress: bool = False) -> list[Row]:
+def report_all(cases: Sequence[Case], jobs: int = 1, progress: bool = False) -> list[CompiledKernel]:
     """`report` for every case, in order, over ``jobs`` processes; ``progress``: count them on stderr."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) if jobs > 1 else nullcontext() as pool:
         results = map(report, cases) if pool is None else pool.map(report, cases, chunksize=4)
@@ -118,9 +118,9 @@ def report_all(cases: Sequence[Case], jobs: int = 1, progress: bool = False) -> 
         return rows
 
 
-def _row(case: Case, kernel: str, warps: int, found: Resources) -> Row:
+def _row(case: Case, kernel: str, warps: int, found: Resources) -> CompiledKernel:
     share = found.wide_load_share
-    return Row(
+    return CompiledKernel(
         target=case.target,
         variant=case.variant,
         classes=case.classes,
@@ -146,18 +146,18 @@ def _widths(counts: Mapping[int, int]) -> str:
     return " ".join(f"{n}x{bits}" for bits, n in sorted(counts.items(), reverse=True))
 
 
-def write_csv(rows: Iterable[Row], path: Path) -> None:
+def write_csv(rows: Iterable[CompiledKernel], path: Path) -> None:
     """One line a row, after a heading and the versions that the figures hold for."""
     import torch
     import triton
 
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*(field.name for field in fields(Row)), "triton", "torch"])
+        writer.writerow([*(field.name for field in fields(CompiledKernel)), "triton", "torch"])
         writer.writerows([*astuple(row), triton.__version__, torch.__version__] for row in rows)
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[CompiledKernel]) -> str:
     """Fixed-width text."""
     heads = ["target", "variant", "C", "F", "dtype", "layout", "kernel", "regs", "spills"]
     heads += ["shared", "loads", "128-bit %", "load widths"]

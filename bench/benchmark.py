@@ -34,7 +34,7 @@ from rplib.bench import rows as r
 from rplib.bench.implementations import IMPLEMENTATIONS
 from rplib.bench.measure import fill_in, measure
 from rplib.bench.metered import Metered, metered, reduced
-from rplib.bench.rows import Row
+from rplib.bench.rows import Measurement
 from rplib.bench.shapes import DTYPES, LAYOUTS, SHAPES, TEACHERS, Case
 from rplib.errors import UserError
 
@@ -87,9 +87,7 @@ def run(args: argparse.Namespace) -> int:
     # The paper's shape in every dtype and layout comes before the next shape.
     cases = [
         Case(SHAPES[shape], dtype, layout, teachers)
-        for shape, layout, dtype, teachers in product(
-            chosen["shapes"], chosen["formats"], chosen["dtypes"], chosen["teachers"]
-        )
+        for shape, layout, dtype, teachers in product(chosen["shapes"], chosen["formats"], chosen["dtypes"], chosen["teachers"])
     ]
     rows = _Session(cases, chosen["implementations"], device, repeats, args.csv).run()
     _print_summary(rows, device)
@@ -108,14 +106,14 @@ class _Session:
         self.repeats = repeats
         self.csv = csv
         self.about = r.environment(device)
-        self.done: dict[Case, list[Row]] = {}
+        self.done: dict[Case, list[Measurement]] = {}
         self.begin = time.monotonic()
         # Beside a GPU's work the interpreter disturbs nobody; on a CPU it would share the cores that are being timed.
         self.beside = device.type == "cuda"
         self.pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2) if self.beside else 1)
         self.counted: dict[Case, Future[Metered]] = {}
 
-    def run(self) -> list[Row]:
+    def run(self) -> list[Measurement]:
         print(", ".join(f"{name} {value}" for name, value in self.about.items() if value))
         try:
             if self.beside and any(i.form == "triton" for i in self.implementations):
@@ -137,7 +135,7 @@ class _Session:
             counting = self._counting(case)
             return None if self.beside and not counting.done() else counting.result()
 
-        def save(rows: list[Row]) -> None:
+        def save(rows: list[Measurement]) -> None:
             self.done[case] = rows
             self._save()
 
@@ -164,11 +162,11 @@ class _Session:
             r.write_csv(self.csv, [row for rows in self.done.values() for row in rows], self.about)
 
 
-def _print_table(rows: Sequence[Row]) -> None:
+def _print_table(rows: Sequence[Measurement]) -> None:
     print(f"\n{r.heading(next((row for row in rows if row.copy_bandwidth), rows[0]))}\n{r.table(rows)}", flush=True)
 
 
-def _print_summary(rows: Sequence[Row], device: torch.device) -> None:
+def _print_summary(rows: Sequence[Measurement], device: torch.device) -> None:
     reasons = Counter((row.implementation, row.status, row.detail) for row in rows if row.status in (r.LEFT_OUT, r.COUNTED))
     print()
     for (name, status, reason), inputs in reasons.items():

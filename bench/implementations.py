@@ -1,12 +1,12 @@
 """What is compared: name -> loss of two networks, and where it can run.
 
-    naive            the authors' formulation, line by line (`rplib.naive`): the baseline
-    vectorised       the same formulas as an engineer writes them in plain PyTorch: one-hot products instead of loops over
-                     samples and classes, weights without a graph
-    vectorised-c     that, under torch.compile
-    torch            rplib's lean PyTorch form
-    torch-c          that, under torch.compile
-    triton           rplib's kernels
+naive            the authors' formulation, line by line (`rplib.naive`): the baseline
+vectorised       the same formulas as an engineer writes them in plain PyTorch: one-hot products instead of loops over
+                 samples and classes, weights without a graph
+vectorised-c     that, under torch.compile
+torch            rplib's lean PyTorch form
+torch-c          that, under torch.compile
+triton           rplib's kernels
 """
 
 import shutil

@@ -15,12 +15,12 @@ from rplib.bench.correctness import Truth
 from rplib.bench.eager_traffic import EagerTraffic, eager_traffic
 from rplib.bench.implementations import BASELINE, Implementation, Loss
 from rplib.bench.inductor_traffic import InductorEstimate, inductor_estimate
-from rplib.bench.memory import peak_memory
 from rplib.bench.metered import Metered, MeterFailedError
-from rplib.bench.rows import Row
+from rplib.bench.rows import Measurement
 from rplib.bench.shapes import Case, clear_gradients, make_inputs
 from rplib.bench.timer import DeviceCopy, as_cuda_graph, copy_size, interleaved
 from rplib.errors import UserError
+from rplib.memory import peak_memory
 
 Say = Callable[[str], None]
 Meter = Callable[[], Metered | None]
@@ -34,8 +34,8 @@ def measure(
     repeats: int,
     meter: Meter,
     say: Say,
-    save: Callable[[list[Row]], None],
-) -> list[Row]:
+    save: Callable[[list[Measurement]], None],
+) -> list[Measurement]:
     """One row per implementation, in their order.
 
     Args:
@@ -64,14 +64,14 @@ def measure(
     return list(rows.values())
 
 
-def _can_run(implementation: Implementation, row: Row, device: torch.device) -> bool:
+def _can_run(implementation: Implementation, row: Measurement, device: torch.device) -> bool:
     obstacle = implementation.obstacle(device)
     if obstacle:
         row.status, row.detail = r.LEFT_OUT, obstacle
     return obstacle is None
 
 
-def fill_in(row: Row, meter: Meter) -> None:
+def fill_in(row: Measurement, meter: Meter) -> None:
     """Bytes and launches of the Triton form, once counted; on a machine that cannot time it, also whether it is right."""
     try:
         found = meter()
@@ -93,7 +93,7 @@ def fill_in(row: Row, meter: Meter) -> None:
 
 
 class _Measurement:
-    def __init__(self, case: Case, rows: dict[str, Row], device: torch.device, say: Say) -> None:
+    def __init__(self, case: Case, rows: dict[str, Measurement], device: torch.device, say: Say) -> None:
         self.rows = rows
         self.device = device
         self.say = say
@@ -101,7 +101,7 @@ class _Measurement:
         self.logits, self.features = make_inputs(case, device)
         self.losses: dict[str, Loss] = {}  # those that are right
 
-    def run(self, implementations: Sequence[Implementation], repeats: int, save: Callable[[list[Row]], None]) -> None:
+    def run(self, implementations: Sequence[Implementation], repeats: int, save: Callable[[list[Measurement]], None]) -> None:
         self.say("the truth in float64")
         truth = Truth(self.logits, self.features)
         for implementation in implementations:
@@ -128,7 +128,7 @@ class _Measurement:
             except Exception as error:
                 self.say(f"no CUDA graphs: {_one_line(error)}")
 
-    def _examine(self, implementation: Implementation, row: Row, truth: Truth) -> None:
+    def _examine(self, implementation: Implementation, row: Measurement, truth: Truth) -> None:
         loss_fn = implementation.make()
         begin = time.perf_counter()
         with _instrument(implementation.form) as traffic:

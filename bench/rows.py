@@ -30,7 +30,7 @@ ESTIMATE = "inductor's estimate"
 
 
 @dataclass
-class Row:
+class Measurement:
     """One implementation on one input; None: not known. Bytes are per voxel where the name says so, else per call.
 
     Attributes:
@@ -91,15 +91,15 @@ class Row:
         return self.shape, self.size, self.dtype, self.layout, self.teachers
 
 
-def new_row(case: Case, implementation: str) -> Row:
+def new_row(case: Case, implementation: str) -> Measurement:
     shape = case.shape
     floor = floor_bytes(shape.classes, shape.features, DTYPES[case.dtype].itemsize)
-    return Row(
+    return Measurement(
         shape.name, str(shape), case.dtype, case.layout, case.teachers, implementation, floor_bytes_per_voxel=floor
     )
 
 
-def compare_with(baseline: Row, rows: Iterable[Row]) -> None:
+def compare_with(baseline: Measurement, rows: Iterable[Measurement]) -> None:
     """Fill in the ratios to ``baseline``, measured on the same input in the same turns."""
     for row in rows:
         if row.seconds and baseline.seconds:
@@ -137,12 +137,12 @@ def device_name(device: torch.device) -> str:
     return f"{named[0] if named else model}, {os.cpu_count()} cores"
 
 
-def write_csv(path: Path, rows: Iterable[Row], about: dict[str, str]) -> None:
+def write_csv(path: Path, rows: Iterable[Measurement], about: dict[str, str]) -> None:
     """The whole file at once: whoever reads it finds either the old lines or the new ones."""
     part = path.with_name(path.name + ".part")
     with part.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*about, *(field.name for field in fields(Row))])
+        writer.writerow([*about, *(field.name for field in fields(Measurement))])
         for row in rows:
             writer.writerow([*about.values(), *(_cell(value) for value in asdict(row).values())])
         file.flush()
@@ -150,13 +150,13 @@ def write_csv(path: Path, rows: Iterable[Row], about: dict[str, str]) -> None:
     part.replace(path)
 
 
-def read_csv(path: Path) -> list[Row]:
+def read_csv(path: Path) -> list[Measurement]:
     """The rows of `write_csv`; columns that are not of a row (date, versions) are passed over."""
     with path.open(newline="") as file:
         return [_row(line) for line in csv.DictReader(file)]
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Measurement]) -> str:
     """Fixed-width text for the rows of one input."""
     heads = ["", "ms", "quartiles", "x naive", "graph ms", "launches"]
     heads += ["MB fwd", "MB bwd", "x less", "B/voxel", "sectors", "x floor", "of copy"]
@@ -171,7 +171,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("  ".join([*line, note]).rstrip() for line, note in zip(padded, notes, strict=True))
 
 
-def heading(row: Row) -> str:
+def heading(row: Measurement) -> str:
     """What the rows of one table have in common, in a line."""
     copy = "" if row.copy_bandwidth is None else f", copy {row.copy_bandwidth / 1e9:.1f} GB/s"
     return (
@@ -180,7 +180,7 @@ def heading(row: Row) -> str:
     )
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Measurement) -> list[str]:
     milliseconds = row.status if row.status != MEASURED else _number(row.seconds, 1e3)
     if row.status == COUNTED:
         milliseconds = "-"
@@ -223,9 +223,9 @@ def _cell(value: object) -> object:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def _row(line: dict[str, str]) -> Row:
+def _row(line: dict[str, str]) -> Measurement:
     values: dict[str, object] = {}
-    for field in fields(Row):
+    for field in fields(Measurement):
         text = line[field.name]
         kind = str(field.type)
         if "int" in kind:
@@ -234,7 +234,7 @@ def _row(line: dict[str, str]) -> Row:
             values[field.name] = float(text) if text else None
         else:
             values[field.name] = text
-    return Row(**values)  # type: ignore[arg-type]
+    return Measurement(**values)  # type: ignore[arg-type]
 
 
 def _version(package: str) -> str:

@@ -105,9 +105,7 @@ def _first_teaches(case: Case, generator: torch.Generator) -> Tensor:
     spatial = case.shape.spatial
     if case.teachers == "random":
         return torch.rand(case.shape.batch, *spatial, generator=generator) < 0.5
-    cube = sum(
-        (torch.arange(size) // CUBE).view(-1, *[1] * (len(spatial) - 1 - axis)) for axis, size in enumerate(spatial)
-    )
+    cube = sum((torch.arange(size) // CUBE).view(-1, *[1] * (len(spatial) - 1 - axis)) for axis, size in enumerate(spatial))
     assert isinstance(cube, Tensor)
     return (cube % 2 == 0).unsqueeze(0)
 

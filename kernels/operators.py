@@ -14,9 +14,9 @@ from torch import Tensor
 from rplib import ranks
 from rplib.kernels import passes
 from rplib.kernels.passes import Record, Statistics, Terms
-from rplib.lean import similarity
 from rplib.maps import Reliability, ordered_pairs
 from rplib.options import Options
+from rplib.similarity import similarity
 
 
 def loss(logits: list[Tensor], features: list[Tensor] | None, options: Options) -> Tensor:

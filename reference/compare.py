@@ -66,7 +66,7 @@ class Line:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The words of `rplib compare`."""
-    from rplib.reference.inference import OUTPUTS
+    from rplib.reference.inference.windows import OUTPUTS
 
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders of `rplib train`, evaluated")
     parser.add_argument("--split", choices=("test", "train", "val"), default="test", help="of which list (default: %(default)s)")
@@ -76,8 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table; mistakes raise `rplib.errors.UserError`."""
-    from rplib.reference.checkpoint import write_text_atomically
-    from rplib.reference.evaluation import BOX
+    from rplib.reference.evaluation.scoring import BOX
+    from rplib.reference.files import write_text_atomically
 
     if args.csv and not args.csv.parent.is_dir():
         raise UserError(f"--csv: there is no folder {args.csv.parent}; make it first.")
@@ -146,7 +146,7 @@ def compare(recipes: dict[str, list[Run]]) -> list[Line]:
     Raises:
         UserError: the runs were scored on different cases.
     """
-    from rplib.reference.evaluation import METRICS
+    from rplib.reference.evaluation.scoring import METRICS
 
     runs = [one for group in recipes.values() for one in group]
     if not runs[0].scores:
@@ -194,7 +194,7 @@ def render(lines: Sequence[Line]) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    from rplib.reference.tables import TITLES, shown
+    from rplib.reference.reporting.tables import TITLES, shown
 
     first = lines[0].recipe
     table = Table(title="mean of the runs \u00b1 standard deviation over them", title_justify="left")
@@ -238,7 +238,7 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def _plus_minus(deviation: float, metric: str) -> str:
-    from rplib.reference.tables import shown
+    from rplib.reference.reporting.tables import shown
 
     return "" if _is_nan(deviation) else f" \u00b1 {shown(deviation, metric)}"
 

@@ -1,7 +1,7 @@
 """Settings of a training: recipes, overrides, and the resolved `config.toml` of a run.
 
-One flat table. The fields below are its keys, their defaults are the paper's settings on the Left Atrium data, and
-their comments go into every file that is written.
+One flat table. The fields below are its keys. Their defaults are the paper's settings on the Left Atrium data, written out in
+recipes/base.toml; a recipe names its base and what differs. Their comments go into every config.toml and `--help-settings`.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from typing import Any
 from rplib.errors import UserError
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
+BASE = "base"  # recipes/base.toml: every key; also the key of a recipe file that names the recipe it builds on
 DEPTH = 16  # the network halves each axis four times
 
 CACHES = ("auto", "device", "ram")
@@ -25,11 +26,12 @@ _LEAVES_OUT = {
     "both": (),
     "which-only": ("weighting",),
     "how-only": ("confidence",),
-    "neither": ("confidence", "weighting"),
     "cross-pseudo-supervision": ("confidence", "weighting"),
     CONSISTENCY: ("confidence", "weighting"),
 }
 METHODS = tuple(_LEAVES_OUT)
+# Settings of earlier versions, with the value under which they say nothing, and what takes their place.
+_RETIRED = {"weighting": ("similarity", "method=which-only for weight 1")}
 
 
 def _key(
@@ -70,7 +72,7 @@ class Config:
     name: str = _key("la-8", "what to call it", section="recipe")
 
     dataset: str = _key(
-        "left-atrium", "layout on disk", choices=("left-atrium", "pancreas", "brats", "generic"), section="data"
+        "left-atrium", "layout of the data set", choices=("left-atrium", "pancreas", "brats", "generic"), section="data"
     )
     normalisation: str = _key(
         "z-score",
@@ -78,29 +80,28 @@ class Config:
         choices=("z-score", "z-score-nonzero", "percentiles", "none"),
     )
     classes: int = _key(2, "background included", least=2, most=255)
-    labelled: int = _key(8, "the first so many of the training list, the rest is unlabelled; 0: all that have a label", least=0)
-    validation: int = _key(0, "so many of the labelled cases (the last) are moved out to choose the best weights by", least=0)
+    labelled: int = _key(8, "first N training cases; the rest are unlabelled. 0: every case that has a label", least=0)
+    validation: int = _key(0, "last N labelled cases, held out for model selection", least=0)
     patch: tuple[int, ...] = _key((112, 112, 80), "voxels; multiples of 16; two numbers for 2-D images", least=DEPTH)
     batch_size: int = _key(4, "labelled and unlabelled together", least=1)
-    labelled_per_batch: int = _key(2, "equal to batch_size: labelled only, unlabelled cases are not even read", least=1)
+    labelled_per_batch: int = _key(2, "equal to batch_size: labelled-only training; unlabelled cases are not read", least=1)
     augmentation: str = _key("mirror-rotate", "in the first two axes; 'none' crops only", choices=("mirror-rotate", "none"))
-    cache: str = _key("auto", "where the volumes are kept: on the device, where they fit, or in RAM", choices=CACHES)
+    cache: str = _key("auto", "where volumes are kept; 'auto': on the GPU if they fit, else in RAM", choices=CACHES)
 
     in_channels: int = _key(1, "channels of the image", least=1, section="network")
     filters: int = _key(16, "channels at full resolution; 16 gives 12,347,716 parameters", least=1)
     dropout: float = _key(0.5, "after the deepest block and before each output convolution", least=0.0, most=0.99)
 
-    dice_weight: float = _key(0.5, "times the sum of both decoders' supervised losses", least=0.0, section="objective")
+    dice_weight: float = _key(0.5, "factor of the sum of both decoders' supervised losses", least=0.0, section="objective")
     supervised: str = _key(
-        "dice", "loss on the labels; the sum of two is their mean", choices=("dice", "cross_entropy", "dice+cross_entropy")
+        "dice", "loss on the labels; of two the mean is taken", choices=("dice", "cross_entropy", "dice+cross_entropy")
     )
-    consistency: float = _key(1.0, "maximum weight of the mutual loss; 0 trains on labels alone", least=0.0)
-    warmup: int = _key(0, "iterations on labels alone, before the ramp-up begins", least=0)
+    consistency: float = _key(1.0, "maximum weight of the mutual loss; 0: train on labels alone", least=0.0)
+    warmup: int = _key(0, "iterations on labels alone before the ramp-up begins", least=0)
     ramp_length: int = _key(40, "steps of the ramp-up of that weight; 0: maximum from the start", least=0)
     ramp_every: int = _key(150, "iterations per step", least=1)
-    method: str = _key("both", "of mutual learning, see README.md", choices=METHODS)
-    confidence: str = _key("entropy", "which network teaches", choices=("entropy", "max_probability", "none"))
-    weighting: str = _key("similarity", "how reliable its pseudo-label is", choices=("similarity", "none"))
+    method: str = _key("both", "paper's loss, one of its ablations, or a peer; see training/README.md", choices=METHODS)
+    confidence: str = _key("entropy", "how the networks' confidence is compared", choices=("entropy", "max_probability"))
     temperature: float = _key(0.1, "of the sharpened probabilities; 'mutual-consistency' only", above=0.0)
     cross_entropy_on: str = _key(
         "logits", "'probabilities' is the authors' upload of January 2024", choices=("logits", "probabilities")
@@ -121,13 +122,13 @@ class Config:
     )
     seed: int = _key(1337, "of weights, dropout, order of cases, crops", least=0, most=2**63 - 1)
     amp: str = _key("off", "mixed precision of the network, on a GPU", choices=("off", "bfloat16"))
-    tf32: bool = _key(True, "TensorFloat-32 convolutions on GPUs that have them, as is PyTorch's habit; false: float32")
-    channels_last: bool = _key(False, "memory layout; faster convolutions on most devices, last bits differ")
-    compile: bool = _key(False, "torch.compile the network's training; the first step then takes a minute or so")
+    tf32: bool = _key(True, "TensorFloat-32 convolutions on GPUs that support them (PyTorch's default)")
+    channels_last: bool = _key(False, "memory layout; faster on most devices, results differ in the last bits")
+    compile: bool = _key(False, "torch.compile the network; the first step takes about a minute")
 
     protocol: str = _key(
         "held-out",
-        "'paper' chooses the weights on the TEST list, as the published numbers did",
+        "'paper' selects weights on the TEST list, as the published numbers did",
         choices=("held-out", "paper"),
         section="evaluation",
     )
@@ -137,7 +138,7 @@ class Config:
     window_batch: int = _key(4, "windows in one forward pass", least=1)
 
     checkpoint_every: int = _key(200, "iterations between writes of last.pt", least=1, section="run folder")
-    log_every: int = _key(10, "iterations between looks at the losses (each waits for the device once)", least=1)
+    log_every: int = _key(10, "iterations between logged losses (each waits for the device once)", least=1)
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -167,9 +168,6 @@ class Config:
                 f"validation={self.validation} leaves none of the {self.labelled} labelled cases for training; "
                 "lower validation or raise labelled."
             )
-        for method, key, remedy in (("which-only", "confidence", "entropy"), ("how-only", "weighting", "similarity")):
-            if self.method == method and getattr(self, key) == "none":
-                raise UserError(f"method={method} and {key}=none leave nothing; set {key}={remedy}, or method=neither.")
         if self.protocol == "paper" and self.validation:
             raise UserError(
                 f"protocol 'paper' chooses by the test list, so validation={self.validation} has no use; "
@@ -197,9 +195,9 @@ class Config:
         out = _LEAVES_OUT[self.method]
         return {
             "dice_weight": self.dice_weight,
-            "supervised": self.supervised,
-            "confidence": None if "confidence" in out or self.confidence == "none" else self.confidence,
-            "weighting": None if "weighting" in out or self.weighting == "none" else self.weighting,
+            **({} if self.supervised == "dice" else {"supervised": self.supervised}),
+            "confidence": None if "confidence" in out else self.confidence,
+            "weighting": None if "weighting" in out else "similarity",
             "cross_entropy_on": self.cross_entropy_on,
             "impl": self.impl,
         }
@@ -222,11 +220,11 @@ KEYS = {f.name: f for f in dataclasses.fields(Config)}
 
 
 def parse(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
-    """Settings from TOML text; keys that it lacks take the paper's values.
+    """Settings from TOML text; missing keys take the values of its `base` recipe, or else the paper's.
 
     Args:
         source: what to call the text in an error.
-        overrides: `key=value` words, as after `--set`.
+        overrides: `key=value` options, as after `--set`.
 
     Raises:
         UserError: bad TOML, unknown key (with the nearest known one), or a value that does not fit.
@@ -235,9 +233,7 @@ def parse(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{source} is not valid TOML: {error}.") from error
-    for key in table:
-        _known(key, source)
-    return Config(**{**table, **parse_overrides(overrides)})
+    return Config(**{**_base_of(table, source), **_known_keys(table, source), **parse_overrides(overrides)})
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
@@ -270,7 +266,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
 
 def recipe_names() -> list[str]:
     """Names that `--recipe` knows."""
-    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+    return sorted(path.stem for path in RECIPES.glob("*.toml") if path.stem != BASE)
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -302,6 +298,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     return parse(text, str(path), overrides)
 
 
+def describe_settings() -> str:
+    """Every key with its type, default and meaning, by section: the text of `rplib train --help-settings`."""
+    lines: list[str] = []
+    for f in KEYS.values():
+        if f.metadata["section"]:
+            lines += ["", f.metadata["section"]]
+        kind = {int: "integer", float: "number", bool: "true or false", str: "text"}.get(f.type, "integers")  # type: ignore[call-overload]
+        lines.append(f"  {f.name} = {_toml(f.default)}  ({kind})")
+        lines.append(f"      {_comment(f)}")
+    return "\n".join(lines).strip() + "\n"
+
+
 def differences(a: Config, b: Config) -> list[str]:
     """Keys in which two configurations differ.
 
@@ -311,9 +319,42 @@ def differences(a: Config, b: Config) -> list[str]:
     return [key for key in KEYS if getattr(a, key) != getattr(b, key)]
 
 
+def _base_of(table: dict[str, Any], source: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The keys that `base = "NAME"` brings, those of its own base included; takes `base` out of the table."""
+    name = table.pop(BASE, None)
+    if name is None:
+        return {}
+    if not isinstance(name, str) or not (RECIPES / f"{name}.toml").is_file() or Path(name).name != name:
+        raise UserError(f"{source}: base is {name!r}; expected the name of a recipe: {BASE}, {', '.join(recipe_names())}.")
+    if name in seen:
+        raise UserError(f"{source}: base = {name!r} leads back to itself through {', '.join(seen)}.")
+    below = tomllib.loads((RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
+    return {**_base_of(below, name, (*seen, name)), **_known_keys(below, name)}
+
+
+def _known_keys(table: dict[str, Any], source: str) -> dict[str, Any]:
+    """The table without the retired settings that say nothing.
+
+    Raises:
+        UserError: an unknown key, or a retired one with a meaning.
+    """
+    known = {}
+    for key, value in table.items():
+        if key in _RETIRED:
+            without_meaning, instead = _RETIRED[key]
+            if value != without_meaning:
+                raise UserError(f"{source}: {key} = {value!r} is no longer a setting; use {instead}.")
+            continue
+        _known(key, source)
+        known[key] = value
+    return known
+
+
 def _known(key: str, source: str) -> None:
     if key in KEYS:
         return
+    if key in _RETIRED:
+        raise UserError(f"{source}: {key} is no longer a setting; use {_RETIRED[key][1]}.")
     near = difflib.get_close_matches(key, KEYS, n=3, cutoff=0.5) or [k for k in KEYS if key in k]
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(KEYS)}."
     raise UserError(f"{source}: unknown setting {key!r}; {hint}")
@@ -331,7 +372,7 @@ def _checked(f: "dataclasses.Field[Any]", value: Any) -> Any:
         return tuple(int(axis) for axis in value)
     if f.type is float and _is_int(value):
         value = float(value)
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[f.type]  # type: ignore[index]
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[f.type]  # type: ignore[index]
     fits = _is_int(value) if f.type is int else isinstance(value, f.type)  # type: ignore[arg-type]
     if not fits or (isinstance(value, float) and not math.isfinite(value)):
         raise UserError(f"{f.name} is {value!r}; expected {expected}, such as {f.name}={_toml(f.default)}.")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rplib.reference.conversion import Converted
+    from rplib.reference.conversion.releases import Converted
 
 RELEASES = {
     "left-atrium": "the 2018 Left Atrium challenge (NRRD)",
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.data_command == "check":
-        from rplib.reference.check_data import check
+        from rplib.reference.datasets.check import check
 
         return check(args.dest, args.layout, args.classes, args.channels)
     if args.data_command == "shrink":
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _phantom(args: argparse.Namespace) -> int:
-    from rplib.reference.phantom import write_phantoms
+    from rplib.reference.datasets.phantom import write_phantoms
 
     test_cases = args.cases // 4 + 1 if args.test_cases is None else args.test_cases
     written = write_phantoms(args.dest, args.cases, test_cases, tuple(args.size), args.seed)
@@ -99,8 +99,8 @@ def _phantom(args: argparse.Namespace) -> int:
 
 def _shrink(args: argparse.Namespace) -> int:
     from rplib.errors import UserError
-    from rplib.reference.conversion import convert
-    from rplib.reference.shrink import Shrunk
+    from rplib.reference.conversion.releases import convert
+    from rplib.reference.conversion.shrink import Shrunk
 
     if args.raw.resolve() == args.dest.resolve():
         raise UserError(f"DATA and DEST are the same folder, {args.dest}; choose another DEST.")
@@ -109,19 +109,19 @@ def _shrink(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from rplib.reference.conversion import Release, convert
+    from rplib.reference.conversion.releases import Release, convert
 
     release: Release
     if args.data_command == "left-atrium":
-        from rplib.reference.convert_left_atrium import LeftAtriumRelease
+        from rplib.reference.conversion.left_atrium import LeftAtriumRelease
 
         release = LeftAtriumRelease(args.seed)
     elif args.data_command == "pancreas":
-        from rplib.reference.convert_pancreas import PancreasRelease
+        from rplib.reference.conversion.pancreas import PancreasRelease
 
         release = PancreasRelease(args.flip_labels)
     else:
-        from rplib.reference.convert_brats import BratsRelease
+        from rplib.reference.conversion.brats import BratsRelease
 
         release = BratsRelease()
     return _told(convert(release, args.raw, args.dest, args.lists, args.seed), args)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ITERATIONS = 300
-MARK = ".rplib-demo"  # a folder with this file is the demo's own, and may be written anew
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

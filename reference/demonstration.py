@@ -16,17 +16,16 @@ from rich.console import Console
 from rich.table import Table
 
 from rplib.errors import UserError
-from rplib.reference.checkpoint import write_text_atomically
 from rplib.reference.config import Config, load_recipe
-from rplib.reference.demo import MARK
+from rplib.reference.datasets.phantom import MOST_THRESHOLD_DICE, best_threshold_dice, write_phantoms
 from rplib.reference.devices import find_device
-from rplib.reference.evaluation import BOX, Report, evaluate
-from rplib.reference.inference import DECODER_1
-from rplib.reference.metrics import Scores
-from rplib.reference.phantom import MOST_THRESHOLD_DICE, best_threshold_dice, write_phantoms
-from rplib.reference.pictures import PREDICTION, TRUTH, Panel, largest_slice, truth_and_prediction, write_sheet
-from rplib.reference.tables import shown
-from rplib.reference.trainer import train
+from rplib.reference.evaluation.metrics import Scores
+from rplib.reference.evaluation.scoring import BOX, Report, evaluate
+from rplib.reference.files import write_text_atomically
+from rplib.reference.inference.windows import DECODER_1
+from rplib.reference.reporting.pictures import PREDICTION, TRUTH, Panel, largest_slice, truth_and_prediction, write_sheet
+from rplib.reference.reporting.tables import shown
+from rplib.reference.training.trainer import train
 
 TRAINING_CASES, TEST_CASES, SIZE = 24, 6, (48, 48, 40)
 SETTINGS = (
@@ -42,6 +41,7 @@ SETTINGS = (
     "window_batch=8",
 )
 LABELLED_ONLY, MUTUAL, THRESHOLD = "labelled-only", "mutual", "best threshold"
+MARK = ".rplib-demo"  # a folder with this file is the demo's own, and may be overwritten
 PICTURE, TABLE = "demo.png", "demo.txt"
 _SHOWN_CASES = 3
 

@@ -14,13 +14,11 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The words of `rplib evaluate`."""
-    parser.add_argument(
-        "run_folder", type=Path, metavar="RUN", help="run folder of `rplib train`, or a checkpoint (*.pt, *.pth)"
-    )
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", required=True, help="folder of the data set"
-    )
+    """The options of `rplib evaluate`."""
+    from rplib.reference.arguments import count, length, positive
+
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder of `rplib train`, or a checkpoint (*.pt, *.pth)")
+    parser.add_argument("--data", type=Path, metavar="DIR", required=True, help="folder of the data set")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: RUN/evaluation-SPLIT)")
     parser.add_argument(
         "--weights",
@@ -36,18 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="voxels between windows, one number per axis (default: the run's setting)",
     )
-    parser.add_argument(
-        "--batch", type=positive, metavar="N", help="windows per forward pass (default: the run's setting)"
-    )
+    parser.add_argument("--batch", type=positive, metavar="N", help="windows per forward pass (default: the run's setting)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument(
         "--spacing", type=length, nargs="+", metavar="MM",
         help="voxel size in mm, one number per axis, for distances in mm too and for the NIfTI header (default: as in the "
         "files; the published h5 files do not hold it, Left Atrium: 0.625 0.625 0.625)",
     )  # fmt: skip
-    parser.add_argument(
-        "--largest-component", action="store_true", help="keep the largest part of each class (the paper: no)"
-    )
+    parser.add_argument("--largest-component", action="store_true", help="keep the largest part of each class (the paper: no)")
     parser.add_argument(
         "--nifti", choices=("prediction", "all", "none"), default="prediction",
         help="what to write as NIfTI: labels of decoder 1; image, truth and score too; nothing (default: %(default)s)",
@@ -65,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluates and returns the exit code; mistakes raise `rplib.errors.UserError`."""
     from rplib.errors import UserError
-    from rplib.reference.evaluation import evaluate
-    from rplib.reference.report import VOLUMES, nifti_writer, write
+    from rplib.reference.evaluation.scoring import evaluate
+    from rplib.reference.reporting.report import VOLUMES, nifti_writer, write
 
     run_folder = args.run_folder if args.run_folder.is_dir() else args.run_folder.parent
     out = args.out or run_folder / f"evaluation-{args.split}"
@@ -91,31 +85,6 @@ def run(args: argparse.Namespace) -> int:
     )
     write(report, out, args.pictures)
     return 0
-
-
-def positive(text: str) -> int:
-    """A word of the command line as a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
-
-
-def count(text: str) -> int:
-    """A word of the command line as a whole number of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
-    return int(text)
-
-
-def length(text: str) -> float:
-    """A word of the command line as millimetres above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no length; expected millimetres above 0")
-    return number
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -41,9 +41,7 @@ class MutualVNet(nn.Module):
         ([(2, 2, 32, 16, 16), (2, 2, 32, 16, 16)], (2, 2, 32, 16, 16))
     """
 
-    def __init__(
-        self, in_channels: int = 1, classes: int = 2, filters: int = 16, dropout: float = 0.5, dims: int = 3
-    ) -> None:
+    def __init__(self, in_channels: int = 1, classes: int = 2, filters: int = 16, dropout: float = 0.5, dims: int = 3) -> None:
         super().__init__()
         layers = _LAYERS[dims]
         self.encoder = _Encoder(in_channels, filters, dropout, layers)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The words of `rplib predict`."""
-    from rplib.reference.evaluate import length, positive
-    from rplib.reference.prediction import EXISTING
+    from rplib.reference.arguments import length, positive
+    from rplib.reference.inference.prediction import EXISTING
 
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder of `rplib train`, or a checkpoint (*.pt, *.pth)")
     parser.add_argument(
@@ -47,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prepared", action="store_true",
         help="the NIfTI files are ready, too: turn, resample and normalise nothing",
     )  # fmt: skip
-    parser.add_argument(
-        "--largest-component", action="store_true", help="keep the largest part of each class (the paper: no)"
-    )
+    parser.add_argument("--largest-component", action="store_true", help="keep the largest part of each class (the paper: no)")
     parser.add_argument(
         "--score", action="store_true", help="write NAME_score.nii.gz, too: the probability of not being background"
     )
@@ -64,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from rplib.errors import UserError
-    from rplib.reference.inference import DECODER_1, MEAN
-    from rplib.reference.prediction import predict, summary
+    from rplib.reference.inference.prediction import predict, summary
+    from rplib.reference.inference.windows import DECODER_1, MEAN
 
     if not args.run_folder.exists():
         raise UserError(f"no run folder {args.run_folder}; make one with `rplib train --out {args.run_folder}`.")

@@ -1,37 +1,53 @@
-"""How far the windows of one image are: a bar with rate and time left, for images that take minutes."""
+"""Progress of long work: a bar on a terminal, a line a minute in a redirected log, silence on all ranks but the first."""
 
-import contextlib
-import math
-from collections.abc import Iterator, Sequence
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from torch import nn
+import torch.distributed as dist
 from tqdm import tqdm
 
-from rplib.reference.network import MutualVNet
+_EVERY = 60.0  # seconds between lines where there is no terminal
 
 
-@contextlib.contextmanager
-def window_bar(
-    network: nn.Module, shape: Sequence[int], patch: Sequence[int], stride: Sequence[int], what: str
-) -> Iterator[None]:
-    """Shows a bar on a terminal (nowhere else) while `network` sees the windows of an image of this shape."""
-    with tqdm(
-        total=count_windows(shape, patch, stride), desc=what, unit="window", leave=False, disable=None, mininterval=0.5
-    ) as bar:
-        # The encoder sees every window once, whether one decoder follows or both.
-        part = network.encoder if isinstance(network, MutualVNet) else network
-        hook = part.register_forward_hook(lambda _, windows, __: bar.update(len(windows[0])))
-        try:
-            yield
-        finally:
-            hook.remove()
+def is_first() -> bool:
+    """Whether this process reports: rank 0 of several, or a process alone."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def count_windows(shape: Sequence[int], patch: Sequence[int], stride: Sequence[int]) -> int:
-    """Windows of an image: along each axis as many as reach its end.
+class Progress(tqdm):  # type: ignore[type-arg]
+    """A tqdm bar that prints a line a minute instead of redrawing where stderr is no terminal.
 
-    >>> count_windows((112, 100, 40), (96, 96, 80), (16, 16, 80))
-    4
+    Arguments are those of tqdm. The first line comes after a minute, so that short work leaves nothing in a log.
     """
-    sizes = zip(shape, patch, stride, strict=True)
-    return math.prod(math.ceil(max(size - window, 0) / step) + 1 for size, window, step in sizes)
+
+    def __init__(self, iterable: Iterable[Any] | None = None, **options: Any) -> None:
+        self._in_log = not sys.stderr.isatty()
+        options.setdefault("disable", not is_first())
+        if self._in_log:
+            options.update(mininterval=_EVERY, maxinterval=_EVERY, miniters=1, leave=False)
+        self._last_line = time.monotonic()
+        super().__init__(iterable, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        if not self._in_log:
+            return bool(super().display(msg, pos))
+        if msg == "" or time.monotonic() - self._last_line < _EVERY:  # "": tqdm clears the bar
+            return False
+        self._last_line = time.monotonic()
+        print(msg if msg is not None else str(self), file=sys.stderr, flush=True)
+        return True
+
+    def clear(self, nolock: bool = False) -> None:
+        if not self._in_log:
+            super().clear(nolock=nolock)
+
+
+def progress(items: Sequence[Any], description: str, unit: str = "case") -> Progress:
+    """A loop over `items` with its progress on stderr; the bar disappears when the loop ends.
+
+    >>> [n for n in progress([1, 2], "counting", "number")]
+    [1, 2]
+    """
+    return Progress(items, desc=description, unit=unit, leave=False, disable=not items or not is_first())

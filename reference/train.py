@@ -3,7 +3,7 @@
 examples:
   rplib train --recipe la-8 --data DIR --out RUN
   rplib train --recipe la-8-supervised --data DIR --out RUN --set filters=4 --set patch=64,64,48 --set iterations=1000
-  rplib train --resume --out RUN                       goes on after a kill, with the same numbers
+  rplib train --resume --out RUN                       resumes exactly where it stopped
   rplib train --recipe la-8 --data DIR --profile       where a step's time goes on this machine
   torchrun --nproc-per-node 4 -m rplib.reference.train --recipe la-8 --data DIR --out RUN     one batch shared by 4 GPUs
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The words of `rplib train`."""
+    """The options of `rplib train`."""
     parser.add_argument(
         "--recipe", metavar="NAME|FILE.toml",
         help="settings: la-4, la-8, la-16, pancreas-6, pancreas-12, brats-25, brats-50, generic (your own NIfTI folder), each "
@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="change settings of the recipe; may be repeated",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in RUN")
+    parser.add_argument("--help-settings", action="store_true", help="list every setting: type, default, meaning")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in RUN")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument(
         "--profile",
@@ -48,9 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains and returns the exit code; mistakes raise `rplib.errors.UserError`."""
     from rplib.errors import UserError
-    from rplib.reference.launch import start, start_profile
+    from rplib.reference.config import describe_settings
+    from rplib.reference.training.start import start, start_profile
 
-    overrides = [word for words in args.overrides for word in words]
+    if args.help_settings:
+        print(describe_settings(), end="")
+        return 0
+    overrides = [setting for settings in args.overrides for setting in settings]
     if args.profile is not None:
         start_profile(args.recipe, args.data, overrides, args.device, args.profile, args.deterministic)
         return 0
@@ -68,11 +73,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """`rplib train` with these words (default: the process's own)."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`rplib train` with these arguments (default: the process's own)."""
     from rplib.cli import main as rplib
 
-    return rplib(["train", *(sys.argv[1:] if words is None else words)])
+    return rplib(["train", *(sys.argv[1:] if arguments is None else arguments)])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from torch import Tensor
 from rplib import ranks
 from rplib.maps import Reliability, ordered_pairs
 from rplib.options import Options
+from rplib.similarity import by_matrix_product, similarity
 
 # Voxels per piece: on a CPU 16 feature channels of float32 are 4 MB; elsewhere the piece bounds memory, not cache misses.
 _PIECE_CPU = 1 << 16
@@ -113,7 +114,7 @@ def statistics(logits: list[Tensor], features: list[Tensor] | None, options: Opt
             for k, f in enumerate(features):
                 values = f[b, :, v].to(dtype)
                 of_class = networks[k].label == torch.arange(classes, device=f.device)[:, None]  # (b, C, v)
-                if _matrix_product(classes, f.device):
+                if by_matrix_product(classes, f.device):
                     piece_sums = torch.bmm(of_class.to(dtype), values.transpose(1, 2))  # (b, C, F)
                 else:
                     piece_sums = torch.stack([(values * m).sum(dim=2) for m in of_class.split(1, dim=1)], dim=1)
@@ -134,28 +135,6 @@ def statistics(logits: list[Tensor], features: list[Tensor] | None, options: Opt
         length = mean.square().sum(dim=2, keepdim=True).sqrt()
         prototypes.append(mean / length.clamp_min(1e-12))
     return Statistics(counts, prototypes, poison)
-
-
-def similarity(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    """s_j: cosine of every voxel's feature (B, F, V) with every prototype (B, C, F) -> (B, C, V); and ||f||: (B, 1, V)."""
-    unit = prototypes / prototypes.square().sum(dim=2, keepdim=True).sqrt().clamp_min(1e-8)
-    length = features.square().sum(dim=1, keepdim=True).sqrt()  # (B, 1, V)
-    if _matrix_product(unit.shape[1], features.device):
-        dots = torch.bmm(unit, features)
-    else:
-        dots = torch.cat([(features * mu[:, 0, :, None]).sum(dim=1, keepdim=True) for mu in unit.split(1, dim=1)], dim=1)
-    return dots / length.clamp_min(1e-8), length
-
-
-def _matrix_product(classes: int, device: torch.device) -> bool:
-    """Whether to sum over features or voxels by a matrix product: for many classes the faster way of eager PyTorch on a CPU.
-
-    Not where it may run in TF32 or bfloat16 because the user allows that for the network, and not under torch.compile, which
-    reads the features once for all classes.
-    """
-    if torch.compiler.is_compiling() or device.type != "cpu" or classes <= 4:
-        return False
-    return torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(device.type)
 
 
 class _Network(NamedTuple):

@@ -134,7 +134,7 @@ def tree_files() -> dict[str, Path]:
     for name, folder in packages.items():
         for file in sorted(folder.rglob("*")):
             inner = file.relative_to(folder)
-            of_subpackage = any(p != folder and p in file.parents for p in packages.values())
+            of_subpackage = any(p != folder and p.is_relative_to(folder) and p in file.parents for p in packages.values())
             in_link = name == "rplib" and inner.parts[0] in LINKED
             if file.is_file() and "__pycache__" not in inner.parts and not of_subpackage and not in_link:
                 files["/".join([*name.split("."), *inner.parts])] = file

@@ -18,11 +18,11 @@ from rplib.bench import rows as r
 from rplib.bench.correctness import Truth
 from rplib.bench.floor import RECORD_BYTES, floor_bytes
 from rplib.bench.implementations import IMPLEMENTATIONS, Implementation, vectorised
-from rplib.bench.memory import peak_memory
 from rplib.bench.metered import Metered, MeterFailedError, metered, reduced
 from rplib.bench.shapes import LAYOUTS, SHAPES, TEACHERS, Case, Shape, clear_gradients, make_inputs
 from rplib.bench.timer import DeviceCopy, Timing, as_cuda_graph, clock_for, copy_size, interleaved
 from rplib.errors import UserError
+from rplib.memory import peak_memory
 from rplib.options import Options
 
 CPU = torch.device("cpu")
@@ -379,9 +379,7 @@ def test_bench_measures_and_keeps_everything(tiny, tmp_path, capsys):
 
     assert naive_row["status"] == ours["status"] == "measured" and ours["repeats"] == "2"
     assert float(ours["times_faster"]) == pytest.approx(float(naive_row["seconds"]) / float(ours["seconds"]), rel=1e-4)
-    assert float(ours["times_less_memory"]) == pytest.approx(
-        peak(naive_row) / peak(ours), rel=1e-4
-    )
+    assert float(ours["times_less_memory"]) == pytest.approx(peak(naive_row) / peak(ours), rel=1e-4)
     assert float(ours["copy_fraction"]) == pytest.approx(
         floor_bytes(3, 4, 4) * TINY.voxels / float(ours["seconds"]) / float(ours["copy_bandwidth"]), rel=1e-4
     )
@@ -534,7 +532,7 @@ def test_plot_has_a_row_of_panels_for_every_dtype_and_layout(tmp_path):
     ],
 )
 def test_wide_network_check(found, spills, code, said, monkeypatch, capsys):
-    from rplib.bench.ahead_of_time import Row
+    from rplib.bench.ahead_of_time import CompiledKernel
 
     def count(case):
         if found is None:
@@ -542,7 +540,9 @@ def test_wide_network_check(found, spills, code, said, monkeypatch, capsys):
         scale = 1 if case.dtype == "float32" else 0.5
         return replace(found, lane_bytes=found.lane_bytes * scale, sector_bytes=found.sector_bytes * scale)
 
-    row = Row(**{field.name: "x" if field.type in ("str", str) else 0 for field in fields(Row)} | {"spills": spills})
+    row = CompiledKernel(
+        **{field.name: "x" if field.type in ("str", str) else 0 for field in fields(CompiledKernel)} | {"spills": spills}
+    )
     monkeypatch.setattr(wide, "metered", count)
     monkeypatch.setattr(wide, "report_all", lambda cases, jobs, progress: [row])
     assert wide.run(argparse.Namespace(edge=8, jobs=1)) == code

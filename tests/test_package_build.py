@@ -90,9 +90,7 @@ def test_metadata(built):
 
 def test_version_is_written_once_and_the_changelog_knows_it():
     assert "version" in PYPROJECT["project"]["dynamic"]
-    assert re.search(
-        rf"^## \[?{re.escape(rplib.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE
-    )
+    assert re.search(rf"^## \[?{re.escape(rplib.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
 
 
 def test_command_line_knows_every_module_of_the_extras():

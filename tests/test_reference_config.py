@@ -4,8 +4,9 @@ import tomllib
 
 import pytest
 
+from rplib import cli
 from rplib.errors import UserError
-from rplib.reference.config import KEYS, RECIPES, Config, load_config, load_recipe, parse, recipe_names
+from rplib.reference.config import BASE, KEYS, RECIPES, Config, load_config, load_recipe, parse, recipe_names
 
 LABELLED = (4, 8, 16)
 MUTUAL = [f"la-{n}" for n in LABELLED] + ["pancreas-6", "pancreas-12", "brats-25", "brats-50", "generic"]
@@ -16,10 +17,15 @@ def test_the_recipes_are_there():
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_is_complete_and_carries_its_name(name):
+def test_every_recipe_says_only_what_differs_and_carries_its_name(name):
     table = tomllib.loads((RECIPES / f"{name}.toml").read_text())
-    assert table.keys() == KEYS.keys()
     assert table["name"] == name
+    base = table.pop("base")
+    assert base == (name.removesuffix("-supervised") if name.endswith("-supervised") else BASE)
+    below = Config() if base == BASE else load_recipe(base)
+    stated = {"name", "labelled"}  # worth reading in the recipe even where they are the base's
+    for key, value in table.items():
+        assert key in stated or getattr(below, key) != (tuple(value) if isinstance(value, list) else value), key
     first, _, rest = name.partition("-")
     number = rest.removesuffix("supervised").removesuffix("-")
     assert load_recipe(name).labelled == int(number or 0)  # 0: all that have a label
@@ -51,7 +57,7 @@ def test_recipes_have_the_paper_settings(labelled):
         "validate_from": 800,
         "validate_every": 200,
         "confidence": "entropy",
-        "weighting": "similarity",
+        "method": "both",
         "cross_entropy_on": "logits",
     }
     assert {key: getattr(config, key) for key in expected} == expected
@@ -87,12 +93,44 @@ def test_config_toml_reads_back_equal(tmp_path):
 def test_values_are_written_as_people_write_them():
     config = load_recipe(
         "la-8",
-        ["patch=32,32,16", "stride = [8, 8, 4]", "consistency=0", "amp=bfloat16", "protocol='paper'", "weighting=none"],
+        ["patch=32,32,16", "stride = [8, 8, 4]", "consistency=0", "amp=bfloat16", "protocol='paper'", "method=which-only"],
     )
     assert (config.patch, config.stride, config.consistency) == ((32, 32, 16), (8, 8, 4), 0.0)
     assert (config.amp, config.protocol) == ("bfloat16", "paper")
     assert config.loss_keywords["weighting"] is None
     assert config.loss_keywords["confidence"] == "entropy"
+
+
+def test_the_base_holds_every_key_with_its_default():
+    table = tomllib.loads((RECIPES / f"{BASE}.toml").read_text())
+    assert list(table) == list(KEYS)
+    assert parse((RECIPES / f"{BASE}.toml").read_text(), BASE).replace(name=Config().name) == Config()
+
+
+def test_a_file_may_name_its_base(tmp_path):
+    (tmp_path / "mine.toml").write_text('base = "pancreas-6-supervised"\nfilters = 4\n')
+    assert load_recipe(tmp_path / "mine.toml") == load_recipe("pancreas-6-supervised", ["filters=4"])
+    for base in ('"nothing"', '"../recipes/la-8"', "3"):
+        (tmp_path / "mine.toml").write_text(f"base = {base}\n")
+        with pytest.raises(UserError, match="expected the name of a recipe: base, brats-25"):
+            load_recipe(tmp_path / "mine.toml")
+
+
+def test_retired_settings_are_accepted_where_they_say_nothing():
+    assert parse('weighting = "similarity"', "old run") == Config()
+    with pytest.raises(UserError, match="old run: weighting = 'none' is no longer a setting; use method=which-only"):
+        parse('weighting = "none"', "old run")
+    with pytest.raises(UserError, match="--set: weighting is no longer a setting; use method=which-only"):
+        load_recipe("la-8", ["weighting=none"])
+
+
+def test_help_settings_lists_every_key(capsys):
+    assert cli.main(["train", "--help-settings"]) == 0
+    out = capsys.readouterr().out
+    for key, f in KEYS.items():
+        assert f"  {key} = " in out
+        assert f.metadata["comment"] in out
+    assert "  patch = [112, 112, 80]  (integers)\n" in out
 
 
 def test_a_recipe_may_be_a_file_with_some_keys(tmp_path):

@@ -16,10 +16,10 @@ from data_paths import left_atrium_dir
 from reference_tools import mistake
 
 from rplib import cli
-from rplib.reference import conversion
-from rplib.reference.convert_pancreas import PancreasRelease
-from rplib.reference.datasets import open_dataset
-from rplib.reference.geometry import affine_of, read_volume
+from rplib.reference.conversion import releases as conversion
+from rplib.reference.conversion.geometry import affine_of, read_volume
+from rplib.reference.conversion.pancreas import PancreasRelease
+from rplib.reference.datasets.layouts import open_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 FLIPPED_XY = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
@@ -488,7 +488,8 @@ def test_a_kill_leaves_no_broken_file(tmp_path, capsys):
         raw_brats(tmp_path / "raw", name)
     trap = """
 import os, signal, sys
-from rplib.reference import checkpoint, conversion
+from rplib.reference import checkpoint
+from rplib.reference.conversion import releases as conversion
 def write(path, fill, calls=[0], genuine=checkpoint.write_atomically):
     calls[0] += 1
     def half(file):
@@ -516,9 +517,7 @@ sys.exit(main(sys.argv[1:]))
 def test_bad_raw_files_are_told_and_the_others_done(tmp_path, capsys):
     for name in "ABCDEFGH":
         raw_brats(tmp_path / "raw", name)
-    files = {
-        name: {what: tmp_path / "raw" / name / f"{name}_{what}.nii.gz" for what in ("flair", "seg")} for name in "ABCDEFGH"
-    }
+    files = {name: {what: tmp_path / "raw" / name / f"{name}_{what}.nii.gz" for what in ("flair", "seg")} for name in "ABCDEFGH"}
     files["A"]["flair"].write_bytes(b"no nifti")
     files["B"]["flair"].write_bytes(files["B"]["flair"].read_bytes()[:-400])
     save(files["C"]["seg"], np.ones((5, 5, 5), np.uint8))
@@ -558,9 +557,7 @@ def test_mistakes_of_conversion(tmp_path, capsys):
     raw_left_atrium(tmp_path / "single", "A")
     assert "too few for train.list, test.list" in mistake(capsys, "data", "left-atrium", tmp_path / "single", tmp_path / "dest")
     assert "--seed is -1" in mistake(capsys, "data", "left-atrium", tmp_path / "single", tmp_path / "dest", "--seed", "-1")
-    assert "lacks train.list" in mistake(
-        capsys, "data", "left-atrium", tmp_path / "single", tmp_path / "dest", "--lists", empty
-    )
+    assert "lacks train.list" in mistake(capsys, "data", "left-atrium", tmp_path / "single", tmp_path / "dest", "--lists", empty)
     (tmp_path / "file").write_text("")
     assert "is a file" in mistake(capsys, "data", "left-atrium", tmp_path / "single", tmp_path / "file")
 

@@ -12,15 +12,15 @@ from reference_tools import TINY, mistake
 
 from rplib import cli
 from rplib.errors import UserError
-from rplib.reference import metrics
-from rplib.reference.batches import TwoStreamBatches
-from rplib.reference.cases import Case
 from rplib.reference.checkpoint import load_network
 from rplib.reference.config import Config, load_recipe
-from rplib.reference.datasets import Brats, NiftiFolder, Pancreas, guess_layout, open_dataset, open_for, split_training
-from rplib.reference.datasets_nifti import normalised
-from rplib.reference.inference import segment
+from rplib.reference.datasets.cases import Case
+from rplib.reference.datasets.layouts import Brats, NiftiFolder, Pancreas, guess_layout, open_dataset, open_for, split_training
+from rplib.reference.datasets.nifti import normalised
+from rplib.reference.evaluation import metrics
+from rplib.reference.inference.windows import segment
 from rplib.reference.network import MutualVNet
+from rplib.reference.training.batches import TwoStreamBatches
 
 AFFINE = np.array([[-0.5, 0, 0, 40.0], [0, 1.5, 0, -20.0], [0, 0, 2.0, 7.0], [0, 0, 0, 1]])
 

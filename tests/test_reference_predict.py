@@ -13,12 +13,13 @@ from reference_tools import TINY, mistake, write_case, write_dataset
 
 from rplib import cli
 from rplib.errors import UserError
-from rplib.reference import checkpoint, progress
+from rplib.reference import checkpoint
 from rplib.reference.config import load_recipe
-from rplib.reference.datasets import open_dataset
-from rplib.reference.inference import DECODER_1, MEAN, Segmentation, segment, segment_outputs
+from rplib.reference.datasets.layouts import open_dataset
+from rplib.reference.inference import window_bar
+from rplib.reference.inference.new_images import find_inputs, group_channels
+from rplib.reference.inference.windows import DECODER_1, MEAN, Segmentation, segment, segment_outputs
 from rplib.reference.network import MutualVNet
-from rplib.reference.new_images import find_inputs, group_channels
 
 ROOT = Path(__file__).resolve().parent.parent
 SHEARED = np.array([[0.1, -0.8, 0, 12], [1.2, 0.1, 0, -7], [0, 0.2, 2.5, 30], [0, 0, 0, 1.0]])  # odd axes, no right angles
@@ -116,7 +117,7 @@ def test_a_raw_scan_is_prepared_as_the_training_data_and_the_labels_are_brought_
         label = (image[0] > 1).astype(np.uint8)
         return {outputs[0]: type("Found", (), {"label": label, "score": label.astype(np.float32)})}
 
-    monkeypatch.setattr("rplib.reference.prediction.segment_outputs", bright)
+    monkeypatch.setattr("rplib.reference.inference.prediction.segment_outputs", bright)
     random = np.random.default_rng(2)
     scan, truth = random.normal(50, 5, (30, 26, 24)).astype(np.float32), np.zeros((30, 26, 24), bool)
     truth[5:11, 12:20, 3:9] = True
@@ -174,7 +175,9 @@ def test_2d_images_of_two_channels_and_three_classes(tmp_path):
 def test_the_largest_component_alone(run, tmp_path, monkeypatch):
     label = np.zeros((6, 6, 6), np.uint8)
     label[:2], label[4:, :2] = 1, 1
-    monkeypatch.setattr("rplib.reference.prediction.segment_outputs", lambda *_: {"decoder 1": Segmentation(label, label)})
+    monkeypatch.setattr(
+        "rplib.reference.inference.prediction.segment_outputs", lambda *_: {"decoder 1": Segmentation(label, label)}
+    )
     nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random(label.shape), np.eye(4)), tmp_path / "a.nii.gz")
     assert predict(run, tmp_path / "a.nii.gz", "--out", tmp_path / "all") == 0
     assert predict(run, tmp_path / "a.nii.gz", "--out", tmp_path / "one", "--largest-component") == 0
@@ -261,14 +264,14 @@ def test_files_that_are_one_image(tmp_path):
 def test_the_bar_counts_the_windows_that_the_network_sees(monkeypatch, output):
     bars = []
 
-    class Bar(progress.tqdm):
+    class Bar(window_bar.Progress):
         def __init__(self, **keywords):
             bars.append(self)
             super().__init__(**(keywords | {"disable": False}))
 
-    monkeypatch.setattr(progress, "tqdm", Bar)
+    monkeypatch.setattr(window_bar, "Progress", Bar)
     network, shape = MutualVNet(filters=1, dims=2).eval(), (27, 20)
-    with progress.window_bar(network, shape, (16, 16), (5, 3), "case"):
+    with window_bar.window_bar(network, shape, (16, 16), (5, 3), "case"):
         segment(network, np.zeros(shape, np.float32), (16, 16), (5, 3), batch=4, output=output)
     assert [(bar.n, bar.total) for bar in bars] == [(12, 12)]  # 4 x 3
     segment(network, np.zeros(shape, np.float32), (16, 16), (5, 3))

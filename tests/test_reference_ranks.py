@@ -13,10 +13,10 @@ from ranks_program import METHODS, steps
 from reference_tools import TINY, write_dataset
 
 from rplib.errors import UserError
-from rplib.reference import trainer
 from rplib.reference.config import load_recipe
-from rplib.reference.parallel import Ranks, own_device
-from rplib.reference.runlog import read_metrics, read_sessions
+from rplib.reference.reporting.run_log import read_metrics, read_sessions
+from rplib.reference.training import trainer
+from rplib.reference.training.distributed import Ranks, own_device
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo here")
 

@@ -6,9 +6,9 @@ import pytest
 from reference_tools import mistake
 
 from rplib import cli
-from rplib.reference.datasets import open_dataset
-from rplib.reference.phantom import write_phantoms
-from rplib.reference.volumes import write_nifti
+from rplib.reference.datasets.layouts import open_dataset
+from rplib.reference.datasets.nifti_writing import write_nifti
+from rplib.reference.datasets.phantom import write_phantoms
 
 AFFINE = np.array([[0.0, -2.0, 0.0, 10.0], [3.0, 0.0, 0.0, 20.0], [0.0, 0.0, 4.0, 30.0], [0.0, 0.0, 0.0, 1.0]])
 

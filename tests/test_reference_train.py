@@ -15,9 +15,10 @@ from reference_tools import TINY, mistake, write_case, write_dataset
 import rplib
 from rplib import cli
 from rplib.errors import UserError
-from rplib.reference import checkpoint, trainer
+from rplib.reference import checkpoint
 from rplib.reference.config import KEYS, load_config, load_recipe
-from rplib.reference.runlog import read_metrics
+from rplib.reference.reporting.run_log import read_metrics
+from rplib.reference.training import trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -132,7 +133,7 @@ def test_the_folder_refuses_another_name():
 # Each runs `rplib train` with a trap that kills the process, as `kill -9` does, at one exact moment.
 TRAPS = {
     "between two checkpoints": """
-from rplib.reference import trainer
+from rplib.reference.training import trainer
 def step(*words, calls=[0], genuine=trainer.training_step):
     calls[0] += 1
     if calls[0] == 9: die()
@@ -153,7 +154,7 @@ def save(content, file, calls=[0], genuine=torch.save):
 torch.save = save
 """,
     "before the first checkpoint": """
-from rplib.reference import trainer
+from rplib.reference.training import trainer
 def step(*words, calls=[0], genuine=trainer.training_step):
     calls[0] += 1
     if calls[0] == 4: die()
@@ -355,7 +356,7 @@ def test_validation_moves_labelled_cases_out(data, tmp_path, monkeypatch):
 
 def test_the_validation_dice_counts_an_empty_prediction_as_zero():
     """By real windows of a network whose last layer decides everywhere alike."""
-    from rplib.reference.datasets import Case
+    from rplib.reference.datasets.layouts import Case
 
     config = tiny()
     network = checkpoint.build_network(config).eval()
@@ -383,7 +384,7 @@ def test_labelled_only_training_reads_no_unlabelled_case(tmp_path):
 def test_unlabelled_cases_train_without_labels_and_labels_there_change_nothing(tmp_path):
     names = write_dataset(tmp_path / "with")
     write_dataset(tmp_path / "without")
-    from rplib.reference.datasets import open_dataset
+    from rplib.reference.datasets.layouts import open_dataset
 
     for name in names[3:5]:
         image = open_dataset(tmp_path / "without").load(name).image

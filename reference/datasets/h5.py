@@ -1,0 +1,142 @@
+"""The three published data sets as people have them: one h5 file a case, keys `image` and (optional) `label`."""
+
+from pathlib import Path
+from typing import ClassVar
+
+import h5py
+import numpy as np
+
+from rplib.errors import UserError
+from rplib.reference.datasets.cases import Case, Dataset, checked_image, checked_label, read_list
+
+AFFINE = "affine"  # attribute of the files that `rplib data left-atrium|pancreas|brats` writes
+
+
+class H5Dataset(Dataset):
+    """What the three have in common; one class below says where its files lie."""
+
+    cases_folder: ClassVar[str]
+    list_suffix: ClassVar[str] = ".list"
+
+    def list_name(self, split: str) -> str:
+        return f"{split}{self.list_suffix}"
+
+    def names(self, split: str) -> list[str]:
+        file = self.list_name(split)
+        path = next((p for p in (self.root / file, self.root / self.cases_folder / file) if p.is_file()), None)
+        if path is None:
+            raise UserError(f"no {file} in {self.root} or in its folder '{self.cases_folder}'.")
+        return read_list(path)
+
+    def has_label(self, name: str) -> bool:
+        try:
+            with h5py.File(self.path(name), "r") as file:
+                return "label" in file
+        except OSError:
+            return False  # `load` tells what is wrong
+
+    def load(self, name: str, needs_label: bool = False) -> Case:
+        path = self.path(name)
+        if not path.is_file():
+            raise UserError(f"case {name} has no file {path}; take its name out of the list or add the file.")
+        arrays, affine, keys = read_h5(path)
+        if needs_label and "label" not in arrays:
+            raise UserError(f"{path} lacks the key 'label' (keys found: {keys}) but is used as a labelled case.")
+        image = arrays["image"]
+        if image.ndim != 3 or image.size == 0:
+            raise UserError(f"{path}: 'image' has shape {image.shape}; expected three axes ({', '.join(self.axes)}).")
+        image = checked_image(image, path)
+        label = None
+        if "label" in arrays:
+            label = checked_label(self._classes_of(arrays["label"]), image.shape, path, self.classes)
+        return Case(name, image, label, affine)
+
+    def _classes_of(self, label: np.ndarray) -> np.ndarray:
+        """The classes trained on, from the values in the file."""
+        return label
+
+
+def read_h5(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray | None, str]:
+    """`image` and, where there is one, `label` of a file; its affine or None; and the names of all keys, for messages.
+
+    Raises:
+        UserError: unreadable, or without an image.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            arrays = {key: np.asarray(file[key][()]) for key in ("image", "label") if isinstance(file.get(key), h5py.Dataset)}
+            keys = ", ".join(file) or "none"
+            affine = np.array(file.attrs[AFFINE], np.float64) if AFFINE in file.attrs else None
+    except (OSError, RuntimeError, KeyError) as error:  # h5py raises these for truncated and damaged files
+        raise UserError(f"{path} is not a readable h5 file ({error}); copy it again from its source.") from error
+    if "image" not in arrays:
+        raise UserError(f"{path} lacks the key 'image' (keys found: {keys}); expected 'image' and, if labelled, 'label'.")
+    return arrays, affine, keys
+
+
+class LeftAtrium(H5Dataset):
+    """The Left Atrium set as UA-MT published it (80 training cases, 20 test cases).
+
+    DIR/train.list, DIR/test.list              one case name a line; may also lie inside the folder below
+    DIR/2018LA_Seg_Training Set/<name>/mri_norm2.h5
+        image  float32 (X, Y, Z), z-scored
+        label  uint8 (X, Y, Z), 0 background, 1 left atrial cavity; unlabelled cases need none
+    """
+
+    layout = "left-atrium"
+    cases_folder = "2018LA_Seg_Training Set"
+    file_name = "mri_norm2.h5"
+    expected = (
+        f"train.list, test.list and '{cases_folder}/' (`rplib data phantom` writes a generated set in this layout, "
+        "`rplib data left-atrium` converts the raw release)"
+    )
+
+    def path(self, name: str) -> Path:
+        return self.root / self.cases_folder / name / self.file_name
+
+
+class Pancreas(H5Dataset):
+    """Pancreas-CT as the papers of this line use it (62 training cases, 20 test cases).
+
+    DIR/train.list, DIR/test.list              one case name a line, such as image0001
+    DIR/Pancreas_h5/<name>_norm.h5
+        image  float32 (X, Y, Z), 1 mm voxels, windowed and z-scored
+        label  float32 (X, Y, Z), 0 background, 1 pancreas; unlabelled cases need none
+    """
+
+    layout = "pancreas"
+    cases_folder = "Pancreas_h5"
+    expected = f"train.list, test.list and '{cases_folder}/' (`rplib data pancreas` converts the raw release)"
+
+    def path(self, name: str) -> Path:
+        return self.root / self.cases_folder / f"{name}_norm.h5"
+
+
+class Brats(H5Dataset):
+    """BraTS-2019, FLAIR alone (250 training cases, 25 for validation, 60 test cases).
+
+        DIR/train.txt, DIR/val.txt, DIR/test.txt   one case name a line; what follows a comma is ignored
+        DIR/data/<name>.h5
+            image  float32 (Z, Y, X), z-scored over the brain
+            label  any integer type (Z, Y, X), whole tumour is label > 0; unlabelled cases need none
+
+    With two classes every label above 0 counts as class 1; with more they are taken as they are.
+    """
+
+    layout = "brats"
+    cases_folder = "data"
+    list_suffix = ".txt"
+    splits = ("train", "val", "test")
+    paper_split = "val"
+    axes = ("z", "y", "x")
+    expected = f"train.txt, val.txt, test.txt and '{cases_folder}/' (`rplib data brats` converts the raw release)"
+
+    def path(self, name: str) -> Path:
+        return self.root / self.cases_folder / f"{name}.h5"
+
+    def _classes_of(self, label: np.ndarray) -> np.ndarray:
+        if self.classes != 2 or label.dtype.kind not in "iuf":
+            return label
+        # The raw labels are 1, 2 and 4. What is no label (negative, fractions, NaN) stays as it is, to be refused.
+        tumour = (label > 0) & np.isfinite(label) & (label == np.floor(label))
+        return np.where(tumour, label.dtype.type(1), label)

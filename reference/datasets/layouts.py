@@ -1,0 +1,118 @@
+"""Data sets on disk, in the layouts that people have.
+
+`open_dataset(folder)` gives an object with `names("train")`, `names("test")`, `path(name)` and `load(name)`
+(`rplib.reference.datasets.cases.Dataset`). A further layout is one more such class and one more line in `LAYOUTS`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rplib.errors import UserError
+from rplib.reference.config import Config
+from rplib.reference.datasets.cases import Case, Dataset
+from rplib.reference.datasets.h5 import Brats, LeftAtrium, Pancreas
+from rplib.reference.datasets.nifti import NiftiFolder
+from rplib.reference.progress import progress
+
+__all__ = ["LAYOUTS", "Brats", "Case", "Dataset", "LeftAtrium", "NiftiFolder", "Pancreas", "Split"]
+
+LAYOUTS: dict[str, type[Dataset]] = {kind.layout: kind for kind in (LeftAtrium, Pancreas, Brats, NiftiFolder)}
+
+
+class Split(NamedTuple):
+    """Names of the training list by what they are used for."""
+
+    labelled: list[str]
+    validation: list[str]  # labelled cases that the best weights are chosen by
+    unlabelled: list[str]
+
+
+def open_dataset(
+    root: str | Path,
+    layout: str = LeftAtrium.layout,
+    classes: int = 2,
+    channels: int | None = None,
+    dims: int | None = None,
+    normalisation: str = "z-score",
+) -> Dataset:
+    """The data set in a folder, by the name of its layout.
+
+    Args:
+        classes: C, background included.
+        channels, dims, normalisation: of the images, for the layout ``"generic"`` (`NiftiFolder`); the others have
+            one channel and three axes, normalised in the files.
+
+    Raises:
+        UserError: unknown layout, or no such folder.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"unknown data layout {layout!r}; expected one of: {', '.join(LAYOUTS)}.")
+    kind = LAYOUTS[layout]
+    if issubclass(kind, NiftiFolder):
+        return kind(root, classes, channels, dims, normalisation)
+    if channels not in (None, 1) or dims not in (None, 3):
+        raise UserError(
+            f"data layout {layout!r} has one channel and three axes; set in_channels=1 and give patch three numbers, or keep "
+            "the data as dataset=generic."
+        )
+    return kind(root, classes)
+
+
+def open_for(config: Config, root: str | Path) -> Dataset:
+    """The data set in a folder as these settings read it.
+
+    Raises:
+        UserError: no such folder, or nothing of the layout in it.
+    """
+    return open_dataset(root, config.dataset, config.classes, config.in_channels, len(config.patch), config.normalisation)
+
+
+def guess_layout(root: str | Path) -> str:
+    """The layout whose folder lies in `root`; Left Atrium where none does."""
+    root = Path(root)
+    if (root / LeftAtrium.cases_folder).is_dir():
+        return LeftAtrium.layout
+    if (root / Pancreas.cases_folder).is_dir():
+        return Pancreas.layout
+    if (root / "images").is_dir():
+        return NiftiFolder.layout
+    if any((root / f"{split}{Brats.list_suffix}").is_file() for split in Brats.splits) or any(root.glob("data/*.h5")):
+        return Brats.layout
+    return LeftAtrium.layout
+
+
+def split_training(dataset: Dataset, config: Config) -> Split:
+    """Which cases of the training list are labelled, which choose the best weights, which are unlabelled.
+
+    The first `labelled` names are labelled; with ``labelled=0`` every case that has a label, wherever it stands.
+
+    Raises:
+        UserError: the list has too few cases, or none is left for one of the uses.
+    """
+    names = dataset.names("train")
+    shown = f"{dataset.list_name('train')} in {dataset.root}"
+    if config.labelled > len(names):
+        raise UserError(f"labelled={config.labelled} but {shown} names {len(names)} cases; lower labelled.")
+    if config.labelled:
+        labelled, rest = names[: config.labelled], names[config.labelled :]
+    else:
+        labelled = [name for name in names if dataset.has_label(name)]
+        rest = [name for name in names if name not in set(labelled)]
+    if not rest and not config.labelled_only:
+        raise UserError(
+            f"labelled={config.labelled} takes all cases of {shown} and none is left unlabelled; set labelled to fewer, "
+            f"or set batch_size={config.labelled_per_batch} for labelled-only training."
+        )
+    kept = len(labelled) - config.validation
+    if kept < 1:
+        raise UserError(
+            f"validation={config.validation} leaves none of the {len(labelled)} labelled cases of {shown} for training; "
+            "lower validation or label more."
+        )
+    return Split(labelled[:kept], labelled[kept:], [] if config.labelled_only else rest)
+
+
+def load_cases(dataset: Dataset, names: Sequence[str], needs_label: bool, what: str = "cases") -> list[Case]:
+    """Read cases once into memory, with a progress bar on stderr."""
+    return [dataset.load(name, needs_label) for name in progress(names, f"reading {what}")]

@@ -1,0 +1,172 @@
+"""Generated volumes with an organ that cannot be found by its intensity.
+
+A case shows bright bodies on a darker, noisy ground under a smooth bias field. One of them is the organ: a body with
+two veins whose inside carries fine stripes of a random direction. The others (distractors) have its shape and its
+brightness, but their inside is mottled coarsely; and some dark bodies carry the organ's stripes. So neither intensity
+nor texture alone gives the organ away, both together do, and their strength and direction change from case to case.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+from scipy import ndimage
+
+from rplib.errors import UserError
+from rplib.reference.datasets.layouts import Case, LeftAtrium
+from rplib.reference.progress import progress
+
+MOST_THRESHOLD_DICE = 0.6  # no single threshold may do better than this on any case
+LEAST_SIZE = 32  # voxels an axis
+_ATTEMPTS = 20
+
+
+class Phantoms(NamedTuple):
+    """What `write_phantoms` wrote: names of the cases, and the best single-threshold Dice of the easiest one."""
+
+    train: list[str]
+    test: list[str]
+    threshold_dice: float
+
+
+def best_threshold_dice(image: np.ndarray, label: np.ndarray) -> float:
+    """The highest Dice that `image >= t` or `image <= t` reaches over all thresholds t.
+
+    Args:
+        image: any shape.
+        label: the same shape; non-zero is the organ, at least one voxel.
+
+    Example:
+        >>> best_threshold_dice(np.array([1.0, 2.0, 3.0, 4.0]), np.array([1, 1, 0, 0]))
+        1.0
+    """
+    values, organ = np.ravel(image), np.ravel(label) > 0
+    order = np.argsort(values, kind="stable")
+    best = 0.0
+    for ranked in (order, order[::-1]):
+        hits = np.cumsum(organ[ranked])
+        dice = 2 * hits / (np.arange(1, hits.size + 1) + hits[-1])
+        ends = np.append(np.diff(values[ranked]) != 0, True)  # equal values fall on the same side of every threshold
+        best = max(best, float(dice[ends].max()))
+    return best
+
+
+def phantom_case(name: str, size: tuple[int, int, int], seed: int, index: int) -> Case:
+    """One generated case; the same arguments give the same voxels.
+
+    Args:
+        size: (X, Y, Z) voxels; the first two grow by up to a quarter from case to case, as patients do.
+
+    Raises:
+        UserError: in no attempt was the organ hidden well enough (a size far from a cube).
+    """
+    random = np.random.default_rng([seed, index])
+    for _ in range(_ATTEMPTS):
+        image, label = _draw(size, random)
+        if best_threshold_dice(image, label) < MOST_THRESHOLD_DICE:
+            return Case(name, image, label)
+    raise UserError(f"no phantom of size {size} hides its organ; choose axes of similar length, such as 48 48 40.")
+
+
+def write_phantoms(dest: Path, cases: int, test_cases: int, size: tuple[int, int, int], seed: int) -> Phantoms:
+    """Write a generated data set in the layout of the Left Atrium data (`LeftAtrium`).
+
+    Args:
+        cases: number in train.list.
+        test_cases: number in test.list.
+
+    Raises:
+        UserError: the folder holds something already, or a number is too small.
+    """
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise UserError(f"{dest} exists and is not an empty folder; choose another DEST or empty it.")
+    if cases < 1 or test_cases < 1:
+        raise UserError(f"{cases} training and {test_cases} test cases asked for; expected at least 1 each.")
+    if min(size) < LEAST_SIZE:
+        raise UserError(f"size is {size}; expected at least {LEAST_SIZE} voxels an axis.")
+    names = [_name(seed, index) for index in range(cases + test_cases)]
+    easiest = 0.0
+    for index, name in enumerate(progress(names, "drawing phantoms")):
+        case = phantom_case(name, size, seed, index)
+        assert case.label is not None
+        dice = best_threshold_dice(case.image, case.label)
+        assert dice < MOST_THRESHOLD_DICE, f"{name}: a threshold finds the organ with Dice {dice:.2f}"
+        easiest = max(easiest, dice)
+        path = dest / LeftAtrium.cases_folder / name / LeftAtrium.file_name
+        path.parent.mkdir(parents=True)
+        with h5py.File(path, "w") as file:
+            file.create_dataset("image", data=case.image, compression="gzip", compression_opts=1)
+            file.create_dataset("label", data=case.label, compression="gzip", compression_opts=1)
+    # The lists come last: without them an interrupted folder is no data set.
+    (dest / "test.list").write_text("".join(f"{name}\n" for name in names[cases:]))
+    (dest / "train.list").write_text("".join(f"{name}\n" for name in names[:cases]))
+    return Phantoms(names[:cases], names[cases:], easiest)
+
+
+def _name(seed: int, index: int) -> str:
+    """20 characters, as the real cases have."""
+    letters = np.random.default_rng([seed, index, 1]).choice(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"), 10)
+    return f"PHANTOM{index % 1000:03d}{''.join(letters)}"
+
+
+def _draw(size: tuple[int, int, int], random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    shape = (
+        size[0] + int(random.integers(size[0] // 4 + 1)),
+        size[1] + int(random.integers(size[1] // 4 + 1)),
+        size[2],
+    )
+    grid = np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in shape), indexing="ij"))  # (3, X, Y, Z)
+    scale = float(min(shape))
+    taken = np.zeros(shape, bool)
+
+    organ = _body(grid, scale * random.uniform(0.2, 0.25), random, taken, margin=0.25)
+    bright = [_body(grid, scale * random.uniform(0.18, 0.25), random, taken) for _ in range(4)]
+    dark = [_body(grid, scale * random.uniform(0.15, 0.2), random, taken) for _ in range(2)]
+
+    contrast = random.uniform(0.9, 1.3)
+    strength = random.uniform(0.4, 0.6)
+    stripes = strength * np.sqrt(2.0) * _stripes(grid, random)
+    mottle = strength * _smooth_noise(shape, 3.0, random)
+    bodies = np.any([organ, *bright], axis=0)
+    striped = np.any([organ, *dark], axis=0)
+    image = contrast * bodies + np.where(striped, stripes, 0) + np.where(np.any(bright, axis=0) & ~organ, mottle, 0)
+    image = ndimage.gaussian_filter(image, 0.5) + 0.2 * _smooth_noise(shape, 4.0, random)
+    image *= 1 + 0.25 * _smooth_noise(shape, scale / 4, random)
+    image += 0.2 * random.standard_normal(shape)
+    image = (image - image.mean()) / image.std()
+    return image.astype(np.float32), organ.astype(np.uint8)
+
+
+def _body(grid: np.ndarray, radius: float, random: np.random.Generator, taken: np.ndarray, margin: float = 0.1) -> np.ndarray:
+    """An ellipsoid with two veins, where nothing is yet if such a place turns up; marks it in `taken`."""
+    shape = np.array(grid.shape[1:], np.float32)
+    for _ in range(30):
+        centre = shape * random.uniform(margin, 1 - margin, 3)
+        axes = radius * random.uniform(0.75, 1.25, 3)
+        mask = sum(((grid[a] - centre[a]) / axes[a]) ** 2 for a in range(3)) < 1
+        for _ in range(2):
+            direction = random.standard_normal(3)
+            direction /= np.linalg.norm(direction)
+            offset = grid - centre[:, None, None, None]
+            along = np.tensordot(direction, offset, 1)
+            across = (offset**2).sum(0) - along**2
+            mask |= (across < (0.3 * radius) ** 2) & (along > 0) & (along < 1.7 * radius)
+        if not (mask & taken).any():
+            break
+    mask &= ~taken
+    taken |= mask
+    return mask
+
+
+def _stripes(grid: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    direction = random.standard_normal(3)
+    direction /= np.linalg.norm(direction)
+    period = random.uniform(3.5, 5.0)
+    return np.sin(2 * np.pi / period * np.tensordot(direction, grid, 1) + random.uniform(0, 2 * np.pi))
+
+
+def _smooth_noise(shape: tuple[int, ...], sigma: float, random: np.random.Generator) -> np.ndarray:
+    """Noise with standard deviation 1 and a correlation length of `sigma` voxels."""
+    noise = ndimage.gaussian_filter(random.standard_normal(shape).astype(np.float32), sigma, mode="wrap")
+    return (noise - noise.mean()) / noise.std()

@@ -1,0 +1,1 @@
+"""Scores of a trained run: metrics, the fixed box as a baseline, reliability maps."""

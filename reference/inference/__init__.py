@@ -1,0 +1,1 @@
+"""Segmentation of whole images by sliding windows, and of new images from files."""

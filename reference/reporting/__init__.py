@@ -1,0 +1,1 @@
+"""What runs and evaluations leave for people: run log, curves, tables, pictures, the HTML page."""

@@ -1,0 +1,154 @@
+"""What a run folder records: metrics.csv, TensorBoard events, environment.json."""
+
+import csv
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import rplib
+from rplib.errors import UserError
+from rplib.reference.files import write_text_atomically
+
+METRICS_FILE, ENVIRONMENT = "metrics.csv", "environment.json"
+
+
+class LogRow(NamedTuple):
+    """One iteration in metrics.csv.
+
+    Attributes:
+        iteration: counted from 1.
+        total, dice, mutual: the loss terms of `rplib.MutualObjective`; dice is the sum over both decoders.
+        consistency_weight: factor of `mutual` in `total`.
+        learning_rate: of this step.
+        seconds: wall time per iteration, averaged since the last look at the losses.
+        validation_dice: mean decoder-1 Dice, where a validation followed this iteration.
+    """
+
+    iteration: int
+    total: float
+    dice: float
+    mutual: float
+    consistency_weight: float
+    learning_rate: float
+    seconds: float
+    validation_dice: float | None = None
+
+
+class RunLog:
+    """Appends rows to metrics.csv and to TensorBoard events.
+
+    Args:
+        run: the run folder.
+        done: the last iteration of the checkpoint that the run goes on from; later rows are removed. 0 starts from the beginning.
+    """
+
+    def __init__(self, run: Path, done: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = run / METRICS_FILE
+        kept = [row for row in read_metrics(path) if row.iteration <= done] if path.is_file() else []
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([LogRow._fields, *map(_cells, kept)])
+        write_text_atomically(path, text.getvalue())
+        self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        # TensorBoard reads event files in the order of the second in their names and drops what comes after purge_step.
+        while any(run.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+            time.sleep(0.05)
+        self._events = SummaryWriter(str(run), purge_step=done + 1)
+
+    def add(self, rows: list[LogRow]) -> None:
+        """Write rows through to the disk."""
+        self._writer.writerows(map(_cells, rows))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for row in rows:
+            for name in ("total", "dice", "mutual"):
+                self._events.add_scalar(f"loss/{name}", getattr(row, name), row.iteration)
+            self._events.add_scalar("schedule/consistency_weight", row.consistency_weight, row.iteration)
+            self._events.add_scalar("schedule/learning_rate", row.learning_rate, row.iteration)
+            if row.validation_dice is not None:
+                self._events.add_scalar("validation/dice", row.validation_dice, row.iteration)
+        self._events.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def read_metrics(path: Path) -> list[LogRow]:
+    """Rows of a metrics.csv; a last line that a kill cut short is left out.
+
+    Raises:
+        UserError: not a metrics.csv of this program.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        header, *lines = list(csv.reader(file)) or [[]]
+    if tuple(header) != LogRow._fields:
+        raise UserError(f"{path} has the columns {', '.join(header) or 'none'}; expected {', '.join(LogRow._fields)}.")
+    rows = []
+    for cells in lines:
+        try:
+            iteration, *numbers, validated = cells
+            total, dice, mutual, weight, rate, seconds = map(float, numbers)
+            validation = float(validated) if validated else None
+            rows.append(LogRow(int(iteration), total, dice, mutual, weight, rate, seconds, validation))
+        except ValueError:
+            continue
+    return rows
+
+
+def record_session(run: Path, device: torch.device, data: Path, done: int, deterministic: bool, processes: int = 1) -> None:
+    """environment.json: versions and hardware, and one entry per start or resumption."""
+    path = run / ENVIRONMENT
+    sessions = read_sessions(run)
+    sessions.append(
+        {
+            "command": sys.argv,
+            "data": str(data.resolve()),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "from_iteration": done,
+            "deterministic": deterministic,
+            "processes": processes,
+            "device": str(device),
+            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+            "threads": torch.get_num_threads(),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "rplib": rplib.__version__,
+            **{name: _version(name) for name in ("torch", "triton", "numpy", "monai", "h5py")},
+        }
+    )
+    write_text_atomically(path, json.dumps({"sessions": sessions}, indent=2) + "\n")
+
+
+def read_sessions(run: Path) -> list[dict[str, Any]]:
+    """Entries of environment.json, oldest first; none where the file is missing or damaged."""
+    try:
+        return list(json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))["sessions"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _cells(row: LogRow) -> list[str]:
+    # repr of a float reads back to the same bits
+    return [
+        "" if value is None else repr(round(value, 6) if name == "seconds" else value) for name, value in row._asdict().items()
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

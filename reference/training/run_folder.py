@@ -1,0 +1,120 @@
+"""What a training needs of its run folder before it starts: empty or its own, writable, with room for its files."""
+
+import errno
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rplib.errors import UserError
+from rplib.reference import checkpoint
+from rplib.reference.checkpoint import BEST, CONFIG, LAST
+from rplib.reference.config import Config
+from rplib.reference.files import remove_leftovers, temporary
+from rplib.reference.reporting.run_log import read_sessions
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no space left; quota exceeded; over the limit for one file
+_UNKNOWN = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}  # a file system that cannot reserve
+_ROW = 500  # bytes an iteration in metrics.csv and TensorBoard events together, generously
+_REST = 4 << 20  # settings, environment, curves
+
+
+def prepare(out: Path, resume: bool, config: Config) -> None:
+    """Make the folder if need be, and make sure before anything else that the whole run can be written into it.
+
+    Raises:
+        UserError: something else lies in it, it cannot be written, or the disk (or the quota) has too little room.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; expected a folder.")
+    if out.is_dir() and any(out.iterdir()):
+        if not resume:
+            raise UserError(f"--out {out} is not empty; choose another folder, or go on with its run by --resume.")
+        if not (out / CONFIG).is_file() and not (out / LAST).is_file():
+            strangers = [path.name for path in out.iterdir() if not path.name.startswith(".")]
+            if strangers:
+                raise UserError(f"{out} is no run folder (it lacks {CONFIG}); choose another --out.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
+        _reserve(out, room_needed(out, config))
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror or error}); choose another folder.") from error
+
+
+def room_needed(out: Path, config: Config) -> int:
+    """Bytes that a run may still write: last.pt holds weights (averaged ones too) and momentum, and while it is replaced there are two."""
+    with torch.device("meta"):
+        network = checkpoint.build_network(config)
+    weights = sum(t.numel() * t.element_size() for t in network.state_dict().values())
+    last = (3 if config.average else 2) * weights + (1 << 16)  # names, sizes, state of the generators
+    files = last + (0 if (out / LAST).is_file() else last) + (0 if (out / BEST).is_file() else weights)
+    return files + _ROW * config.iterations + _REST
+
+
+def _reserve(out: Path, needed: int) -> None:
+    """Write a file of that size and remove it: quotas and limits count as well, which no figure of free space tells."""
+    path = temporary(out / "room")
+    try:
+        with open(path, "wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, needed)
+            elif shutil.disk_usage(out).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        if error.errno in _UNKNOWN and shutil.disk_usage(out).free >= needed:
+            return
+        if error.errno in _FULL | _UNKNOWN:
+            raise UserError(
+                f"--out {out} has no room for the {needed / 2**20:.0f} MB that this run may write "
+                f"({error.strerror}; {shutil.disk_usage(out).free / 2**20:.0f} MB are free); make room or choose another folder."
+            ) from error
+        raise
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def check_checkpoint(saved: dict[str, Any], case_names: list[str], config: Config, path: Path) -> None:
+    """Refuse to go on from a checkpoint that this training did not write.
+
+    Raises:
+        UserError: keys are missing, other cases, or past the last iteration.
+    """
+    needed = {
+        "network",
+        "optimiser",
+        "batches",
+        "torch_random",
+        "cuda_random",
+        "iteration",
+        "best_score",
+        "best_iteration",
+        "cases",
+    }
+    if not needed <= saved.keys():
+        raise UserError(f"{path} lacks {', '.join(sorted(needed - saved.keys()))}; it cannot be resumed from.")
+    if saved["cases"] != case_names:
+        raise UserError(f"{path} was trained on other cases than the lists name now; give --data of the original data set.")
+    if saved["iteration"] > config.iterations:
+        raise UserError(f"{path} is at iteration {saved['iteration']}, past iterations={config.iterations}; raise iterations.")
+
+
+def warn_of_other_bits(out: Path, device: torch.device, processes: int, deterministic: bool) -> None:
+    """Say so where a resumption runs under conditions that the last bits of every number depend on."""
+    now = {
+        "device": device.type,
+        "processes": processes,
+        "deterministic": deterministic,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    before = (read_sessions(out) or [now])[-1]
+    before["device"] = str(before.get("device")).partition(":")[0]
+    changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key, value) != value]
+    if device.type == "cuda" and not deterministic:
+        changed.append("without --deterministic")
+    if changed:
+        print(f"resumed under other conditions ({', '.join(changed)}): the last bits may differ", file=sys.stderr)
