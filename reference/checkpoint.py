@@ -28,6 +28,9 @@ def save(path: Path, content: dict[str, Any]) -> None:
         raise
 
 
+Weights = Literal["best", "last", "averaged"]
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, with ``weights_only=True``.
 
@@ -46,27 +49,30 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_network(run: str | Path, which: Literal["best", "last"] | None = None) -> tuple[MutualVNet, Config]:
+def load_network(run: str | Path, which: Weights | None = None) -> tuple[MutualVNet, Config]:
     """The network of a run, in evaluation mode on the CPU, and its settings.
 
     Args:
         run: a run folder, one of its checkpoints, or a state dict of the authors' `mine3d_v1` (then the network's
             size is read off its weights and the other settings are those of the recipe la-8).
-        which: ``"best"`` or ``"last"``; None takes best.pt where it exists, else last.pt.
+        which: ``"best"``, ``"last"`` or ``"averaged"`` (of last.pt); None takes best.pt where it exists, else last.pt.
 
     Raises:
         UserError: no such run or checkpoint, a damaged one, or weights that do not fit the network.
     """
     run = Path(run)
     if run.is_dir():
-        path = run / {"best": BEST, "last": LAST, None: BEST if (run / BEST).is_file() else LAST}[which]
+        by_default = BEST if (run / BEST).is_file() else LAST
+        path = run / {"best": BEST, "last": LAST, "averaged": LAST, None: by_default}[which]
         if not path.is_file():
             raise UserError(f"{run} holds no {path.name}; is it a run folder of `rplib train`, and has it got that far?")
     else:
         path = run
     content = load(path)
+    if which == "averaged" and "averaged" not in content:
+        raise UserError(f"{path} holds no averaged weights; train with average=0.99, or take --weights best or last.")
     if "network" in content:
-        weights = content["network"]
+        weights = content["averaged" if which == "averaged" else "network"]
         config = load_config(run / CONFIG) if run.is_dir() else parse(content["config"], str(path))
     else:
         weights = {key.removeprefix("module."): value for key, value in content.items()}

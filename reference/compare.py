@@ -66,11 +66,11 @@ class Line:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The words of `rplib compare`."""
-    from rplib.reference.inference.windows import OUTPUTS
+    from rplib.reference.inference.windows import LAST_WEIGHTS, OUTPUTS
 
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders of `rplib train`, evaluated")
     parser.add_argument("--split", choices=("test", "train", "val"), default="test", help="of which list (default: %(default)s)")
-    parser.add_argument("--output", choices=OUTPUTS, default=OUTPUTS[0], help="of the network (default: %(default)s)")
+    parser.add_argument("--output", choices=(*OUTPUTS, LAST_WEIGHTS), default=OUTPUTS[0], help="of the network (default: %(default)s)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the numbers, unrounded")
 
 

@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: RUN/evaluation-SPLIT)")
     parser.add_argument(
         "--weights",
-        choices=("best", "last"),
-        help="checkpoint of the run (default: best where it was written, else last)",
+        choices=("best", "last", "averaged"),
+        help="weights of the run (default: best where it was written, else last); beside averaged weights the last are scored",
     )
     parser.add_argument("--split", choices=("test", "train", "val"), default="test", help="which list (default: %(default)s)")
     parser.add_argument("--cases", type=positive, metavar="N", help="only the first N cases of the list")

@@ -20,7 +20,8 @@ from rplib.reference.evaluation.metrics import Scores, score
 from rplib.reference.evaluation.reliability import ReliabilityMaps, Verdict, map_stride, reliability_maps, verdict
 from rplib.reference.inference.components import largest_components
 from rplib.reference.inference.window_bar import window_bar
-from rplib.reference.inference.windows import DECODER_1, OUTPUTS, Segmentation, segment_outputs, window_overlap
+from rplib.reference.inference.windows import DECODER_1, LAST_WEIGHTS, OUTPUTS, Segmentation, segment_outputs, window_overlap
+from rplib.reference.network import MutualVNet
 from rplib.reference.progress import progress
 
 BOX = "fixed box"
@@ -119,7 +120,8 @@ def evaluate(
     Args:
         run: run folder of a training, or a checkpoint file.
         data: folder of the data set.
-        weights: ``"best"`` or ``"last"``; None takes best where it was written.
+        weights: ``"best"``, ``"last"`` or ``"averaged"``; None takes best where it was written. Where averaged weights
+            are scored, decoder 1 with the last ones is scored beside them.
         split: ``"test"``, ``"train"`` or, where the data set has such a list, ``"val"``; of the training list only
             cases with a label are scored.
         cases: only the first so many.
@@ -135,6 +137,9 @@ def evaluate(
     where = find_device(device)
     network, config = checkpoint.load_network(run, weights)  # type: ignore[arg-type]
     network = network.to(where)
+    last = _last_beside(run, weights, config)
+    if last is not None:
+        last = last.to(where)
     stride = tuple(stride) if stride is not None else config.stride
     window_overlap(config.patch, stride)  # an impossible stride is told before anything is read
     dataset = open_for(config, data)
@@ -155,6 +160,9 @@ def evaluate(
             continue
         with window_bar(network, case.label.shape, config.patch, stride, name):
             found = segment_outputs(network, case.image, config.patch, stride, batch or config.window_batch, where)
+            if last is not None:
+                beside = segment_outputs(last, case.image, config.patch, stride, batch or config.window_batch, where, (DECODER_1,))
+                found[LAST_WEIGHTS] = beside[DECODER_1]
         if keep_largest:
             found = {output: one._replace(label=largest_components(one.label)) for output, one in found.items()}
         predictions[name] = found[DECODER_1].label
@@ -162,7 +170,7 @@ def evaluate(
         unmeasured += edges is None
         for klass in range(1, config.classes):
             truth = case.label == klass
-            masks = {output: found[output].label == klass for output in OUTPUTS}
+            masks = {output: one.label == klass for output, one in found.items()}
             if klass in boxes:
                 masks[BOX] = boxes[klass].mask(truth.shape) > 0
             rows += [CaseScores(name, method, klass, score(mask, truth, edges)) for method, mask in masks.items()]
@@ -214,14 +222,22 @@ def _fit_boxes(dataset: Dataset, config: Config) -> tuple[dict[int, FixedBox], s
     )
 
 
+def _last_beside(run: Path, weights: str | None, config: Config) -> MutualVNet | None:
+    """The network with the last weights, where averaged ones are scored and the run has both."""
+    if weights == "last" or not config.average or not run.is_dir() or not (run / checkpoint.LAST).is_file():
+        return None
+    return checkpoint.load_network(run, "last")[0]
+
+
 def _which_weights(run: Path, weights: str | None, config: Config) -> str:
     """One sentence on the protocol and on which weights were scored."""
     if not run.is_dir():
         return f"Recipe {config.title}; weights of {run.name}."
-    last = weights == "last" or not (run / checkpoint.BEST).is_file()
+    last = weights in ("last", "averaged") or not (run / checkpoint.BEST).is_file()
     content = checkpoint.load(run / (checkpoint.LAST if last else checkpoint.BEST))
     # last.pt is what a training goes on from; best.pt says itself by what it was chosen.
-    chosen = "last checkpoint" if last else content.get("chosen_by", "unknown how chosen")
+    averaged = ", averaged weights" if weights == "averaged" else ""
+    chosen = f"last checkpoint{averaged}" if last else content.get("chosen_by", "unknown how chosen")
     if "test list" in chosen:
         chosen = f"{chosen}: WEIGHTS CHOSEN ON THE TEST LIST"
     return (
