@@ -28,6 +28,7 @@ COMMANDS = {
     "train": Command("rplib.reference.train", "train the two-decoder V-Net by a recipe"),
     "evaluate": Command("rplib.reference.evaluate", "score a trained run: CSV, NIfTI, pictures, and one page with all of it"),
     "compare": Command("rplib.reference.compare", "evaluated runs side by side: seeds together, recipes case by case"),
+    "sweep": Command("rplib.reference.sweep", "recipes x settings x seeds from one file: trained, scored, compared; resumable"),
     "predict": Command("rplib.reference.predict", "segment new images, NIfTI or h5: one label map each, on the image's grid"),
     "demo": Command("rplib.reference.demo", "the whole job on generated data in a minute or two"),
 }
