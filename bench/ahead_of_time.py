@@ -1,9 +1,9 @@
-"""Compile every kernel of the loss for four architectures, without a GPU, and report what the machine code costs.
+"""Compile every kernel of the loss for four architectures, without a GPU, and report the resources that it uses.
 
     python -m rplib.bench.ahead_of_time [--csv FILE] [--targets sm_90,gfx942] [--jobs 2]
 
-Exit code 1 if a kernel spills registers. All of it takes a core half an hour; Triton keeps what it compiled, so that an
-interrupted run goes on quickly.
+Exit code 1 if a kernel spills registers. A full run takes half an hour on one core; Triton caches compiled
+kernels, so an interrupted run resumes quickly.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from rplib.errors import UserError
 SHAPES = ((2, 16), (4, 16), (14, 32))  # (C, F)
 DTYPES = ("float32", "bfloat16")
 LAYOUTS = ("contiguous", "channels_last")
-# What changes the code besides: the loss alone, the whole objective with half the samples labelled, odd sizes on every axis.
+# Variants of the code: the loss, the whole objective with half the samples labelled, odd sizes on every axis.
 VARIANTS: dict[str, dict[str, Any]] = {
     "loss": {"labelled": 0, "spatial": (112, 112, 80)},
     "objective": {"labelled": 2, "spatial": (112, 112, 80)},
@@ -50,7 +50,7 @@ class Case:
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """One kernel at one point of the matrix; figures as `rplib.bench.compiled_code.Resources`."""
+    """One kernel at one point of the matrix; fields as in `rplib.bench.compiled_code.Resources`."""
 
     target: str
     variant: str
@@ -78,7 +78,7 @@ def matrix(
     targets: Iterable[str] = tuple(TARGETS),
     variants: Iterable[str] = ("loss",),
 ) -> list[Case]:
-    """Every combination; targets innermost, so that neighbouring cases share what does not depend on the target.
+    """Every combination; targets innermost, so that consecutive cases share target-independent work.
 
     >>> len(matrix())
     48
@@ -91,7 +91,7 @@ def report(case: Case) -> list[CompiledKernel]:
     """Compile the kernels of one forward and backward pass.
 
     Raises:
-        UserError: Triton's interpreter is switched on in this process.
+        UserError: Triton's interpreter is enabled in this process.
     """
     import torch
 
@@ -107,7 +107,7 @@ def report(case: Case) -> list[CompiledKernel]:
 
 
 def report_all(cases: Sequence[Case], jobs: int = 1, progress: bool = False) -> list[CompiledKernel]:
-    """`report` for every case, in order, over ``jobs`` processes; ``progress``: count them on stderr."""
+    """`report` for every case, in order, over ``jobs`` processes; ``progress``: report progress on stderr."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) if jobs > 1 else nullcontext() as pool:
         results = map(report, cases) if pool is None else pool.map(report, cases, chunksize=4)
         rows = []
@@ -147,7 +147,7 @@ def _widths(counts: Mapping[int, int]) -> str:
 
 
 def write_csv(rows: Iterable[CompiledKernel], path: Path) -> None:
-    """One line a row, after a heading and the versions that the figures hold for."""
+    """Write one line per row, with a header and the versions that the figures apply to."""
     import torch
     import triton
 
@@ -184,9 +184,9 @@ def table(rows: Sequence[CompiledKernel]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write every figure there as well")
-    parser.add_argument("--targets", default=",".join(TARGETS), help="of %(default)s")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="of %(default)s")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write all figures to FILE")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default %(default)s)")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default %(default)s)")
 
 
@@ -195,11 +195,11 @@ def run(args: argparse.Namespace) -> int:
     for what, asked, known in (("target", targets, TARGETS), ("variant", variants, VARIANTS)):
         unknown = [name for name in asked if name not in known]
         if unknown:
-            raise UserError(f"unknown {what} {unknown[0]!r}; expected some of {', '.join(known)}.")
+            raise UserError(f"unknown {what} {unknown[0]!r}; expected one or more of {', '.join(known)}.")
     if args.jobs < 1:
         raise UserError(f"--jobs is {args.jobs}; expected a number of processes, at least 1.")
     if args.csv and not args.csv.parent.is_dir():
-        raise UserError(f"--csv: there is no folder {args.csv.parent}; make it first.")
+        raise UserError(f"--csv: there is no folder {args.csv.parent}; create it first.")
     rows = report_all(matrix(targets=targets, variants=variants), args.jobs, progress=True)
     print(table(rows))
     spilling = [row for row in rows if row.spills]

@@ -1,4 +1,4 @@
-"""Draw what `rplib bench` kept: time, bytes and memory per voxel over the shapes, with the floor as a line.
+"""Plot the results of `rplib bench`: time, bytes and memory per voxel over the shapes, with the floor as a line.
 
 python -m rplib.bench.plot RESULTS.csv PICTURE.png
 """
@@ -36,7 +36,7 @@ _PANELS = (_Panel("time", "ns per voxel"), _Panel("bytes moved", "bytes per voxe
 
 
 def check_format(path: Path) -> None:
-    """Raises UserError for a name that says no picture format, and ModuleNotFoundError without matplotlib."""
+    """Raises UserError for an unknown picture format, and ModuleNotFoundError without matplotlib."""
     import matplotlib  # noqa: F401
 
     if path.suffix.lstrip(".").lower() not in _FORMATS:
@@ -44,7 +44,7 @@ def check_format(path: Path) -> None:
 
 
 def draw(rows: Sequence[Measurement], path: Path) -> None:
-    """One row of panels per dtype and layout, logarithmic; the first pattern of teachers that the rows hold."""
+    """One row of panels per dtype and layout, logarithmic; only the first teacher pattern in the rows."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -54,7 +54,7 @@ def draw(rows: Sequence[Measurement], path: Path) -> None:
     teachers = rows[0].teachers if rows else ""
     shown = [row for row in rows if row.teachers == teachers and row.status in (r.MEASURED, r.COUNTED)]
     if not shown:
-        raise UserError("there is nothing to draw: no implementation was measured.")
+        raise UserError("there is nothing to plot: no implementation was measured.")
     settings = list(dict.fromkeys((row.dtype, row.layout) for row in shown))
     figure, axes = plt.subplots(len(settings), 3, figsize=(15, 0.8 + 3.6 * len(settings)), squeeze=False, layout="constrained")
     for line, (dtype, layout) in zip(axes, settings, strict=True):

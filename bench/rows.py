@@ -1,4 +1,4 @@
-"""One measured line, the CSV file that keeps them all, and the table that people read."""
+"""Rows of measurements, their CSV file, and the printed table."""
 
 import csv
 import os
@@ -16,37 +16,37 @@ import rplib
 from rplib.bench.floor import floor_bytes
 from rplib.bench.shapes import DTYPES, Case
 
-# What can become of an implementation on an input. Only a MEASURED one has times.
+# Results of an implementation on an input. Only MEASURED ones have times.
 MEASURED = "measured"
-COUNTED = "counted"  # right, and its bytes are known, on a machine that cannot time it
+COUNTED = "counted"  # correct, with known bytes, but the machine cannot time it
 WRONG = "WRONG"
 FAILED = "failed"
 OUT_OF_MEMORY = "out of memory"
 LEFT_OUT = "left out"
 
-# Where bytes of PyTorch forms come from.
+# Source of the bytes of PyTorch forms.
 OPERATIONS = "operands and results of every operation"
 ESTIMATE = "inductor's estimate"
 
 
 @dataclass
 class Measurement:
-    """One implementation on one input; None: not known. Bytes are per voxel where the name says so, else per call.
+    """One implementation on one input; None: unknown. Bytes are per voxel if the name says so, else per call.
 
     Attributes:
         size: logits' and features' sizes, batch x classes x features x spatial.
-        status: one of the words above; ``detail`` says more.
+        status: one of the constants above; ``detail`` gives the reason.
         loss_error, gradient_error: relative, against the formula in float64.
-        seconds .. seconds_third_quartile: forward and backward, over ``repeats`` runs by turns with the other implementations;
+        seconds .. seconds_third_quartile: forward and backward, over ``repeats`` runs interleaved with the other implementations;
             seconds is the median.
-        times_faster: median of the naive form / own median, of the same turns.
-        graph_seconds: median of the same kernels replayed as a CUDA graph, by turns.
-        first_call_seconds: of a compiled form, the compiler's time included.
+        times_faster: median of the naive form / own median, in the same rounds.
+        graph_seconds: median of the same kernels replayed as a CUDA graph, interleaved.
+        first_call_seconds: includes compilation for compiled forms.
         launches: kernels on a GPU; on a CPU operations of an eager form, fused groups of operations of a compiled one.
         forward_bytes, backward_bytes: peak of live memory beyond the inputs during each pass.
         lane_bytes_per_voxel, sector_bytes_per_voxel: loads and stores of the Triton form; of eager forms operands and results of
-            every operation; of compiled ones an estimate: ``bytes_from`` says.
-        copy_fraction: floor's bytes / seconds, as a fraction of ``copy_bandwidth`` (bytes per second, same turns).
+            every operation; an estimate for compiled forms; see ``bytes_from``.
+        copy_fraction: floor's bytes / seconds, as a fraction of ``copy_bandwidth`` (bytes per second, same rounds).
     """
 
     shape: str
@@ -87,7 +87,7 @@ class Measurement:
 
     @property
     def case(self) -> tuple[str, str, str, str, str]:
-        """What rows of one table have in common."""
+        """The key shared by the rows of one table."""
         return self.shape, self.size, self.dtype, self.layout, self.teachers
 
 
@@ -100,7 +100,7 @@ def new_row(case: Case, implementation: str) -> Measurement:
 
 
 def compare_with(baseline: Measurement, rows: Iterable[Measurement]) -> None:
-    """Fill in the ratios to ``baseline``, measured on the same input in the same turns."""
+    """Fill in the ratios to ``baseline``, measured on the same input in the same rounds."""
     for row in rows:
         if row.seconds and baseline.seconds:
             row.times_faster = baseline.seconds / row.seconds
@@ -109,7 +109,7 @@ def compare_with(baseline: Measurement, rows: Iterable[Measurement]) -> None:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What a figure holds for: date, device, versions, commit."""
+    """Provenance of the figures: date, device, versions, commit."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "device": device_name(device),
@@ -138,7 +138,7 @@ def device_name(device: torch.device) -> str:
 
 
 def write_csv(path: Path, rows: Iterable[Measurement], about: dict[str, str]) -> None:
-    """The whole file at once: whoever reads it finds either the old lines or the new ones."""
+    """Write the file atomically: readers see either the old or the new rows."""
     part = path.with_name(path.name + ".part")
     with part.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -151,7 +151,7 @@ def write_csv(path: Path, rows: Iterable[Measurement], about: dict[str, str]) ->
 
 
 def read_csv(path: Path) -> list[Measurement]:
-    """The rows of `write_csv`; columns that are not of a row (date, versions) are passed over."""
+    """The rows of `write_csv`; other columns (date, versions) are ignored."""
     with path.open(newline="") as file:
         return [_row(line) for line in csv.DictReader(file)]
 
@@ -172,7 +172,7 @@ def table(rows: Sequence[Measurement]) -> str:
 
 
 def heading(row: Measurement) -> str:
-    """What the rows of one table have in common, in a line."""
+    """One line about the input of a table."""
     copy = "" if row.copy_bandwidth is None else f", copy {row.copy_bandwidth / 1e9:.1f} GB/s"
     return (
         f"{row.shape} {row.size} {row.dtype} {row.layout}, teacher: {row.teachers}; "
@@ -206,7 +206,7 @@ def _cells(row: Measurement) -> list[str]:
 
 
 def _number(value: float | None, factor: float = 1) -> str:
-    """Three significant digits, and all digits before the point.
+    """Three significant digits, and all integer digits.
 
     >>> _number(4742.3), _number(17.26), _number(0.2564, 1e3), _number(0.00123), _number(None)
     ('4742', '17.3', '256', '0.00123', '-')
@@ -245,11 +245,11 @@ def _version(package: str) -> str:
 
 
 def current_commit() -> str:
-    """Of the checkout that this file lies in, with a plus sign where files were changed since; "" outside of one."""
+    """Commit of this checkout, with a plus sign if files have changed; "" outside a checkout."""
     folder = Path(__file__).resolve().parent
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout.strip()
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")

@@ -1,4 +1,4 @@
-"""Types of command-line options: each turns text into a value, or says what was expected."""
+"""Types of command-line options: each turns text into a value, or says what is expected."""
 
 import argparse
 
@@ -18,11 +18,11 @@ def count(text: str) -> int:
 
 
 def length(text: str) -> float:
-    """A word of the command line as millimetres above 0."""
+    """A length in millimetres, above 0."""
     try:
         number = float(text)
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no length; expected millimetres above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a length; expected millimetres above 0")
     return number

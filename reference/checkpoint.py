@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and weights for everybody else."""
+"""Checkpoints, written atomically, and the networks in them."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +17,12 @@ def save(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint atomically. It holds tensors, numbers, text, lists and dicts only.
 
     Raises:
-        OSError: the disk is full, or the like.
+        OSError: the file cannot be written, for example because the disk is full.
     """
     try:
         write_atomically(path, lambda file: torch.save(content, file))
     except RuntimeError as error:
-        # torch.save closes its archive even after a failed write, which fails in turn and hides the first reason.
+        # torch.save closes its archive even after a failed write, which fails in turn and hides the first error.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -35,7 +35,7 @@ def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, with ``weights_only=True``.
 
     Raises:
-        UserError: missing, half-written, damaged, or not a checkpoint.
+        UserError: the file is missing, truncated, damaged, or not a checkpoint.
     """
     if not path.is_file():
         raise UserError(f"no checkpoint {path}.")
@@ -43,7 +43,7 @@ def load(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage sizes
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is not a readable checkpoint ({reason}); use another one or train again.") from error
+        raise UserError(f"{path} is not a readable checkpoint ({reason}); use another checkpoint or train again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; expected a checkpoint of `rplib train` or a state dict.")
     return content
@@ -53,9 +53,9 @@ def load_network(run: str | Path, which: Weights | None = None) -> tuple[MutualV
     """The network of a run, in evaluation mode on the CPU, and its settings.
 
     Args:
-        run: a run folder, one of its checkpoints, or a state dict of the authors' `mine3d_v1` (then the network's
-            size is read off its weights and the other settings are those of the recipe la-8).
-        which: ``"best"``, ``"last"`` or ``"averaged"`` (of last.pt); None takes best.pt where it exists, else last.pt.
+        run: a run folder, one of its checkpoints, or a state dict of the authors' `mine3d_v1` (the network's
+            size is then inferred from the weights; other settings are those of the recipe la-8).
+        which: ``"best"``, ``"last"`` or ``"averaged"`` (in last.pt); None loads best.pt if it exists, else last.pt.
 
     Raises:
         UserError: no such run or checkpoint, a damaged one, or weights that do not fit the network.
@@ -65,7 +65,7 @@ def load_network(run: str | Path, which: Weights | None = None) -> tuple[MutualV
         by_default = BEST if (run / BEST).is_file() else LAST
         path = run / {"best": BEST, "last": LAST, "averaged": LAST, None: by_default}[which]
         if not path.is_file():
-            raise UserError(f"{run} holds no {path.name}; is it a run folder of `rplib train`, and has it got that far?")
+            raise UserError(f"{run} holds no {path.name}; expected a run folder of `rplib train` with a saved checkpoint.")
     else:
         path = run
     content = load(path)
@@ -88,10 +88,10 @@ def build_network(config: Config) -> MutualVNet:
 
 
 def load_weights(network: MutualVNet, weights: dict[str, Any], path: Path) -> None:
-    """Put a state dict into a network.
+    """Load a state dict into a network.
 
     Raises:
-        UserError: the keys or the shapes are another network's.
+        UserError: keys or shapes do not match.
     """
     try:
         network.load_state_dict(weights)

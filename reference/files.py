@@ -1,4 +1,4 @@
-"""Files that are whole or not there: every write goes to a temporary file first, which then takes the final name."""
+"""Atomic writes: every file is written under a temporary name first, then renamed."""
 
 import os
 from collections.abc import Callable
@@ -9,7 +9,7 @@ _TEMPORARY = ".tmp"
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that at every moment, a kill included, the path holds the old content or the new."""
+    """Write a file atomically: even if the process is killed, the path holds the old or the new content."""
     written = temporary(path)
     try:
         with open(written, "wb") as file:
@@ -20,7 +20,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException:
         written.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the rename itself reaches the disk with the folder
+    if os.name == "posix":  # flush the folder, so that the rename reaches the disk
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -29,7 +29,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def temporary(path: Path) -> Path:
-    """Where a file is written before it takes its name; `remove_leftovers` finds it."""
+    """The temporary name of a file; `remove_leftovers` recognises it."""
     return path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
 
 
@@ -38,6 +38,6 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def remove_leftovers(run: Path) -> None:
-    """Delete temporary files of writes that a kill interrupted."""
+    """Delete the temporary files of interrupted writes."""
     for path in run.glob(f".*{_TEMPORARY}"):
         path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """The V-Net of the paper: one encoder, two decoders that differ only in how they upsample.
 
-Milletari et al., "V-Net", 3DV 2016, without its residual sums; Su et al., Medical Image Analysis 94 (2024) 103111, for
-the two decoders. Module names are those of the authors' `mine3d_v1`, so that their checkpoints load.
+V-Net: Milletari et al., 3DV 2016, here without residual sums. Two decoders: Su et al., Medical Image Analysis 94 (2024)
+103111. Module names are those of the authors' `mine3d_v1`, so that their checkpoints load.
 """
 
 from collections.abc import Callable
@@ -26,12 +26,12 @@ class MutualVNet(nn.Module):
         classes: C, background included.
         filters: channels at full resolution; they double at each of the four halvings.
         dropout: probability of Dropout3d after the deepest block and before each output convolution, in training mode.
-        dims: 3, or 2 for the same network of two-dimensional layers.
+        dims: 3, or 2 for the same network with two-dimensional layers.
 
     Shapes:
         image (B, in_channels, X, Y, Z), each axis a multiple of 16, to a pair of lists with one entry per decoder:
-        logits (B, C, X, Y, Z) and features (B, filters, X, Y, Z); (X, Y) for two dims. The features are what the last
-        1x1x1 convolution reads, after dropout.
+        logits (B, C, X, Y, Z) and features (B, filters, X, Y, Z); (X, Y) for two dims. The features are the
+        input of the last 1x1x1 convolution, after dropout.
 
     Example:
         >>> import torch
@@ -60,7 +60,7 @@ class MutualVNet(nn.Module):
 
 
 class _Layers(NamedTuple):
-    """The layers of one number of spatial axes."""
+    """The layer types for 2-D or 3-D images."""
 
     convolution: type[nn.Conv2d] | type[nn.Conv3d]
     transposed: type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]
@@ -123,7 +123,7 @@ _Upsampling = Callable[[_Layers, int, int], list[nn.Module]]
 
 
 class _Block(nn.Module):
-    """Layers in a row under the name `conv`, which the authors' checkpoints have."""
+    """Sequential layers named `conv`, as in the authors' checkpoints."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()

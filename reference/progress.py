@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line a minute in a redirected log, silence on all ranks but the first."""
+"""Progress reports: a bar on a terminal, one line per minute in a redirected log, nothing on ranks other than 0."""
 
 import sys
 import time
@@ -8,18 +8,18 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-_EVERY = 60.0  # seconds between lines where there is no terminal
+_EVERY = 60.0  # seconds between lines without a terminal
 
 
 def is_first() -> bool:
-    """Whether this process reports: rank 0 of several, or a process alone."""
+    """Whether this process reports progress: rank 0, or a single process."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-class Progress(tqdm):  # type: ignore[type-arg]
-    """A tqdm bar that prints a line a minute instead of redrawing where stderr is no terminal.
+class Progress(tqdm):
+    """A tqdm bar that prints one line per minute instead of redrawing if stderr is not a terminal.
 
-    Arguments are those of tqdm. The first line comes after a minute, so that short work leaves nothing in a log.
+    Takes the arguments of tqdm. The first line comes after a minute, so short loops do not clutter a log.
     """
 
     def __init__(self, iterable: Iterable[Any] | None = None, **options: Any) -> None:
@@ -45,7 +45,7 @@ class Progress(tqdm):  # type: ignore[type-arg]
 
 
 def progress(items: Sequence[Any], description: str, unit: str = "case") -> Progress:
-    """A loop over `items` with its progress on stderr; the bar disappears when the loop ends.
+    """Iterate over `items` with progress on stderr; the bar disappears at the end.
 
     >>> [n for n in progress([1, 2], "counting", "number")]
     [1, 2]

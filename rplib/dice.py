@@ -10,9 +10,7 @@ from rplib import ranks
 _SMOOTH = 1e-8
 
 
-def dice_loss(
-    logits: Tensor, target: Tensor, classes: Sequence[int] | None = None, process_group: ranks.Group = None
-) -> Tensor:
+def dice_loss(logits: Tensor, target: Tensor, classes: Sequence[int] | None = None, process_group: ranks.Group = None) -> Tensor:
     """Soft Dice loss of one network over all samples together, mean over classes.
 
         Dice = 1 - (2 sum_v p(c,v) g(c,v) + 1e-8) / (sum_v p(c,v) + sum_v g(c,v) + 1e-8)

@@ -44,9 +44,7 @@ def choose(impl: Implementation, logits: Sequence[Tensor], features: Sequence[Te
     return "torch" if obstacle else "triton"
 
 
-def triton_obstacle(
-    logits: Sequence[Tensor], features: Sequence[Tensor] | None, *, explicit: bool = False
-) -> str | None:
+def triton_obstacle(logits: Sequence[Tensor], features: Sequence[Tensor] | None, *, explicit: bool = False) -> str | None:
     """Why the kernels cannot compute this call, or None.
 
     Args:

@@ -1,8 +1,8 @@
-"""Errors that a user can mend."""
+"""Errors that a user can fix."""
 
 
 class UserError(Exception):
-    """A foreseeable mistake: its text is one sentence with the remedy.
+    """A user error; its message is one sentence that includes the remedy.
 
-    The command line prints it as one line and leaves with exit code 2; it never shows a traceback for it.
+    The command line prints it as one line, without a traceback, and exits with code 2.
     """

@@ -107,9 +107,7 @@ def objective_with(
     return dice_weight * dice + consistency_weight * mutual, dice.detach(), mutual.detach()
 
 
-def _loss_in_pytorch(
-    form: dispatch.Form, logits: list[Tensor], features: list[Tensor] | None, options: Options
-) -> Tensor:
+def _loss_in_pytorch(form: dispatch.Form, logits: list[Tensor], features: list[Tensor] | None, options: Options) -> Tensor:
     return naive.loss(logits, features, options) if form == "naive" else lean.loss(logits, features, options)
 
 

@@ -25,9 +25,7 @@ def check_tensors(
         raise ValueError(f"logits holds {len(logits)} tensor; expected one per network, at least 2.")
     first = logits[0]
     if not 3 <= first.ndim <= 5:
-        raise ValueError(
-            f"logits[0] has shape {_shape(first)}; expected (B, C, *spatial) with 1 to 3 spatial axes."
-        )
+        raise ValueError(f"logits[0] has shape {_shape(first)}; expected (B, C, *spatial) with 1 to 3 spatial axes.")
     if first.shape[1] < 2:
         raise ValueError(
             f"logits[0] has shape {_shape(first)}, so C = {first.shape[1]}; expected at least 2 classes "
@@ -37,9 +35,7 @@ def check_tensors(
         raise ValueError(f"logits[0] has shape {_shape(first)}; expected at least one sample and one voxel.")
     for k, z in enumerate(logits):
         if z.shape != first.shape:
-            raise ValueError(
-                f"logits[{k}] has shape {_shape(z)} but logits[0] has {_shape(first)}; expected equal shapes."
-            )
+            raise ValueError(f"logits[{k}] has shape {_shape(z)} but logits[0] has {_shape(first)}; expected equal shapes.")
     if features is None:
         if features_needed:
             raise ValueError(
@@ -74,9 +70,7 @@ def check_finite(logits: Sequence[Tensor], features: Sequence[Tensor] | None) ->
         ValueError: names the tensor and says how many of its values are bad.
         RuntimeError: called under torch.compile or CUDA graph capture, where a look at values is impossible.
     """
-    if torch.compiler.is_compiling() or (
-        logits[0].is_cuda and torch.cuda.is_current_stream_capturing()
-    ):
+    if torch.compiler.is_compiling() or (logits[0].is_cuda and torch.cuda.is_current_stream_capturing()):
         raise RuntimeError(
             "check_finite=True looks at values, which torch.compile and CUDA graph capture cannot do; "
             "pass check_finite=False there."
@@ -93,9 +87,7 @@ def check_finite(logits: Sequence[Tensor], features: Sequence[Tensor] | None) ->
 
 def _as_list(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     if isinstance(tensors, Tensor) or not isinstance(tensors, (list, tuple)):
-        raise TypeError(
-            f"{name} is a {type(tensors).__name__}; expected a list or tuple with one tensor per network."
-        )
+        raise TypeError(f"{name} is a {type(tensors).__name__}; expected a list or tuple with one tensor per network.")
     for k, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}[{k}] is a {type(tensor).__name__}; expected a torch.Tensor.")
@@ -112,9 +104,7 @@ def _check_devices(logits: list[Tensor], features: list[Tensor]) -> None:
     for name, tensors in (("logits", logits), ("features", features)):
         for k, tensor in enumerate(tensors):
             if tensor.device != device:
-                raise ValueError(
-                    f"{name}[{k}] is on {tensor.device} but logits[0] is on {device}; expected one device for all."
-                )
+                raise ValueError(f"{name}[{k}] is on {tensor.device} but logits[0] is on {device}; expected one device for all.")
 
 
 def _shape(tensor: Tensor) -> str:

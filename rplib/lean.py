@@ -151,9 +151,7 @@ _Doubt = tuple[Tensor, Tensor | None]  # each (b, 1, v)
 
 class _LeanLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, options: Options, networks: int, poison: Tensor, normaliser: Tensor, *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, options: Options, networks: int, poison: Tensor, normaliser: Tensor, *tensors: Tensor) -> Tensor:
         """tensors: prototypes, logits, features per network, or logits alone."""
         groups = [list(tensors[k : k + networks]) for k in range(0, len(tensors), networks)]
         prototypes, logits, features = groups if len(groups) == 3 else (None, groups[0], None)
@@ -296,10 +294,7 @@ def _slope(network: _Network, label: Tensor, options: Options) -> Tensor:
     own = classes == network.label
     if options.cross_entropy_on == "logits":
         # p - [c = l] without cancellation, then move the one from l to y where the two networks disagree.
-        return (
-            torch.where(own, -network.rest / (1 + network.rest), p)
-            + (own.to(p.dtype) - (classes == label).to(p.dtype))
-        )
+        return torch.where(own, -network.rest / (1 + network.rest), p) + (own.to(p.dtype) - (classes == label).to(p.dtype))
     # p(c) (D(c) - sum_q p(q) D(q)) with D = d - d(l): a shift cancels in the formula, and D(l) = 0 keeps small numbers.
     d = torch.softmax(p, dim=1) - (classes == label).to(p.dtype)
     shifted = d - d.gather(1, network.label)

@@ -25,9 +25,7 @@ from rplib.maps import Reliability, ordered_pairs
 from rplib.options import Options
 
 
-def loss(
-    logits: list[Tensor], features: list[Tensor] | None, options: Options, masks: list[Tensor] | None = None
-) -> Tensor:
+def loss(logits: list[Tensor], features: list[Tensor] | None, options: Options, masks: list[Tensor] | None = None) -> Tensor:
     """The mutual loss, a 0-dim tensor; gradients by autograd.
 
     ``masks``, one (B, *spatial) per ordered pair, stand in for the comparison of confidences: two implementations may

@@ -91,7 +91,7 @@ TRAINER = (
     ),
     Fault(
         "checkpoints are written over the old one",
-        "reference/checkpoint.py",
+        "reference/files.py",
         (("    written = temporary(path)\n", "    written = path\n"),),
         "tests/test_reference_train.py::test_an_interrupted_write_leaves_the_old_file",
     ),
@@ -105,7 +105,7 @@ TRAINER = (
         "mutual consistency: the own prediction is sharpened, not the other's",
         "reference/training/methods.py",
         (("(p[i] - sharp[j]).square()", "(p[j] - sharp[j]).square()"),),
-        "tests/test_reference_peers.py::test_each_method_is_its_formula",
+        "tests/test_reference_methods.py::test_each_method_is_its_formula",
     ),
     Fault(
         "a score of exactly one half is foreground",

@@ -3,8 +3,8 @@
 import argparse
 import csv
 import shutil
-import time
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 import rplib
 from rplib import cli, naive
-from rplib.bench import benchmark, measure, plot, wide
+from rplib.bench import benchmark, measure, plot, timer, wide
 from rplib.bench import rows as r
 from rplib.bench.correctness import Truth
 from rplib.bench.floor import RECORD_BYTES, floor_bytes
@@ -62,12 +62,18 @@ def test_every_round_calls_each_once_and_begins_with_another():
     assert {name: len(t.seconds) for name, t in timings.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_times_are_those_of_the_call_alone():
-    timings = interleaved(
-        {"long": lambda: time.sleep(0.03), "short": lambda: time.sleep(0.003)}, CPU, 3, before=lambda: time.sleep(0.01)
-    )
-    assert min(timings["long"].seconds) >= 0.03
-    assert 0.003 <= timings["short"].minimum < 0.013  # the 10 ms before each call are not in it
+def test_times_are_those_of_the_call_alone(monkeypatch):
+    """By a clock that moves only when a call moves it: a busy machine changes nothing."""
+    now = [1000.0]
+
+    def takes(seconds):
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    monkeypatch.setattr(timer, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    timings = interleaved({"long": takes(32.0), "short": takes(4.0)}, CPU, 3, before=takes(8.0))
+    assert timings["long"].seconds == (32.0,) * 3
+    assert timings["short"].seconds == (4.0,) * 3
+    assert now[0] == 1000.0 + 4 * (32 + 4 + 2 * 8)  # three rounds and a warm-up, with what comes before
 
 
 def test_median_and_quartiles():
@@ -365,7 +371,7 @@ def test_bench_measures_and_keeps_everything(tiny, tmp_path, capsys):
     assert float(lines["naive"][3]) == 1.0
     assert lines["triton"][1] == "-"  # the interpreter's time means nothing
     assert "triton: its bytes were counted, but it was not timed" in out and "No GPU was used" in out
-    assert "3 of 4 measured, each after its result was found right; 0 wrong or failed." in out
+    assert "3 of 4 measured, each after its result was verified; 0 wrong or failed." in out
     assert "[1/1" in err
 
     rows = {row["implementation"]: row for row in read(tmp_path / "r.csv")}
@@ -483,14 +489,14 @@ def test_a_run_cut_short_keeps_what_it_has(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--shapes", "la"], "--shapes: unknown 'la'; expected some of left-atrium, pancreas"),
+        (["--shapes", "la"], "--shapes: unknown 'la'; expected one or more of left-atrium, pancreas"),
         (["--dtypes", "float8"], "--dtypes: unknown 'float8'"),
         (["--implementations", "torch,jax"], "--implementations: unknown 'jax'"),
         (["--repeats", "0"], "--repeats is 0"),
         (["--threads", "0"], "--threads is 0"),
         (["--device", "gpu"], "--device: unknown device 'gpu'"),
-        (["--device", "cuda:77"], "--device: there is no cuda:77 here"),
-        (["--csv", "/no/such/folder/r.csv"], "--csv: there is no folder /no/such/folder; make it first"),
+        (["--device", "cuda:77"], "--device: cuda:77 is not available"),
+        (["--csv", "/no/such/folder/r.csv"], "--csv: there is no folder /no/such/folder; create it first"),
         (["--plot", "picture.txt"], "unknown picture format '.txt'"),
     ],
 )
@@ -514,7 +520,7 @@ def test_plot_has_a_row_of_panels_for_every_dtype_and_layout(tmp_path):
     one, two = imread(tmp_path / "one.png"), imread(tmp_path / "two.png")
     assert two.shape[0] > 1.5 * one.shape[0] and two.shape[1] == one.shape[1]
     wrong = replace(rows("float32")[0], status=r.WRONG)
-    with pytest.raises(UserError, match="nothing to draw"):
+    with pytest.raises(UserError, match="nothing to plot"):
         plot.draw([wrong], tmp_path / "none.png")
 
 

@@ -155,7 +155,7 @@ def test_a_recipe_may_be_a_file_with_some_keys(tmp_path):
         ("learning_rate=nan", "expected a number"),
         ("momentum=1", "expected at most 0.9999"),
         ("channels_last=yes", "expected true or false"),
-        ("patch=32,32", "stride [18, 18, 4] and patch [32, 32] differ in their number of axes"),
+        ("patch=32,32", "stride [18, 18, 4] and patch [32, 32] have different numbers of axes"),
         ("patch=32", "expected three whole numbers such as patch=32,32,32, or two for 2-D images"),
         ("in_channels=0", "in_channels is 0; expected at least 1"),
         ("patch=32,32,30", "each axis must be a multiple of 16"),
@@ -163,7 +163,7 @@ def test_a_recipe_may_be_a_file_with_some_keys(tmp_path):
         ("stride=18,18,96", "stride [18, 18, 96] is larger than patch"),
         ("protocol=papers", "expected one of: held-out, paper (did you mean paper?)"),
         ("impl=cuda", "expected one of: auto, triton, torch, naive"),
-        ("labelled_per_batch=5", "labelled_per_batch is 5 of batch_size 4"),
+        ("labelled_per_batch=5", "labelled_per_batch=5 exceeds batch_size=4"),
         ("validation=8", "leaves none of the 8 labelled cases"),
         ("dataset=acdc", "expected one of: left-atrium"),
     ],
@@ -176,7 +176,7 @@ def test_mistakes_are_one_sentence(word, message):
 
 
 def test_settings_at_odds():
-    with pytest.raises(UserError, match="validation=2 has no use"):
+    with pytest.raises(UserError, match="validation=2 has no effect"):
         Config(protocol="paper", validation=2)
     with pytest.raises(UserError, match="too few for batch normalisation"):
         Config(batch_size=1, labelled_per_batch=1, patch=(16, 16, 16), stride=(16, 16, 16))

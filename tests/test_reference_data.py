@@ -84,11 +84,11 @@ WITH_NAN = np.where(np.arange(120).reshape(IMAGE.shape) == 7, np.nan, IMAGE).ast
         ({"image": IMAGE, "label": np.full(IMAGE.shape, np.nan, np.float32)}, "120 voxels outside the classes 0..1"),
         (
             {"image": IMAGE, "label": np.zeros((5, 4, 6), np.uint8)},
-            "'label' has shape (5, 4, 6) and 'image' has (4, 5, 6)",
+            "'label' has shape (5, 4, 6) but 'image' has (4, 5, 6)",
         ),
         ({"image": np.zeros((4, 5), np.float32)}, "shape (4, 5); expected three axes"),
-        ({"image": WITH_NAN}, "1 values that are NaN or infinite"),
-        ({"image": np.zeros(IMAGE.shape, "S3")}, "of type |S3; expected float32"),
+        ({"image": WITH_NAN}, "1 NaN or infinite values"),
+        ({"image": np.zeros(IMAGE.shape, "S3")}, "has type |S3; expected float32"),
     ],
 )
 def test_a_bad_case_is_refused_by_file_and_reason(tmp_path, arrays, message):
@@ -187,7 +187,7 @@ def test_rplib_data_phantom_writes_what_rplib_data_check_accepts(tmp_path, capsy
     assert cli.main(["data", "check", str(tmp_path / "a")]) == 0
     out = capsys.readouterr().out
     assert "3 training cases (0 without a label), 1 test cases" in out
-    assert "nothing wrong" in out
+    assert "no problems found" in out
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_the_table_holds_what_evaluate_measures(out):
         for cell, metric in zip(cells[1:5], ("dice", "jaccard", "hd95", "asd"), strict=True):
             found = report.mean(DECODER_1, metric)
             assert cell.split(" ")[0] == shown(found.mean, metric)
-            assert cell.endswith(f"(n={found.missing})") == bool(found.missing)
+            assert cell.endswith(f"({found.missing} missing)") == bool(found.missing)
 
 
 def test_the_best_threshold_is_in_the_table_and_below_the_bound(out):

@@ -14,7 +14,7 @@ from reference_tools import TINY, mistake, write_case, write_dataset
 
 from rplib import cli
 from rplib.reference.checkpoint import load_network
-from rplib.reference.datasets.layouts import open_dataset
+from rplib.reference.datasets.layouts import LeftAtrium, open_dataset
 from rplib.reference.evaluation import metrics
 from rplib.reference.evaluation import scoring as evaluation
 from rplib.reference.evaluation.fixed_box import GRID, FixedBox, fit_box
@@ -56,6 +56,28 @@ def evaluated(run, data):
 def _read(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("maps", [[], ["--no-maps"]], ids=["maps", "no-maps"])
+def test_a_report_reads_every_case_once(run, data, tmp_path, monkeypatch, maps):
+    loaded = []
+    load = LeftAtrium.load
+
+    def counted(self, name, *args, **keywords):
+        loaded.append(name)
+        return load(self, name, *args, **keywords)
+
+    monkeypatch.setattr(LeftAtrium, "load", counted)
+    words = ["evaluate", run, "--data", data, "--out", tmp_path / "out", "--pictures", "2", "--nifti", "none", *maps]
+    assert cli.main([*map(str, words)]) == 0
+    dataset = open_dataset(data)
+    assert sorted(loaded) == sorted([*dataset.names("train")[: load_network(run)[1].labelled], *dataset.names("test")])
+
+
+def test_the_worst_cases_stay_in_memory_for_the_pictures(run, data):
+    report = evaluate(run, data, device="cpu", pictures=2)
+    assert sorted(report.kept) == sorted(report.worst_first()[:2])
+    assert report.case(report.worst_first()[-1]).label is not None  # read on demand
 
 
 def test_files(evaluated, data):
@@ -122,7 +144,7 @@ def test_report_says_what_was_scored(evaluated):
     text = (evaluated / "report.txt").read_text(encoding="utf-8")
     assert "Recipe la-4, protocol held-out; weights of iteration 12 of 12 (last iteration)." in text
     assert "Scored: 3 cases of the test list." in text
-    assert "stride 8 x 8 x 8; every component kept" in text
+    assert "stride 8 x 8 x 8; all components kept" in text
     assert "over the 3 labelled training" in " ".join(text.split())
     assert "TEST LIST" not in text
 
@@ -185,7 +207,7 @@ def test_an_empty_prediction_has_dice_0_and_no_distance(run, data, monkeypatch):
     assert not math.isnan(report.mean(BOX, "hd95").mean)
     text = render(report, per_case=True)
     assert "0.00 ± 0.00" in text
-    assert "- ± - (n=3)" in text
+    assert "- ± - (3 missing)" in text
     assert f"{report.rows[0].case},{DECODER_1},1,0.0,0.0,,,," in scores_csv(report)
     assert f"{DECODER_1},1,hd95,,,3" in summary_csv(report)
 
@@ -205,7 +227,7 @@ def test_keeping_the_largest_component(run, data, monkeypatch):
     _, config = load_network(run)
     monkeypatch.setattr(evaluation.checkpoint, "load_network", lambda *_: (_Threshold(1.5), config))
     plain, kept = (evaluate(run, data, device="cpu", keep_largest=largest) for largest in (False, True))
-    assert "largest component kept" in kept.notes[2]
+    assert "largest components only" in kept.notes[2]
     for name in plain.predictions:
         expected = components.largest_component(plain.predictions[name] == 1)
         np.testing.assert_array_equal(kept.predictions[name] == 1, expected)
@@ -217,7 +239,7 @@ def test_the_train_list_leaves_out_unlabelled_cases(run, tmp_path):
     write_case(tmp_path, names[4], image=np.zeros((20, 18, 17), np.float32))
     report = evaluate(run, tmp_path, split="train", device="cpu")
     assert list(report.predictions) == names[:4]
-    assert "Scored: 4 cases of the train list (1 without a label left out)." in report.notes[1]
+    assert "Scored: 4 cases of the train list (1 without a label skipped)." in report.notes[1]
 
 
 def test_best_and_last_weights(run, data):
@@ -237,7 +259,7 @@ def test_weights_chosen_on_the_test_list_are_called_so(data, tmp_path):
     train(load_recipe("la-4", [*TINY, *changes]), data, tmp_path / "run", device="cpu")
     note = evaluate(tmp_path / "run", data, cases=1, device="cpu").notes[0]
     assert "protocol paper" in note
-    assert "WEIGHTS CHOSEN ON THE TEST LIST" in note
+    assert "WEIGHTS SELECTED ON THE TEST LIST" in note
 
 
 def test_without_a_train_list_there_is_no_box_and_the_report_says_so(run, tmp_path):
@@ -292,7 +314,7 @@ def test_box_is_no_worse_than_any_other_in_one_plane():
 
 
 def test_box_needs_foreground():
-    with pytest.raises(ValueError, match="no case with a foreground voxel"):
+    with pytest.raises(ValueError, match="no foreground voxel in any case"):
         fit_box([np.zeros((4, 4, 4))])
 
 

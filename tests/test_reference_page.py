@@ -109,7 +109,7 @@ def test_the_page_holds_all_of_it(out, report):
     found = Page((out / "report.html").read_text(encoding="utf-8"))
     text = " ".join(found.text)
     assert "<b>mine</b>: 3 test cases" in text  # as text, not as a tag
-    assert "WEIGHTS CHOSEN ON THE TEST LIST" in text
+    assert "WEIGHTS SELECTED ON THE TEST LIST" in text
     for note in report.notes:
         assert note in text
     for metric in ("dice", "jaccard", "hd95", "asd"):

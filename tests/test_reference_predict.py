@@ -75,7 +75,7 @@ def test_h5_files_of_the_training_layout_give_what_evaluate_gives(run, data, tmp
         np.testing.assert_array_equal(labels(path), truth)
         np.testing.assert_array_equal(nibabel.load(path).affine, np.diag([0.5, 1, 2, 1]))
         assert f"{name}: {truth.sum():,} voxels ({truth.sum() / 1000:.1f} ml); {path}" in out
-    assert f"segmented: 2, into {tmp_path / 'out'}" in out
+    assert f"2 segmented, written to {tmp_path / 'out'}" in out
 
 
 def test_a_nifti_file_keeps_its_grid_and_its_header(tmp_path):
@@ -199,9 +199,9 @@ def test_bad_images_among_good_ones_are_told_and_the_others_done(run, data, tmp_
     assert "Traceback" not in err
     assert f"bad not segmented: {tmp_path / 'bad.nii.gz'} is not a readable NIfTI" in err
     assert "flat not segmented" in err
-    assert f"constant not segmented: {tmp_path / 'constant.nii.gz'} has the same value everywhere" in err
+    assert f"constant not segmented: {tmp_path / 'constant.nii.gz'} is constant" in err
     assert f"empty not segmented: {tmp_path / 'empty.nii.gz'} " in err
-    assert "rplib: error: 4 of 5 images were not segmented, for the reasons above: bad, flat, constant, empty." in err
+    assert "rplib: error: 4 of 5 images were not segmented; see above for the reasons: bad, flat, constant, empty." in err
     assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{data.names('test')[0]}_prediction.nii.gz"]
     assert out.count("voxels") == 1
 
@@ -215,7 +215,7 @@ def test_existing_label_maps(run, data, tmp_path, capsys):
     assert "exists already (1 such files)" in mistake(capsys, "predict", run, second, first, "--out", tmp_path)
     assert len([*tmp_path.glob("*.nii.gz")]) == 1  # nothing was begun
     assert predict(run, first, second, "--out", tmp_path, "--existing", "skip") == 0
-    assert f"skipped, for their label maps exist: {data.names('test')[0]}" in capsys.readouterr().err
+    assert f"skipped, label maps exist: {data.names('test')[0]}" in capsys.readouterr().err
     assert written.read_bytes() == b"older"
     assert predict(run, first, second, "--out", tmp_path, "--existing", "overwrite") == 0
     assert written.read_bytes() == before  # the same voxels, the same bytes
@@ -234,7 +234,7 @@ def test_mistakes_are_told_before_anything_is_done(run, data, tmp_path, capsys):
 
     assert "no run folder" in told(tmp_path / "no", path)
     assert "no file" in told(run, path, tmp_path / "no.nii.gz")
-    assert "is a folder; give the images in it" in told(run, tmp_path)
+    assert "is a folder; name the images in it" in told(run, tmp_path)
     assert "b.png is neither NIfTI" in told(run, tmp_path / "b.png")
     assert "are both called a" in told(run, tmp_path / "a.nii.gz", tmp_path / "x" / "a.nii")
     assert "does not fit" in told(run, path, "--stride", "99", "1", "1")
@@ -243,7 +243,7 @@ def test_mistakes_are_told_before_anything_is_done(run, data, tmp_path, capsys):
     assert "is a file" in mistake(capsys, "predict", run, path, "--out", tmp_path / "b.png")
     write_case(tmp_path / "flat", "A", image=np.zeros((4, 4), np.float32))
     line = mistake(capsys, "predict", run, next((tmp_path / "flat").rglob("*.h5")), "--out", tmp_path / "out")
-    assert "'image' has shape (4, 4); the network takes 3 axes" in line
+    assert "'image' has shape (4, 4); expected 3 axes" in line
 
 
 def test_files_that_are_one_image(tmp_path):
@@ -251,12 +251,12 @@ def test_files_that_are_one_image(tmp_path):
         (tmp_path / name).touch()
     inputs = find_inputs(sorted(tmp_path.iterdir()))
     assert [item.name for item in group_channels(inputs, 1)] == ["a_0000", "a_0001", "b_0007", "c"]
-    with pytest.raises(UserError, match="the channels 0007 of b were given; the network takes 0000, 0001"):
+    with pytest.raises(UserError, match="the channels 0007 of b were given; expected 0000, 0001"):
         group_channels(inputs, 2)
     both, single = group_channels([item for item in inputs if item.name != "b_0007"], 2)
     assert (both.name, [path.name for path in both.files]) == ("a", ["a_0000.nii.gz", "a_0001.nii.gz"])
     assert (single.name, len(single.files)) == ("c", 1)
-    with pytest.raises(UserError, match="the channels 0000, 0001 of a were given; the network takes 0000, 0001, 0002"):
+    with pytest.raises(UserError, match="the channels 0000, 0001 of a were given; expected 0000, 0001, 0002"):
         group_channels(inputs[:2], 3)
 
 
@@ -282,7 +282,7 @@ def test_axes_that_are_not_at_right_angles(tmp_path, capsys):
     image = np.random.default_rng(0).normal(size=(20, 18, 17)).astype(np.float32)
     nibabel.save(nibabel.Nifti1Image(image, SHEARED), tmp_path / "a.nii.gz")
     turned = run_folder(tmp_path / "turned", "brats-25")
-    assert "not at right angles" in mistake(capsys, "predict", turned, tmp_path / "a.nii.gz", "--out", tmp_path / "out")
+    assert "not orthogonal" in mistake(capsys, "predict", turned, tmp_path / "a.nii.gz", "--out", tmp_path / "out")
     as_it_lies = run_folder(tmp_path / "as-it-lies", "la-4")
     assert predict(as_it_lies, tmp_path / "a.nii.gz", "--out", tmp_path / "out") == 0
     np.testing.assert_allclose(nibabel.load(tmp_path / "out" / "a_prediction.nii.gz").affine, SHEARED, atol=1e-6)

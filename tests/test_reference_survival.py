@@ -94,7 +94,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(data, tmp_path, capsys,
     with monkeypatch.context() as patch, contextlib.ExitStack() as full:
         at_step(patch, 7, lambda _: full.enter_context(files_of_at_most(1 << 18)))
         line = mistake(capsys, *start(data, run))
-    assert f"cannot be written any more (File too large); iteration 5 is kept in {run / 'last.pt'}; make room" in line
+    assert f"can no longer be written (File too large); iteration 5 is kept in {run / 'last.pt'}; free space" in line
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
     assert cli.main(["train", "--resume", "--out", str(run)]) == 0
     assert losses(run) == losses(whole)
@@ -325,4 +325,4 @@ def test_a_compiler_that_does_not_work_is_told_in_one_sentence(data, tmp_path, c
 
     monkeypatch.setattr(torch, "compile", compiled)
     line = mistake(capsys, *start(data, tmp_path / "run", "compile=true"))
-    assert line == "compile=true does not work on this machine (No working C++ compiler found); train with compile=false."
+    assert line == "compile=true does not work on this machine (No working C++ compiler found); set compile=false."

@@ -315,7 +315,7 @@ def test_paper_keeps_the_first_best_on_the_test_list(data, tmp_path, monkeypatch
     dice = {row.iteration: row.validation_dice for row in losses(tmp_path / "run") if row.validation_dice is not None}
     assert dice == {4: 0.0, 6: 0.3, 8: 0.5, 10: 0.5, 12: 0.4}
     out, err = capsys.readouterr()
-    assert "the weights are chosen on the TEST list" in err
+    assert "weights are selected on the TEST list" in err
     assert "on the TEST list; protocol 'paper'" in out
 
 
@@ -404,7 +404,7 @@ def test_unlabelled_cases_train_without_labels_and_labels_there_change_nothing(t
         ([], "--recipe is missing"),
         (["--recipe", "la-8", "--set", "filtre=4"], "unknown setting 'filtre'; did you mean filters"),
         (["--recipe", "la-8"], "labelled=8 but train.list in"),
-        (["--recipe", "la-4", "--set", "labelled=5"], "none is left unlabelled"),
+        (["--recipe", "la-4", "--set", "labelled=5"], "leaves none unlabelled"),
         (["--recipe", "la-4", "--device", "cpu", "--set", "amp=bfloat16"], "amp=bfloat16 on a CPU: "),
         (["--recipe", "la-4", "--device", "warp"], "--device warp does not work on this machine"),
         (["--recipe", "la-4", "--set", "impl=triton"], "impl=triton: "),
@@ -438,7 +438,7 @@ def test_a_folder_with_something_in_it_is_left_alone(data, tmp_path, capsys):
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
     start = ["train", "--recipe", "la-4", "--data", data, "--out", tmp_path / "run", "--set", *TINY]
     assert "is not empty; choose another folder" in mistake(capsys, *start)
-    assert "is no run folder" in mistake(capsys, *start, "--resume")
+    assert "is not a run folder" in mistake(capsys, *start, "--resume")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
     assert "is a file" in mistake(capsys, *start[:5], "--out", tmp_path / "run" / "thesis.txt")
 

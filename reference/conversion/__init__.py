@@ -1,1 +1,1 @@
-"""From raw public releases to the h5 layouts, and to a lower resolution."""
+"""Conversion of raw public releases to the h5 layouts, and downsampling."""

@@ -1,7 +1,7 @@
-"""BraTS-2019 from its raw release (`rplib data brats`): FLAIR and the whole tumour.
+"""Conversion of the raw BraTS-2019 release (`rplib data brats`): FLAIR and the whole tumour.
 
-Per case: axes z, y, x; cropped to the box of the voxels that are not 0; clipped at the 99.9th percentile of that box; z-scored
-with mean and deviation of the voxels above 0; the label is 1 where *_seg is above 0.
+Per case: axes z, y, x; cropped to the box of nonzero voxels; clipped at the 99.9th percentile of that box; z-scored
+by the mean and deviation of voxels above 0; the label is 1 where *_seg is above 0.
 """
 
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ _SUFFIXES = (".nii.gz", ".nii")
 
 
 class BratsRelease(Release):
-    """`<case>_flair.nii.gz` and `<case>_seg.nii.gz` side by side; HGG and LGG alike."""
+    """`<case>_flair.nii.gz` next to `<case>_seg.nii.gz`, both HGG and LGG."""
 
     layout = Brats
-    files = "<case>_flair.nii.gz (with <case>_seg.nii.gz where there is a label)"
+    files = "<case>_flair.nii.gz (with <case>_seg.nii.gz if labelled)"
     shares: Mapping[str, float] = {"val": 25 / 335, "test": 60 / 335}
 
     @property

@@ -1,4 +1,4 @@
-"""Volumes as files hold them: reading, axes, affines, and bringing a label onto its image's grid (by SimpleITK)."""
+"""Reading volumes, axes and affines, and placing a label on its image's grid (with SimpleITK)."""
 
 import gzip
 import zlib
@@ -14,21 +14,21 @@ from nibabel.spatialimages import HeaderDataError
 
 from rplib.errors import UserError
 
-sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK prints warnings of its own to stderr, lines long
+sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK prints multi-line warnings to stderr
 
 
 class Placed(NamedTuple):
-    """A label on its image's grid, and whether its own header put it there."""
+    """A label on its image's grid, and whether its own header placed it there."""
 
     label: sitk.Image
     by_header: bool
 
 
 def read_volume(path: Path) -> sitk.Image:
-    """A 3-D volume of one channel.
+    """Read a 3-D volume with one channel.
 
     Raises:
-        UserError: unreadable, cut short, of another kind, or with NaN or infinity in it.
+        UserError: unreadable, truncated, of another kind, or with NaN or infinity.
     """
     try:
         if path.name.endswith((".nii", ".nii.gz")):
@@ -36,24 +36,24 @@ def read_volume(path: Path) -> sitk.Image:
         volume = sitk.ReadImage(str(path))
     except (RuntimeError, OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
         if "orthonormal" in str(error):
-            raise UserError(f"{path}: its header's axes are not at right angles; resample it onto ones that are.") from error
+            raise UserError(f"{path}: the axes in its header are not orthogonal; resample it to orthogonal axes.") from error
         raise UserError(f"{path} cannot be read ({_reason(error)}); copy it again from its source.") from error
     while volume.GetDimension() == 4 and volume.GetSize()[3] == 1:
         volume = volume[:, :, :, 0]
     if volume.GetDimension() != 3 or volume.GetNumberOfComponentsPerPixel() != 1:
         raise UserError(
-            f"{path} has the size {volume.GetSize()} with {volume.GetNumberOfComponentsPerPixel()} values a voxel; "
-            "expected a 3-D volume of one channel."
+            f"{path} has the size {volume.GetSize()} with {volume.GetNumberOfComponentsPerPixel()} values per voxel; "
+            "expected a 3-D volume with one channel."
         )
     _check_finite(sitk.GetArrayViewFromImage(volume), path)
     return volume
 
 
 def read_dicom_series(folder: Path) -> sitk.Image:
-    """The one DICOM series in a folder; slices in the order of their positions, values with slope and intercept applied.
+    """Read the DICOM series in a folder; slices ordered by position, slope and intercept applied.
 
     Raises:
-        UserError: no series, more than one, a damaged file, or a slice that is missing.
+        UserError: no series, more than one, a damaged file, or a missing slice.
     """
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if len(series) != 1:
@@ -61,8 +61,8 @@ def read_dicom_series(folder: Path) -> sitk.Image:
     files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
     names = {Path(file).name for file in files}
     strangers = [path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".dcm" and path.name not in names]
-    if strangers:  # GDCM passes over what it cannot read
-        raise UserError(f"{strangers[0]} is no readable slice of its series ({len(strangers)} such files); copy it again.")
+    if strangers:  # GDCM skips unreadable files
+        raise UserError(f"{strangers[0]} is not a readable slice of the series ({len(strangers)} such files); copy it again.")
     positions = []
     header = sitk.ImageFileReader()
     for file in files:
@@ -77,7 +77,7 @@ def read_dicom_series(folder: Path) -> sitk.Image:
         gap = int(np.abs(steps - np.median(steps)).argmax())
         raise UserError(
             f"{folder}: the slices {Path(files[gap]).name} and {Path(files[gap + 1]).name} are {steps[gap]:.2f} mm apart, the "
-            f"others {np.median(steps):.2f} mm; a slice is missing or there twice: copy the series again from its source."
+            f"others {np.median(steps):.2f} mm; a slice is missing or duplicated: copy the series again from its source."
         )
     try:
         return sitk.ReadImage(list(files))
@@ -86,13 +86,13 @@ def read_dicom_series(folder: Path) -> sitk.Image:
 
 
 def xyz(volume: sitk.Image) -> np.ndarray:
-    """Voxels as (X, Y, Z), the order of the file's own indices."""
+    """Voxels as (X, Y, Z), in the file's index order."""
     return np.ascontiguousarray(sitk.GetArrayFromImage(volume).transpose(2, 1, 0))
 
 
 def affine_of(volume: sitk.Image, start: Sequence[int] = (0, 0, 0)) -> np.ndarray:
-    """(4, 4) from indices (x, y, z) of a crop that begins at `start` to millimetres, as in NIfTI (ITK's x and y point the
-    other way)."""
+    """Affine (4, 4) from the indices (x, y, z) of a crop that begins at `start` to millimetres, as in NIfTI (ITK flips x
+    and y)."""
     affine = np.eye(4)
     affine[:3, :3] = np.array(volume.GetDirection()).reshape(3, 3) * np.array(volume.GetSpacing())
     affine[:3, 3] = volume.TransformContinuousIndexToPhysicalPoint([float(s) for s in start])
@@ -100,18 +100,18 @@ def affine_of(volume: sitk.Image, start: Sequence[int] = (0, 0, 0)) -> np.ndarra
 
 
 def to_lps(volume: sitk.Image) -> sitk.Image:
-    """Axes turned and flipped, nothing resampled: x to the patient's left, y to the back, z upwards, as near as can be."""
+    """Permute and flip axes without resampling, so that x points left, y back and z up, as closely as possible."""
     return sitk.DICOMOrient(volume, "LPS")
 
 
 def on_grid(label: sitk.Image, image: sitk.Image, label_path: Path, image_path: Path, by_index: bool = False) -> Placed:
-    """The label on its image's grid.
+    """Place the label on its image's grid.
 
-    A label in another orientation is turned by its header. One whose header says nothing (identity, origin 0) is taken
-    voxel for voxel; with `by_index` so is one whose header says something else, if only the sizes agree.
+    A label in another orientation is reoriented by its header. If the header is empty (identity, origin 0), the label is
+    matched by index; with `by_index`, so is any label of the same size.
 
     Raises:
-        UserError: the grids do not fit.
+        UserError: the grids do not match.
     """
     if _same_grid(label, image):
         return Placed(_with_grid_of(label, image), True)
@@ -123,12 +123,12 @@ def on_grid(label: sitk.Image, image: sitk.Image, label_path: Path, image_path: 
     if label.GetSize() == image.GetSize() and (silent or by_index):
         return Placed(_with_grid_of(label, image), False)
     raise UserError(
-        f"{label_path} does not lie on the grid of {image_path}: {_told(label)} against {_told(image)}; resample one of them."
+        f"{label_path} is not on the grid of {image_path}: {_grid(label)} against {_grid(image)}; resample one of them."
     )
 
 
 def flipped(label: sitk.Image, axes: str) -> sitk.Image:
-    """Voxels mirrored along axes of the file's own indices; the header stays.
+    """Mirror voxels along axes of the file's indices; the header is kept.
 
     >>> volume = sitk.GetImageFromArray(np.arange(8).reshape(2, 2, 2))
     >>> int(flipped(volume, "xz")[0, 0, 0])
@@ -141,11 +141,11 @@ def flipped(label: sitk.Image, axes: str) -> sitk.Image:
 
 
 def resample(volume: sitk.Image, spacing: float, interpolator: int) -> sitk.Image:
-    """Cubic voxels of `spacing` mm from the same first voxel on, as many as fit: floor(size * old spacing / spacing).
+    """Resample to cubic voxels of `spacing` mm from the same first voxel; size floor(size * old spacing / spacing).
 
-    Beyond the centre of the last voxel its value goes on.
+    Beyond the centre of the last voxel, its value is repeated.
     """
-    # The millionth keeps 240 slices of 1 mm, told as 0.9999999, from becoming 239.
+    # The tolerance keeps 240 slices of 1 mm, stored as 0.9999999, from becoming 239.
     size = [max(1, int(n * old / spacing + 1e-6)) for n, old in zip(volume.GetSize(), volume.GetSpacing(), strict=True)]
     filter_ = sitk.ResampleImageFilter()
     filter_.SetSize(size)
@@ -158,24 +158,24 @@ def resample(volume: sitk.Image, spacing: float, interpolator: int) -> sitk.Imag
 
 
 def _check_nifti(path: Path) -> None:
-    """ITK reads a NIfTI file that was cut short, or holds NaN, without a word, and gives zeros there."""
+    """Check a NIfTI file: ITK silently reads zeros for truncated data and NaN."""
     if path.name.endswith(".nii.gz"):
         with gzip.open(path) as file:
-            while file.read(1 << 24):  # to the end, where the length and the checksum are
+            while file.read(1 << 24):  # to the end, which verifies length and checksum
                 pass
     stored = nibabel.load(path)
-    assert isinstance(stored, nibabel.Nifti1Image)  # nibabel goes by the suffix
+    assert isinstance(stored, nibabel.Nifti1Image)  # nibabel dispatches on the suffix
     if path.suffix == ".nii" or stored.get_data_dtype().kind == "f":
         _check_finite(np.asanyarray(stored.dataobj), path)
 
 
 def _check_finite(values: np.ndarray, path: Path) -> None:
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise UserError(f"{path} holds values that are NaN or infinite; copy it again from its source.")
+        raise UserError(f"{path} contains NaN or infinite values; copy it again from its source.")
 
 
 def _same_grid(a: sitk.Image, b: sitk.Image) -> bool:
-    """Equal sizes, and all corners within a quarter of a voxel of one another."""
+    """Equal sizes, and all corners within a quarter of a voxel of each other."""
     if a.GetSize() != b.GetSize():
         return False
     ends = np.array(np.meshgrid(*[(0.0, n - 1.0) for n in a.GetSize()])).reshape(3, -1).T
@@ -190,7 +190,7 @@ def _with_grid_of(label: sitk.Image, image: sitk.Image) -> sitk.Image:
     return label
 
 
-def _told(volume: sitk.Image) -> str:
+def _grid(volume: sitk.Image) -> str:
     numbers = [", ".join(f"{value:g}" for value in values) for values in (volume.GetSpacing(), volume.GetOrigin())]
     code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(volume.GetDirection())
     return f"{' x '.join(map(str, volume.GetSize()))} voxels of {numbers[0]} mm from {numbers[1]}, orientation {code}"
@@ -200,5 +200,5 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    told = lines[-1] if isinstance(error, RuntimeError) else lines[0]  # ITK's reason stands at the end
-    return told.removeprefix("sitk::ERROR: ")[:160]
+    reason = lines[-1] if isinstance(error, RuntimeError) else lines[0]  # ITK gives the reason at the end
+    return reason.removeprefix("sitk::ERROR: ")[:160]

@@ -1,8 +1,8 @@
-"""The 2018 Left Atrium challenge from its raw release (`rplib data left-atrium`).
+"""Conversion of the raw 2018 Left Atrium challenge release (`rplib data left-atrium`).
 
 Per case: the label is where laendo.nrrd is 255; the image is z-scored over its whole volume; both are cropped in x and y
-to the label's box, widened to at least 112 x 112 and then by 10 to 19 voxels a side, drawn from the seed and the case's name;
-all slices stay. Axes are those of the file. A case without laendo.nrrd is not cropped.
+to the label's box, widened to at least 112 x 112 and then by 10 to 19 voxels per side, drawn from the seed and the case's name;
+all slices are kept. Axes are those of the file. A case without laendo.nrrd is not cropped.
 """
 
 import zlib
@@ -19,14 +19,14 @@ from rplib.reference.datasets.h5 import LeftAtrium
 IMAGE, LABEL = "lgemri.nrrd", "laendo.nrrd"
 CAVITY = 255  # in laendo.nrrd
 LEAST = 112  # voxels in x and in y
-MARGINS = (10, 19)  # voxels a side, both included
+MARGINS = (10, 19)  # voxels per side, both included
 
 
 class LeftAtriumRelease(Release):
     """`<case>/lgemri.nrrd` and `<case>/laendo.nrrd`."""
 
     layout = LeftAtrium
-    files = f"<case>/{IMAGE} (with <case>/{LABEL} where there is a label)"
+    files = f"<case>/{IMAGE} (with <case>/{LABEL} if labelled)"
     shares: Mapping[str, float] = {"test": 20 / 100}
 
     def __init__(self, seed: int) -> None:

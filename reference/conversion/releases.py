@@ -1,4 +1,4 @@
-"""What the conversions of all raw releases share: finding, skipping what is done, writing whole files, lists."""
+"""Common parts of the conversions: finding cases, skipping finished ones, writing files atomically, case lists."""
 
 import io
 import json
@@ -17,43 +17,43 @@ from rplib.reference.datasets.h5 import AFFINE, H5Dataset
 from rplib.reference.files import write_atomically, write_text_atomically
 from rplib.reference.progress import progress
 
-SETTINGS = "conversion"  # attribute of the written files: what they were made with
+SETTINGS = "conversion"  # attribute of the written files: the conversion settings
 
 
 class Source(NamedTuple):
-    """Where a case lies in the raw release."""
+    """Files of a case in the raw release."""
 
     image: Path  # a file, or the folder of a DICOM series
     label: Path | None
 
 
 class Prepared(NamedTuple):
-    """A case as it is written."""
+    """A converted case."""
 
     image: np.ndarray  # float32
-    label: np.ndarray | None  # the type that the published files have
-    affine: np.ndarray | None  # (4, 4), of the written axes; None where it is not known
+    label: np.ndarray | None  # with the dtype of the published files
+    affine: np.ndarray | None  # (4, 4), of the written axes; None if unknown
     remark: str = ""
 
 
 class Release(ABC):
-    """A raw public release: which files make a case, and what is done to it."""
+    """A raw public release: the files of a case, and their preprocessing."""
 
     layout: type[H5Dataset]
-    files: str  # what is looked for, for messages
-    # Split off the labelled cases where there is no list: name of the list -> share of all, as published.
+    files: str  # expected files, for messages
+    # Without lists, labelled cases are split by these published shares: list -> share of all cases.
     shares: Mapping[str, float]
-    published = True  # as h5 files, too: such files carry no note of their making and are kept
+    published = True  # also available as h5 files, which have no settings attribute and are kept
     withdrawn: frozenset[str] = frozenset()  # in published lists, but no longer in the release
 
     @property
     @abstractmethod
     def settings(self) -> dict[str, object]:
-        """What the written voxels depend on besides the raw files."""
+        """Settings that the written voxels depend on, besides the raw files."""
 
     @abstractmethod
     def find(self, raw: Path) -> dict[str, Source]:
-        """Cases by the name that the lists have.
+        """Cases by their names in the lists.
 
         Raises:
             UserError: two files for one case.
@@ -61,7 +61,7 @@ class Release(ABC):
 
     @abstractmethod
     def prepare(self, name: str, source: Source) -> Prepared:
-        """Read and process one case.
+        """Read and preprocess one case.
 
         Raises:
             UserError: names the file and what is wrong with it.
@@ -70,7 +70,7 @@ class Release(ABC):
 
 @dataclass
 class Converted:
-    """What `convert` did: names of cases, and sentences."""
+    """Result of `convert`: case names and remarks."""
 
     written: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
@@ -82,17 +82,17 @@ class Converted:
 def convert(release: Release, raw: Path, dest: Path, lists: Path | None = None, seed: int = 1337) -> Converted:
     """Convert a raw release into the h5 layout of the published data.
 
-    What an earlier, perhaps interrupted, call has written is kept. A case that cannot be converted is told at the end;
-    the lists are written once there is none.
+    Cases written by an earlier, possibly interrupted, call are kept. Cases that fail are reported at the end; the lists are
+    written once no case fails.
 
     Args:
-        raw: folder of the release, searched with all its folders.
+        raw: folder of the release, searched recursively.
         dest: folder to write.
-        lists: folder with the lists to use; None takes those in `dest` or `raw`, and where there are none splits
-            the labelled cases by `seed`.
+        lists: folder with the lists to use; None uses those in `dest` or `raw`; without any, the labelled cases are
+            split by `seed`.
 
     Raises:
-        UserError: nothing to convert, lists that do not fit, or a DEST made with other settings.
+        UserError: nothing to convert, inconsistent lists, or a DEST written with other settings.
     """
     if not raw.is_dir():
         raise UserError(f"no folder {raw}; expected the raw release with {release.files}.")
@@ -100,7 +100,7 @@ def convert(release: Release, raw: Path, dest: Path, lists: Path | None = None, 
         raise UserError(f"DEST {dest} is a file; expected a folder.")
     sources = release.find(raw)
     if not sources:
-        raise UserError(f"{raw} holds none of {release.files}; give the folder that the release was unpacked into.")
+        raise UserError(f"{raw} holds none of {release.files}; expected the folder that the release was unpacked into.")
     done = Converted(unlabelled=[name for name, source in sources.items() if source.label is None])
     dest.mkdir(parents=True, exist_ok=True)
     dataset = release.layout(dest)
@@ -133,7 +133,7 @@ def convert(release: Release, raw: Path, dest: Path, lists: Path | None = None, 
 
 
 def bounds(mask: np.ndarray) -> list[tuple[int, int]]:
-    """First and past-the-last index of the non-zero part, per axis.
+    """First and past-the-end index of the nonzero part, per axis.
 
     >>> mask = np.zeros((6, 4)); mask[2:5, 1] = 1
     >>> bounds(mask)
@@ -147,9 +147,9 @@ def bounds(mask: np.ndarray) -> list[tuple[int, int]]:
 
 
 def widened(low: int, high: int, size: int, least: int, below: int, above: int) -> tuple[int, int]:
-    """The range low..high-1, widened to `least` on both sides alike, then by the margins, within 0..size-1.
+    """The range low..high-1, widened symmetrically to `least`, then by the margins, within 0..size-1.
 
-    Where the border cuts it below `least`, the other side makes up for it, as far as the image goes.
+    Where the border cuts it below `least`, the other side is extended, as far as the image goes.
 
     >>> widened(40, 60, 200, least=30, below=5, above=7), widened(0, 20, 200, least=30, below=5, above=5)
     ((30, 72), (0, 30))
@@ -166,12 +166,12 @@ def z_score(image: np.ndarray, path: Path, inside: np.ndarray | None = None) -> 
     """float32 with mean 0 and standard deviation 1 (of the voxels `inside`).
 
     Raises:
-        UserError: a constant image.
+        UserError: the image is constant.
     """
     values = image[inside].astype(np.float64) if inside is not None else image.astype(np.float64)
     deviation = values.std() if values.size else 0.0
     if deviation == 0:
-        raise UserError(f"{path} has no two different values to normalise by; copy it again from its source.")
+        raise UserError(f"{path} is constant; cannot normalise. Copy it again from its source.")
     return ((image - values.mean()) / deviation).astype(np.float32)
 
 
@@ -184,7 +184,7 @@ def _split(
     seed: int,
     done: Converted,
 ) -> dict[str, list[str]]:
-    """Names of every list; an unlabelled case stands in the training list only."""
+    """Names of every list; unlabelled cases are in the training list only."""
     labelled = [name for name, source in sources.items() if source.label is not None]
     folder = lists if lists is not None else next((f for f in (dataset.root, raw) if _has_lists(f, dataset)), None)
     if folder is None:
@@ -193,17 +193,17 @@ def _split(
     for part in dataset.splits:
         path = folder / dataset.list_name(part)
         if not path.is_file():
-            raise UserError(f"--lists {folder} lacks {path.name}; expected {', '.join(map(dataset.list_name, dataset.splits))}.")
+            raise UserError(f"--lists {folder} has no {path.name}; expected {', '.join(map(dataset.list_name, dataset.splits))}.")
         names = read_list(path)
         gone = [name for name in names if name in release.withdrawn and name not in sources]
         if gone:
-            done.remarks.append(f"{', '.join(gone)} of {path} left out: the archive has withdrawn them.")
+            done.remarks.append(f"{', '.join(gone)} of {path} skipped: withdrawn from the archive.")
         absent = [name for name in names if name not in sources and name not in gone]
         if absent:
-            raise UserError(f"{path} names {', '.join(absent[:3])} ({len(absent)} in all), which {raw} lacks; add the raw files.")
+            raise UserError(f"{path} names {', '.join(absent[:3])} ({len(absent)} in all), absent from {raw}; add the raw files.")
         bare = [name for name in names if part != "train" and name not in labelled]
         if bare:
-            raise UserError(f"{path} names {', '.join(bare[:3])}, which {raw} has no label for; keep such cases for training.")
+            raise UserError(f"{path} names {', '.join(bare[:3])}, unlabelled in {raw}; use such cases for training only.")
         split[part] = [name for name in names if name not in gone]
     listed = {name for names in split.values() for name in names}
     rest = sorted(set(sources) - listed)
@@ -219,7 +219,7 @@ def _has_lists(folder: Path, dataset: H5Dataset) -> bool:
 def _draw(
     release: Release, dataset: H5Dataset, labelled: Sequence[str], unlabelled: Sequence[str], seed: int, done: Converted
 ) -> dict[str, list[str]]:
-    """A seeded split with the published shares."""
+    """A seeded split with the published proportions."""
     if len(labelled) < len(dataset.splits):
         raise UserError(
             f"{len(labelled)} labelled cases are too few for {', '.join(map(dataset.list_name, dataset.splits))}; "
@@ -232,7 +232,7 @@ def _draw(
         split[part], order = order[:number], order[number:]
     split["train"] = [*order, *unlabelled]
     sizes = ", ".join(f"{len(split[part])} in {dataset.list_name(part)}" for part in dataset.splits)
-    done.remarks.append(f"split by seed {seed}: {sizes}; NOT the published lists (give them by --lists to compare numbers).")
+    done.remarks.append(f"split by seed {seed}: {sizes}; NOT the published lists (use --lists for comparable scores).")
     return {part: split[part] for part in dataset.splits}
 
 
@@ -242,20 +242,20 @@ def _is_done(path: Path, release: Release, source: Source) -> bool:
     try:
         with h5py.File(path, "r") as file:
             if "image" not in file or ("label" not in file and source.label is not None):
-                return False  # a label was added since
+                return False  # a label has been added since
             unknown = release.settings if release.published else {}
             made_with = json.loads(file.attrs[SETTINGS]) if SETTINGS in file.attrs else unknown
     except (OSError, ValueError):
-        return False  # cut short or damaged: made again
+        return False  # truncated or damaged: convert again
     if made_with != release.settings:
         raise UserError(
-            f"{path} was converted with other settings ({_told(made_with)}; now {_told(release.settings)}); "
+            f"{path} was converted with other settings ({_settings_text(made_with)}; now {_settings_text(release.settings)}); "
             "choose another DEST, or the same settings."
         )
     return True
 
 
-def _told(settings: dict[str, object]) -> str:
+def _settings_text(settings: dict[str, object]) -> str:
     return ", ".join(f"{key} {value}" for key, value in settings.items()) or "none"
 
 

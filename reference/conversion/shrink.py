@@ -1,7 +1,7 @@
-"""A data set at a lower resolution (`rplib data shrink`): for laptops, and for trying things out before a GPU is busy with them.
+"""Downsampling of a data set (`rplib data shrink`), for small machines and quick experiments.
 
-Per case: the image is the mean, the label the most frequent value, of blocks of N x N x N voxels; where values are equally
-frequent the largest is taken. What remains at the far end of an axis is cut off. Nothing is normalised again.
+Per case, blocks of N x N x N voxels are replaced by their mean (image) and their most frequent value (label; ties: the
+largest). Incomplete blocks at the end of an axis are dropped. Intensities are not normalised again.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from rplib.reference.datasets.layouts import guess_layout, open_dataset
 
 
 class Shrunk(Release):
-    """A converted data set in one of the h5 layouts, its voxels put together by N x N x N.
+    """A converted data set in one of the h5 layouts, downsampled by N along each axis.
 
     Raises:
         UserError: another layout, or N below 2.
@@ -28,10 +28,10 @@ class Shrunk(Release):
             raise UserError(f"--by is {by}; expected 2 or more voxels along each edge of a block.")
         dataset = open_dataset(root, guess_layout(root))
         if not isinstance(dataset, H5Dataset):
-            raise UserError(f"{root} holds NIfTI files; expected h5 files. Resample NIfTI files by what wrote them.")
+            raise UserError(f"{root} holds NIfTI files; expected h5 files. Resample NIfTI files with your own tools.")
         self.dataset, self.by = dataset, by
         self.layout, self.files = type(dataset), dataset.expected
-        self.shares = {}  # its lists are taken
+        self.shares = {}  # the existing lists are used
 
     @property
     def settings(self) -> dict[str, object]:
@@ -39,7 +39,7 @@ class Shrunk(Release):
 
     @property
     def lists(self) -> Path:
-        """The folder that the lists lie in.
+        """The folder that contains the lists.
 
         Raises:
             UserError: one is missing.
@@ -49,7 +49,7 @@ class Shrunk(Release):
         folders = (root, root / self.dataset.cases_folder)
         folder = next((f for f in folders if all((f / name).is_file() for name in names)), None)
         if folder is None:
-            raise UserError(f"{root} lacks one of {', '.join(names)}; `rplib data check {root}` tells more.")
+            raise UserError(f"{root} lacks one of {', '.join(names)}; see `rplib data check {root}`.")
         return folder
 
     def find(self, raw: Path) -> dict[str, Source]:
@@ -66,7 +66,7 @@ class Shrunk(Release):
             raise UserError(f"{source.image}: 'image' has shape {image.shape}; expected three axes, and a label of that shape.")
         if min(image.shape) < self.by:
             raise UserError(f"{source.image} has {' x '.join(map(str, image.shape))} voxels; --by {self.by} leaves none.")
-        if affine is not None:  # a block's centre lies (N - 1) / 2 voxels from its first voxel's
+        if affine is not None:  # a block's centre is (N - 1) / 2 voxels from its first voxel's
             first = np.diag([self.by, self.by, self.by, 1.0])
             first[:3, 3] = (self.by - 1) / 2
             affine = affine @ first
@@ -81,7 +81,7 @@ class Shrunk(Release):
 
 
 def blocks(volume: np.ndarray, by: int) -> np.ndarray:
-    """(blocks, voxels of a block) of a volume (X, Y, Z), in the order of the volume.
+    """Blocks (blocks, voxels per block) of a volume (X, Y, Z), in the order of the volume.
 
     >>> blocks(np.arange(12).reshape(2, 2, 3), 2).tolist()
     [[0, 1, 3, 4, 6, 7, 9, 10]]
@@ -92,7 +92,7 @@ def blocks(volume: np.ndarray, by: int) -> np.ndarray:
 
 
 def most_frequent(votes: np.ndarray) -> np.ndarray:
-    """(rows) the most frequent value of each row (rows, voxels), of several the largest; the type stays.
+    """The most frequent value of each row, (rows, voxels) to (rows); ties give the largest; the dtype is kept.
 
     >>> most_frequent(np.array([[0, 0, 4, 4], [1, 1, 1, 2], [0, 0, 0, 3]])).tolist()
     [4, 1, 0]

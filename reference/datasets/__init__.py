@@ -1,1 +1,1 @@
-"""Data sets in the layouts that people have: lists, cases, h5, NIfTI, checks, generated volumes."""
+"""Data sets on disk: supported layouts, case lists, h5 and NIfTI files, checks, generated volumes."""

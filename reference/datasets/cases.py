@@ -1,4 +1,4 @@
-"""One case in memory, and what every kind of data set offers."""
+"""One case in memory, and the interface of all data sets."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -17,7 +17,7 @@ class Case(NamedTuple):
         image: (*spatial) float32; with several channels (channels, *spatial).
         label: (*spatial) uint8 in 0..C-1, or None for an unlabelled case.
         affine: (4, 4) from voxel indices to millimetres (x to the right, y to the front, z upwards, as in NIfTI), or
-            None where the files do not hold it.
+            None if the files do not hold it.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Case(NamedTuple):
 
 
 def voxel_sizes(case: Case) -> tuple[float, ...] | None:
-    """Edge lengths of a voxel in mm, one per axis of the image; None where the files do not hold them.
+    """Edge lengths of a voxel in mm, one per axis of the image; None if the files do not hold them.
 
     >>> voxel_sizes(Case("a", np.zeros((4, 4)), np.zeros((4, 4)), np.diag([2.0, 0.5, 1.0, 1.0])))
     (2.0, 0.5)
@@ -43,17 +43,17 @@ class Dataset(ABC):
 
     Args:
         root: folder of the data set.
-        classes: C, background included; a label outside 0..C-1 is refused.
+        classes: C, background included; labels outside 0..C-1 are rejected.
 
     Raises:
-        UserError: ``root`` is no folder.
+        UserError: ``root`` is not a folder.
     """
 
     layout: ClassVar[str]
-    expected: ClassVar[str]  # what the folder holds, for the message where there is none
+    expected: ClassVar[str]  # contents of the folder, for error messages
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
-    paper_split: ClassVar[str] = "test"  # what the published weights were chosen on
-    axes: ClassVar[tuple[str, ...]] = ("x", "y", "z")  # of the arrays, for pictures
+    paper_split: ClassVar[str] = "test"  # the list that the published weights were selected on
+    axes: ClassVar[tuple[str, ...]] = ("x", "y", "z")  # axis names of the arrays, for pictures
 
     def __init__(self, root: str | Path, classes: int = 2) -> None:
         self.root = Path(root)
@@ -66,85 +66,85 @@ class Dataset(ABC):
         """Case names of one of `splits`, in order.
 
         Raises:
-            UserError: the list is missing, unreadable, empty, or names a case twice.
+            UserError: the list is missing, unreadable, empty, or contains a case twice.
         """
 
     @abstractmethod
     def list_name(self, split: str) -> str:
-        """What to call that list in a message, such as `train.list`."""
+        """Name of the list in messages, such as `train.list`."""
 
     @abstractmethod
     def path(self, name: str) -> Path:
-        """The file (of several: the first) that holds the image of a case."""
+        """The image file of a case (the first, if there are several)."""
 
     @abstractmethod
     def has_label(self, name: str) -> bool:
-        """Whether the files hold a label, without reading it."""
+        """Whether the case has a label, without reading it."""
 
     @abstractmethod
     def load(self, name: str, needs_label: bool = False) -> Case:
-        """Read one case whole; a label that the files lack is None.
+        """Read one case; the label is None if the files have none.
 
         Raises:
             UserError: names the file and what is wrong with it.
         """
 
     def remarks(self) -> list[str]:
-        """Sentences on what is no fault and yet worth knowing, after cases were read (for `rplib data check`)."""
+        """Remarks that are not errors, available once cases have been read (for `rplib data check`)."""
         return []
 
 
 def read_list(path: Path) -> list[str]:
-    """Case names, one a line; what follows a comma is ignored, as are empty lines.
+    """Read case names, one per line; empty lines and text after a comma are ignored.
 
     Raises:
-        UserError: unreadable, empty, or a name comes twice.
+        UserError: unreadable, empty, or with duplicate names.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable as text ({error}); expected one case name a line.") from error
+        raise UserError(f"{path} is not readable as text ({error}); expected one case name per line.") from error
     names = [name for line in lines if (name := line.partition(",")[0].strip())]
     if not names:
-        raise UserError(f"{path} is empty; expected one case name a line.")
+        raise UserError(f"{path} is empty; expected one case name per line.")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"{path} names {', '.join(twice[:3])} more than once; remove the repetition.")
+        raise UserError(f"{path} names {', '.join(twice[:3])} more than once; remove the duplicates.")
     return names
 
 
 def checked_image(image: np.ndarray, path: Path, what: str = "'image'") -> np.ndarray:
-    """As contiguous float32.
+    """The image as contiguous float32.
 
     Raises:
-        UserError: not numbers, or NaN or infinity among them.
+        UserError: not numeric, or with NaN or infinity.
     """
     if image.dtype.kind not in "fiu":
-        raise UserError(f"{path}: {what} is of type {image.dtype}; expected float32.")
+        raise UserError(f"{path}: {what} has type {image.dtype}; expected float32.")
     image = np.ascontiguousarray(image, dtype=np.float32)
     bad = int(image.size - np.count_nonzero(np.isfinite(image)))
     if bad:
-        raise UserError(f"{path}: {what} holds {bad} values that are NaN or infinite; write the file again without them.")
+        raise UserError(f"{path}: {what} contains {bad} NaN or infinite values; write the file again without them.")
     return image
 
 
 def checked_label(label: np.ndarray, shape: tuple[int, ...], path: Path, classes: int, what: str = "'label'") -> np.ndarray:
-    """As contiguous uint8.
+    """The label as contiguous uint8.
 
     Raises:
-        UserError: another shape than the image, not numbers, or not of the classes 0..C-1.
+        UserError: the shape differs from the image's, not numeric, or values outside 0..C-1.
     """
     if label.shape != shape:
-        raise UserError(f"{path}: {what} has shape {label.shape} and 'image' has {shape}; expected the same.")
+        raise UserError(f"{path}: {what} has shape {label.shape} but 'image' has {shape}; expected equal shapes.")
     if label.dtype.kind not in "fiub":
-        raise UserError(f"{path}: {what} is of type {label.dtype}; expected uint8.")
+        raise UserError(f"{path}: {what} has type {label.dtype}; expected uint8.")
     label = label.astype(np.uint8) if label.dtype == bool else label
     whole = np.isfinite(label) & (label == np.floor(label)) if label.dtype.kind == "f" else True
     outside = ~((label >= 0) & (label < classes) & whole)
     if outside.any():
         example = label[outside][0]
         raise UserError(
-            f"{path}: {what} holds {int(outside.sum())} voxels outside the classes 0..{classes - 1} "
+            f"{path}: {what} has {int(outside.sum())} voxels outside the classes 0..{classes - 1} "
             f"(the first is {example}); relabel them or set classes."
         )
     return np.ascontiguousarray(label, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""`rplib data check`: reads every case of a data set and says what is wrong with which file."""
+"""`rplib data check`: reads every case of a data set and reports invalid files."""
 
 import sys
 from pathlib import Path
@@ -16,12 +16,12 @@ def check(root: Path, layout: str | None = None, classes: int | None = None, cha
     """Prints every problem and a summary.
 
     Args:
-        layout: None tells it from the folder.
-        classes: C, background included; None is 2, for the layout ``"generic"`` whatever the labels hold.
-        channels: of each image, for the layout ``"generic"``; None takes what the first image has.
+        layout: None infers it from the folder.
+        classes: C, background included; None is 2, or any number for the layout ``"generic"``.
+        channels: per image, for the layout ``"generic"``; None infers it from the first image.
 
     Returns:
-        0, or 2 if anything is wrong.
+        0, or 2 if there are problems.
 
     Raises:
         UserError: no such folder, or an unknown layout.
@@ -42,7 +42,7 @@ def check(root: Path, layout: str | None = None, classes: int | None = None, cha
         for second in splits[i + 1 :]:
             both = f"{dataset.list_name(first)} and in {dataset.list_name(second)}"
             problems += [
-                f"case {name} is in {both}; take it out of one of them."
+                f"case {name} is in {both}; remove it from one of them."
                 for name in sorted(set(names[first]) & set(names[second]))
             ]
 
@@ -63,7 +63,7 @@ def check(root: Path, layout: str | None = None, classes: int | None = None, cha
         if not case.label.any():
             problems.append(
                 f"{dataset.path(name)}: 'label' is background everywhere; "
-                f"{'remove the label file' if own else 'take the key out'} if it is unlabelled."
+                f"{'remove the label file' if own else 'remove the key'} if the case is unlabelled."
             )
 
     for problem in problems:
@@ -84,5 +84,5 @@ def check(root: Path, layout: str | None = None, classes: int | None = None, cha
     if problems:
         print(f"rplib: error: {len(problems)} problem{'s' * (len(problems) != 1)} found in {root}", file=sys.stderr)
         return 2
-    print("nothing wrong")
+    print("no problems found")
     return 0

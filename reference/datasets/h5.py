@@ -1,4 +1,4 @@
-"""The three published data sets as people have them: one h5 file a case, keys `image` and (optional) `label`."""
+"""The three published data sets in their usual form: one h5 file per case, keys `image` and (optional) `label`."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -9,11 +9,11 @@ import numpy as np
 from rplib.errors import UserError
 from rplib.reference.datasets.cases import Case, Dataset, checked_image, checked_label, read_list
 
-AFFINE = "affine"  # attribute of the files that `rplib data left-atrium|pancreas|brats` writes
+AFFINE = "affine"  # attribute written by `rplib data left-atrium|pancreas|brats`
 
 
 class H5Dataset(Dataset):
-    """What the three have in common; one class below says where its files lie."""
+    """Common base; each subclass defines where its files are."""
 
     cases_folder: ClassVar[str]
     list_suffix: ClassVar[str] = ".list"
@@ -33,12 +33,12 @@ class H5Dataset(Dataset):
             with h5py.File(self.path(name), "r") as file:
                 return "label" in file
         except OSError:
-            return False  # `load` tells what is wrong
+            return False  # `load` reports the error
 
     def load(self, name: str, needs_label: bool = False) -> Case:
         path = self.path(name)
         if not path.is_file():
-            raise UserError(f"case {name} has no file {path}; take its name out of the list or add the file.")
+            raise UserError(f"case {name} has no file {path}; remove its name from the list or add the file.")
         arrays, affine, keys = read_h5(path)
         if needs_label and "label" not in arrays:
             raise UserError(f"{path} lacks the key 'label' (keys found: {keys}) but is used as a labelled case.")
@@ -52,12 +52,12 @@ class H5Dataset(Dataset):
         return Case(name, image, label, affine)
 
     def _classes_of(self, label: np.ndarray) -> np.ndarray:
-        """The classes trained on, from the values in the file."""
+        """Map the values in the file to the training classes."""
         return label
 
 
 def read_h5(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray | None, str]:
-    """`image` and, where there is one, `label` of a file; its affine or None; and the names of all keys, for messages.
+    """Read `image` and, if present, `label`; the affine or None; and the names of all keys, for messages.
 
     Raises:
         UserError: unreadable, or without an image.
@@ -77,17 +77,17 @@ def read_h5(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray | None, str]:
 class LeftAtrium(H5Dataset):
     """The Left Atrium set as UA-MT published it (80 training cases, 20 test cases).
 
-    DIR/train.list, DIR/test.list              one case name a line; may also lie inside the folder below
+    DIR/train.list, DIR/test.list              one case name per line; may also be inside the folder below
     DIR/2018LA_Seg_Training Set/<name>/mri_norm2.h5
         image  float32 (X, Y, Z), z-scored
-        label  uint8 (X, Y, Z), 0 background, 1 left atrial cavity; unlabelled cases need none
+        label  uint8 (X, Y, Z), 0 background, 1 left atrial cavity; optional for unlabelled cases
     """
 
     layout = "left-atrium"
     cases_folder = "2018LA_Seg_Training Set"
     file_name = "mri_norm2.h5"
     expected = (
-        f"train.list, test.list and '{cases_folder}/' (`rplib data phantom` writes a generated set in this layout, "
+        f"train.list, test.list and '{cases_folder}/' (`rplib data phantom` generates a set in this layout, "
         "`rplib data left-atrium` converts the raw release)"
     )
 
@@ -96,12 +96,12 @@ class LeftAtrium(H5Dataset):
 
 
 class Pancreas(H5Dataset):
-    """Pancreas-CT as the papers of this line use it (62 training cases, 20 test cases).
+    """Pancreas-CT as commonly used in the semi-supervised literature (62 training cases, 20 test cases).
 
-    DIR/train.list, DIR/test.list              one case name a line, such as image0001
+    DIR/train.list, DIR/test.list              one case name per line, such as image0001
     DIR/Pancreas_h5/<name>_norm.h5
         image  float32 (X, Y, Z), 1 mm voxels, windowed and z-scored
-        label  float32 (X, Y, Z), 0 background, 1 pancreas; unlabelled cases need none
+        label  float32 (X, Y, Z), 0 background, 1 pancreas; optional for unlabelled cases
     """
 
     layout = "pancreas"
@@ -113,14 +113,14 @@ class Pancreas(H5Dataset):
 
 
 class Brats(H5Dataset):
-    """BraTS-2019, FLAIR alone (250 training cases, 25 for validation, 60 test cases).
+    """BraTS-2019, FLAIR only (250 training cases, 25 for validation, 60 test cases).
 
-        DIR/train.txt, DIR/val.txt, DIR/test.txt   one case name a line; what follows a comma is ignored
+        DIR/train.txt, DIR/val.txt, DIR/test.txt   one case name per line; text after a comma is ignored
         DIR/data/<name>.h5
             image  float32 (Z, Y, X), z-scored over the brain
-            label  any integer type (Z, Y, X), whole tumour is label > 0; unlabelled cases need none
+            label  any integer type (Z, Y, X), whole tumour is label > 0; optional for unlabelled cases
 
-    With two classes every label above 0 counts as class 1; with more they are taken as they are.
+    With two classes, every label above 0 becomes class 1; with more, labels are used as they are.
     """
 
     layout = "brats"
@@ -137,6 +137,6 @@ class Brats(H5Dataset):
     def _classes_of(self, label: np.ndarray) -> np.ndarray:
         if self.classes != 2 or label.dtype.kind not in "iuf":
             return label
-        # The raw labels are 1, 2 and 4. What is no label (negative, fractions, NaN) stays as it is, to be refused.
+        # The raw labels are 1, 2 and 4. Invalid values (negative, fractions, NaN) are kept, so that they are rejected.
         tumour = (label > 0) & np.isfinite(label) & (label == np.floor(label))
         return np.where(tumour, label.dtype.type(1), label)

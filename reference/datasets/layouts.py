@@ -1,7 +1,7 @@
-"""Data sets on disk, in the layouts that people have.
+"""The supported layouts of data sets on disk.
 
-`open_dataset(folder)` gives an object with `names("train")`, `names("test")`, `path(name)` and `load(name)`
-(`rplib.reference.datasets.cases.Dataset`). A further layout is one more such class and one more line in `LAYOUTS`.
+`open_dataset(folder)` returns an object with `names("train")`, `names("test")`, `path(name)` and `load(name)`
+(`rplib.reference.datasets.cases.Dataset`). To add a layout, write such a class and add it to `LAYOUTS`.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ LAYOUTS: dict[str, type[Dataset]] = {kind.layout: kind for kind in (LeftAtrium, 
 
 
 class Split(NamedTuple):
-    """Names of the training list by what they are used for."""
+    """Case names of the training list by use."""
 
     labelled: list[str]
-    validation: list[str]  # labelled cases that the best weights are chosen by
+    validation: list[str]  # labelled cases held out for model selection
     unlabelled: list[str]
 
 
@@ -36,12 +36,12 @@ def open_dataset(
     dims: int | None = None,
     normalisation: str = "z-score",
 ) -> Dataset:
-    """The data set in a folder, by the name of its layout.
+    """Open the data set in a folder, given the name of its layout.
 
     Args:
         classes: C, background included.
         channels, dims, normalisation: of the images, for the layout ``"generic"`` (`NiftiFolder`); the others have
-            one channel and three axes, normalised in the files.
+            one channel and three axes, and are normalised on disk.
 
     Raises:
         UserError: unknown layout, or no such folder.
@@ -53,23 +53,23 @@ def open_dataset(
         return kind(root, classes, channels, dims, normalisation)
     if channels not in (None, 1) or dims not in (None, 3):
         raise UserError(
-            f"data layout {layout!r} has one channel and three axes; set in_channels=1 and give patch three numbers, or keep "
-            "the data as dataset=generic."
+            f"data layout {layout!r} has one channel and three axes; set in_channels=1 and give patch three numbers, or "
+            "use dataset=generic."
         )
     return kind(root, classes)
 
 
 def open_for(config: Config, root: str | Path) -> Dataset:
-    """The data set in a folder as these settings read it.
+    """Open the data set in a folder with the settings of a run.
 
     Raises:
-        UserError: no such folder, or nothing of the layout in it.
+        UserError: no such folder, or it does not have this layout.
     """
     return open_dataset(root, config.dataset, config.classes, config.in_channels, len(config.patch), config.normalisation)
 
 
 def guess_layout(root: str | Path) -> str:
-    """The layout whose folder lies in `root`; Left Atrium where none does."""
+    """Infer the layout from the folders in `root`; defaults to Left Atrium."""
     root = Path(root)
     if (root / LeftAtrium.cases_folder).is_dir():
         return LeftAtrium.layout
@@ -83,17 +83,17 @@ def guess_layout(root: str | Path) -> str:
 
 
 def split_training(dataset: Dataset, config: Config) -> Split:
-    """Which cases of the training list are labelled, which choose the best weights, which are unlabelled.
+    """Split the training list into labelled, validation and unlabelled cases.
 
-    The first `labelled` names are labelled; with ``labelled=0`` every case that has a label, wherever it stands.
+    The first `labelled` names are labelled; with ``labelled=0``, all cases that have a label.
 
     Raises:
-        UserError: the list has too few cases, or none is left for one of the uses.
+        UserError: the list has too few cases.
     """
     names = dataset.names("train")
     shown = f"{dataset.list_name('train')} in {dataset.root}"
     if config.labelled > len(names):
-        raise UserError(f"labelled={config.labelled} but {shown} names {len(names)} cases; lower labelled.")
+        raise UserError(f"labelled={config.labelled} but {shown} has {len(names)} cases; lower labelled.")
     if config.labelled:
         labelled, rest = names[: config.labelled], names[config.labelled :]
     else:
@@ -101,18 +101,18 @@ def split_training(dataset: Dataset, config: Config) -> Split:
         rest = [name for name in names if name not in set(labelled)]
     if not rest and not config.labelled_only:
         raise UserError(
-            f"labelled={config.labelled} takes all cases of {shown} and none is left unlabelled; set labelled to fewer, "
+            f"labelled={config.labelled} takes all cases of {shown} and leaves none unlabelled; lower labelled, "
             f"or set batch_size={config.labelled_per_batch} for labelled-only training."
         )
     kept = len(labelled) - config.validation
     if kept < 1:
         raise UserError(
             f"validation={config.validation} leaves none of the {len(labelled)} labelled cases of {shown} for training; "
-            "lower validation or label more."
+            "lower validation or add labels."
         )
     return Split(labelled[:kept], labelled[kept:], [] if config.labelled_only else rest)
 
 
 def load_cases(dataset: Dataset, names: Sequence[str], needs_label: bool, what: str = "cases") -> list[Case]:
-    """Read cases once into memory, with a progress bar on stderr."""
+    """Read cases into memory, with a progress bar on stderr."""
     return [dataset.load(name, needs_label) for name in progress(names, f"reading {what}")]

@@ -1,4 +1,4 @@
-"""One's own data: a plain folder of NIfTI files, C classes, one or several channels, 3-D or 2-D."""
+"""Your own data: a plain folder of NIfTI files, C classes, one or more channels, 3-D or 2-D."""
 
 import re
 from collections.abc import Sequence
@@ -13,31 +13,31 @@ from rplib.reference.datasets.cases import Case, Dataset, checked_image, checked
 NORMALISATIONS = ("z-score", "z-score-nonzero", "percentiles", "none")
 _SUFFIXES = (".nii.gz", ".nii")
 CHANNEL = re.compile(r"(.+)_(\d{4})")  # case_0001: the second channel of `case`, as nnU-Net names files
-_HELD_OUT_SEED = 1337  # of the split where there is no list; never the training's seed: the test list is always the same
+_HELD_OUT_SEED = 1337  # for the split without lists; independent of the training's seed, so the test cases never change
 
 
 class NiftiFolder(Dataset):
     """A plain folder of NIfTI files (.nii.gz or .nii); the recipe `generic` reads it.
 
-        DIR/images/<name>.nii.gz                         one file a case; several channels as a further axis at the end
-        DIR/images/<name>_0000.nii.gz, <name>_0001...    or one file a channel, as nnU-Net has it
+        DIR/images/<name>.nii.gz                         one file per case; channels as an additional last axis
+        DIR/images/<name>_0000.nii.gz, <name>_0001...    or one file per channel, as in nnU-Net
         DIR/labels/<name>.nii.gz                         0 background, 1..C-1; an image without a label is unlabelled
-        DIR/train.list, DIR/test.list                    optional: one case name a line
+        DIR/train.list, DIR/test.list                    optional: one case name per line
 
     3-D images have the axes (X, Y, Z), 2-D images (X, Y) or (X, Y, 1); with channels in one file (X, Y, Z, channels), or
-    for 2-D (X, Y, 1, channels) or (X, Y, channels). Image and label lie on one grid (shape and affine). Nothing is
-    resampled or turned: what comes out has the affine of what went in.
+    for 2-D (X, Y, 1, channels) or (X, Y, channels). Image and label share one grid (shape and affine). Nothing is
+    resampled or reoriented: outputs keep the affine of the input.
 
-    Without lists a fifth of the labelled cases (at least one; drawn with a fixed seed) is the test list and all
-    others are the training list, labelled ones first. With test.list alone, all other cases are the training list.
+    Without lists, a fifth of the labelled cases (at least one; drawn with a fixed seed) is used for testing and all
+    others for training, labelled ones first. With only a test.list, all other cases are used for training.
 
     Args:
-        channels, dims: of the images, 2 or 3 dims; None takes what the first image has.
+        channels, dims: of the images, 2 or 3 dims; None infers them from the first image.
         normalisation: per channel of each image: ``"z-score"``, ``"z-score-nonzero"`` (mean and deviation of the voxels
             other than 0, which stay 0), ``"percentiles"`` (clipped at the 0.5th and 99.5th, then z-score), ``"none"``.
 
     Raises:
-        UserError: no such folder, no images in it, or channels that do not fit.
+        UserError: no such folder, no images in it, or inconsistent channels.
     """
 
     layout = "generic"
@@ -65,8 +65,8 @@ class NiftiFolder(Dataset):
         strangers = sorted(set(self._labels) - set(self._images))
         if strangers:
             raise UserError(
-                f"{self._labels[strangers[0]]} has no image of its name in {self.root / 'images'} "
-                f"({len(strangers)} such labels); name image and label alike."
+                f"{self._labels[strangers[0]]} has no matching image in {self.root / 'images'} "
+                f"({len(strangers)} such labels); give image and label the same name."
             )
 
     def list_name(self, split: str) -> str:
@@ -78,7 +78,7 @@ class NiftiFolder(Dataset):
         if path is not None:
             return read_list(path)
         if split == "test" and self._list("train") is not None:
-            raise UserError(f"{self.root} has a train.list but no test.list; write one, or take both away.")
+            raise UserError(f"{self.root} has a train.list but no test.list; write one, or remove both lists.")
         labelled = [name for name in self._images if name in self._labels]
         held_out = set(self._held_out(labelled))
         if split == "test":
@@ -93,7 +93,7 @@ class NiftiFolder(Dataset):
 
     def load(self, name: str, needs_label: bool = False) -> Case:
         if name not in self._images:
-            raise UserError(f"case {name} has no file {self.path(name)}; take its name out of the list or add the file.")
+            raise UserError(f"case {name} has no file {self.path(name)}; remove its name from the list or add the file.")
         if needs_label and name not in self._labels:
             raise UserError(f"case {name} has no label in {self.root / 'labels'} but is used as a labelled case.")
         image, affine = read_image(self._images[name], self.dims, self.channels, self.normalisation, name)
@@ -116,35 +116,35 @@ class NiftiFolder(Dataset):
         if self._list("test") is None:
             kept = ", ".join(self.names("test"))
             remarks.append(
-                f"{self.root} has no test.list: a fifth of the labelled cases is kept for the test ({kept}); "
-                "write train.list and test.list to choose yourself."
+                f"{self.root} has no test.list: a fifth of the labelled cases is held out for testing ({kept}); "
+                "write train.list and test.list to choose the split."
             )
         orientations = {orientation: name for (orientation, _), name in self._grids.items()}
         if len(orientations) > 1:
-            told = ", ".join(f"{orientation} ({name})" for orientation, name in orientations.items())
-            remarks.append(f"the images are stored in different orientations: {told}; nothing is turned on reading.")
+            shown = ", ".join(f"{orientation} ({name})" for orientation, name in orientations.items())
+            remarks.append(f"the images are stored in different orientations: {shown}; nothing is reoriented on reading.")
         sizes = np.array([size for _, size in self._grids])
         if len(sizes) > 1 and (sizes.max(0) > 1.5 * sizes.min(0)).any():
-            told = ", ".join(f"{low:g}-{high:g}" for low, high in zip(sizes.min(0), sizes.max(0), strict=True))
-            remarks.append(f"voxel sizes differ by more than half ({told} mm); nothing is resampled on reading.")
+            shown = ", ".join(f"{low:g}-{high:g}" for low, high in zip(sizes.min(0), sizes.max(0), strict=True))
+            remarks.append(f"voxel sizes differ by more than half ({shown} mm); nothing is resampled on reading.")
         return remarks
 
     def _list(self, split: str) -> Path | None:
         return next((p for suffix in ("list", "txt") if (p := self.root / f"{split}.{suffix}").is_file()), None)
 
     def _held_out(self, labelled: list[str]) -> list[str]:
-        """The test cases where no list says which."""
+        """The test cases if no list defines them."""
         if (path := self._list("test")) is not None:
             return read_list(path)
         if len(labelled) < 2:
             raise UserError(
-                f"{self.root} has {len(labelled)} labelled cases; expected two at least: one to train with, one to test with."
+                f"{self.root} has {len(labelled)} labelled cases; expected at least two, one for training and one for testing."
             )
         order = np.random.default_rng(_HELD_OUT_SEED).permutation(len(labelled))
         return [labelled[i] for i in order[: max(1, round(len(labelled) / 5))]]
 
     def _guess(self, dims: int | None, channels: int | None) -> tuple[int, int]:
-        """What is not given, from the first image that can be read; a damaged one is told when it is loaded."""
+        """Infer dims and channels from the first readable image; damaged files are reported on loading."""
         for files in self._images.values():
             if dims is not None and channels is not None:
                 break
@@ -161,16 +161,16 @@ class NiftiFolder(Dataset):
 
 
 def read_image(files: Sequence[Path], dims: int, channels: int, normalisation: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """One image of one or several files as (channels, *spatial) float32, each channel normalised; and its affine.
+    """Read an image from one or more files as (channels, *spatial) float32, each channel normalised; and its affine.
 
     Args:
-        files: one file, or one a channel.
-        dims, channels: what is expected.
+        files: one file, or one per channel.
+        dims, channels: expected values.
         normalisation: one of `NORMALISATIONS`.
         name: of the case, for messages.
 
     Raises:
-        UserError: unreadable files, another shape or number of channels, channels on different grids, NaN or infinity.
+        UserError: unreadable files, unexpected shape or number of channels, channels on different grids, NaN or infinity.
     """
     opened = [open_nifti(file) for file in files]
     parts = [_channels_first(_values(nifti, file), file, dims, channels) for nifti, file in zip(opened, files, strict=True)]
@@ -180,14 +180,14 @@ def read_image(files: Sequence[Path], dims: int, channels: int, normalisation: s
     image = np.concatenate(parts)
     if image.shape[0] != channels:
         raise UserError(
-            f"{files[0]} has {image.shape[0]} channels; expected {channels} (in_channels), several as a further axis or as "
+            f"{files[0]} has {image.shape[0]} channels; expected {channels} (in_channels), as an additional last axis or as "
             f"files {name}_0000.nii.gz, {name}_0001.nii.gz, ..."
         )
     return np.stack([normalised(checked_image(c, files[0], "the image"), normalisation) for c in image]), affine
 
 
 def normalised(image: np.ndarray, how: str) -> np.ndarray:
-    """One channel, normalised; a constant one becomes 0.
+    """Normalise one channel; a constant one becomes 0.
 
     >>> normalised(np.array([0.0, 1.0, 3.0]), "z-score-nonzero").tolist()
     [0.0, -1.0, 1.0]
@@ -206,7 +206,7 @@ def normalised(image: np.ndarray, how: str) -> np.ndarray:
 
 
 def _nifti_files(folder: Path) -> dict[str, Path]:
-    """File by its name without the suffix, in order."""
+    """Files by name without suffix, sorted."""
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         suffix = next((s for s in _SUFFIXES if path.name.endswith(s)), None)
@@ -214,7 +214,7 @@ def _nifti_files(folder: Path) -> dict[str, Path]:
             continue
         name = path.name.removesuffix(suffix)
         if name in files:
-            raise UserError(f"{path} and {files[name].name} have one name; remove one of them.")
+            raise UserError(f"{path} and {files[name].name} have the same name; remove one of them.")
         files[name] = path
     return files
 
@@ -222,13 +222,13 @@ def _nifti_files(folder: Path) -> dict[str, Path]:
 def _group_channels(
     images: dict[str, Path], labels: dict[str, Path], channels: int | None, folder: Path
 ) -> dict[str, list[Path]]:
-    """Files of every case, in the order of the channels."""
+    """Files of every case, in channel order."""
     matches = {stem: CHANNEL.fullmatch(stem) for stem in images}
     bases: dict[str, list[int]] = {}
     for match in matches.values():
         if match:
             bases.setdefault(match[1], []).append(int(match[2]))
-    # A number at the end may also be a patient's: then labels carry it as well, or there is only one channel to look for.
+    # A trailing number may also be a patient number: then labels have it as well, or only one channel is expected.
     suffixed = all(matches.values()) and not any(stem in labels for stem in images)
     plausible = all(n == [0] for n in bases.values()) if channels == 1 else any(0 in n for n in bases.values())
     if not (suffixed and plausible):
@@ -237,15 +237,15 @@ def _group_channels(
     for base, numbers in bases.items():
         if sorted(numbers) != expected:
             raise UserError(
-                f"{folder} holds the channels {', '.join(f'{n:04d}' for n in sorted(numbers))} of case {base}; expected "
+                f"{folder} has the channels {', '.join(f'{n:04d}' for n in sorted(numbers))} of case {base}; expected "
                 f"{', '.join(f'{n:04d}' for n in expected)}."
             )
     return {base: [images[f"{base}_{number:04d}"] for number in expected] for base in bases}
 
 
 def _channels_first(values: np.ndarray, path: Path, dims: int, channels: int) -> np.ndarray:
-    """(channels, *spatial) of one file."""
-    if values.ndim == 5 and values.shape[3] == 1:  # NIfTI's own place for vectors is the fifth axis
+    """The values of one file as (channels, *spatial)."""
+    if values.ndim == 5 and values.shape[3] == 1:  # NIfTI stores vectors along the fifth axis
         values = values[:, :, :, 0]
     if dims == 3 and values.ndim in (3, 4):
         return np.moveaxis(values, 3, 0) if values.ndim == 4 else values[None]
@@ -259,21 +259,21 @@ def _channels_first(values: np.ndarray, path: Path, dims: int, channels: int) ->
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without axes of length 1 beyond the second: NIfTI files of 2-D images often have one."""
+    """Drop axes of length 1 after the second: NIfTI files of 2-D images often have one."""
     return (*shape[:2], *(n for n in shape[2:] if n != 1))
 
 
 def open_nifti(path: Path) -> nibabel.Nifti1Image:
-    """The header, with the voxels still on the disk.
+    """Open a file without reading its voxels.
 
     Raises:
-        UserError: missing, damaged, or of another kind.
+        UserError: missing, damaged, or not NIfTI.
     """
     try:
         nifti = nibabel.load(path)
     except Exception as error:  # a damaged file fails in many ways: header, gzip, image type
         raise UserError(f"{path} is not a readable NIfTI file ({_reason(error)}); write it again.") from error
-    if not isinstance(nifti, nibabel.Nifti1Image):  # NIfTI-2 is a kind of it
+    if not isinstance(nifti, nibabel.Nifti1Image):  # NIfTI-2 is a subclass
         raise UserError(f"{path} is a {type(nifti).__name__}; expected NIfTI.")
     return nifti
 
@@ -293,11 +293,11 @@ def _reason(error: Exception) -> str:
 def _check_grid(
     shape: tuple[int, ...], affine: np.ndarray, wanted_shape: tuple[int, ...], wanted: np.ndarray, path: Path, other: Path
 ) -> None:
-    """The corners of both grids must lie within a quarter of a voxel of one another."""
+    """Check that the corners of both grids are within a quarter of a voxel of each other."""
     if shape != wanted_shape:
-        raise UserError(f"{path} has shape {shape} but {other} has {wanted_shape}; put them on one grid.")
+        raise UserError(f"{path} has shape {shape} but {other} has {wanted_shape}; resample them to one grid.")
     ends = np.array(np.meshgrid(*[(0, n - 1) for n in (*shape, 1, 1)[:3]])).reshape(3, -1)
     corners = np.vstack([ends, np.ones(ends.shape[1])])
     distance = np.linalg.norm((affine @ corners - wanted @ corners)[:3], axis=0).max()
     if distance > 0.25 * nibabel.affines.voxel_sizes(wanted)[: len(shape)].min():
-        raise UserError(f"{path} and {other} have affines that put their corners {distance:.2f} mm apart; put them on one grid.")
+        raise UserError(f"{path} and {other} have affines that differ by {distance:.2f} mm at the corners; resample one of them.")

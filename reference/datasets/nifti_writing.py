@@ -1,4 +1,4 @@
-"""NIfTI files as they are written: whole or not at all, the same bytes for the same voxels."""
+"""Writing NIfTI files: atomic, and with identical bytes for identical voxels."""
 
 import gzip
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ def write_nifti(
     Args:
         volume: (*spatial), or with channels last.
         affine: (4, 4).
-        millimetres: whether the affine's unit is known to be that.
-        header: of the file that the volume belongs to; what it says of the grid (both transforms and their codes, units)
+        millimetres: whether the affine is known to be in mm.
+        header: of the source image; its description of the grid (both transforms and their codes, units)
             is kept.
         description: up to 79 characters for the header.
     """
@@ -39,7 +39,7 @@ def write_nifti(
 
 
 def diagonal_affine(spacing: Sequence[float] | None) -> NDArray[np.float64]:
-    """For files that hold no affine: the voxel size on the diagonal, 1 where it is not known.
+    """An affine for files without one: the voxel size on the diagonal, 1 where unknown.
 
     >>> diagonal_affine((2.0, 0.5)).diagonal().tolist()
     [2.0, 0.5, 1.0, 1.0]
@@ -48,7 +48,7 @@ def diagonal_affine(spacing: Sequence[float] | None) -> NDArray[np.float64]:
 
 
 def with_spacing(affine: NDArray[np.float64], spacing: Sequence[float] | None) -> NDArray[np.float64]:
-    """An affine with other voxel sizes, its directions and its origin kept; None leaves it.
+    """An affine with new voxel sizes and unchanged directions and origin; None changes nothing.
 
     >>> with_spacing(np.array([[0.0, -2, 0, 9], [1, 0, 0, 8], [0, 0, 3, 7], [0, 0, 0, 1]]), (5.0, 4.0)).tolist()
     [[0.0, -4.0, 0.0, 9.0], [5.0, 0.0, 0.0, 8.0], [0.0, 0.0, 3.0, 7.0], [0.0, 0.0, 0.0, 1.0]]

@@ -1,9 +1,9 @@
-"""Generated volumes with an organ that cannot be found by its intensity.
+"""Generated volumes with an organ that cannot be segmented by intensity.
 
-A case shows bright bodies on a darker, noisy ground under a smooth bias field. One of them is the organ: a body with
-two veins whose inside carries fine stripes of a random direction. The others (distractors) have its shape and its
-brightness, but their inside is mottled coarsely; and some dark bodies carry the organ's stripes. So neither intensity
-nor texture alone gives the organ away, both together do, and their strength and direction change from case to case.
+A case shows bright bodies on a darker, noisy background under a smooth bias field. One of them is the organ: a body with
+two veins and fine internal stripes of random direction. The others (distractors) have the same shape and brightness, but a
+coarse mottled texture, and some dark bodies have the organ's stripes. Neither intensity nor texture alone identifies the
+organ, only both together; strength and direction vary between cases.
 """
 
 from pathlib import Path
@@ -17,13 +17,13 @@ from rplib.errors import UserError
 from rplib.reference.datasets.layouts import Case, LeftAtrium
 from rplib.reference.progress import progress
 
-MOST_THRESHOLD_DICE = 0.6  # no single threshold may do better than this on any case
-LEAST_SIZE = 32  # voxels an axis
+MOST_THRESHOLD_DICE = 0.6  # upper bound for any single threshold on any case
+LEAST_SIZE = 32  # voxels per axis
 _ATTEMPTS = 20
 
 
 class Phantoms(NamedTuple):
-    """What `write_phantoms` wrote: names of the cases, and the best single-threshold Dice of the easiest one."""
+    """Result of `write_phantoms`: case names, and the best single-threshold Dice on the easiest case."""
 
     train: list[str]
     test: list[str]
@@ -31,7 +31,7 @@ class Phantoms(NamedTuple):
 
 
 def best_threshold_dice(image: np.ndarray, label: np.ndarray) -> float:
-    """The highest Dice that `image >= t` or `image <= t` reaches over all thresholds t.
+    """The highest Dice of `image >= t` or `image <= t` over all thresholds t.
 
     Args:
         image: any shape.
@@ -53,13 +53,13 @@ def best_threshold_dice(image: np.ndarray, label: np.ndarray) -> float:
 
 
 def phantom_case(name: str, size: tuple[int, int, int], seed: int, index: int) -> Case:
-    """One generated case; the same arguments give the same voxels.
+    """Generate one case; equal arguments give equal voxels.
 
     Args:
-        size: (X, Y, Z) voxels; the first two grow by up to a quarter from case to case, as patients do.
+        size: (X, Y, Z) voxels; the first two vary by up to a quarter between cases, like patients.
 
     Raises:
-        UserError: in no attempt was the organ hidden well enough (a size far from a cube).
+        UserError: the organ could not be hidden well enough (axes of very different length).
     """
     random = np.random.default_rng([seed, index])
     for _ in range(_ATTEMPTS):
@@ -70,24 +70,24 @@ def phantom_case(name: str, size: tuple[int, int, int], seed: int, index: int) -
 
 
 def write_phantoms(dest: Path, cases: int, test_cases: int, size: tuple[int, int, int], seed: int) -> Phantoms:
-    """Write a generated data set in the layout of the Left Atrium data (`LeftAtrium`).
+    """Generate a data set in the layout of the Left Atrium data (`LeftAtrium`).
 
     Args:
         cases: number in train.list.
         test_cases: number in test.list.
 
     Raises:
-        UserError: the folder holds something already, or a number is too small.
+        UserError: the folder is not empty, or a number is too small.
     """
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{dest} exists and is not an empty folder; choose another DEST or empty it.")
     if cases < 1 or test_cases < 1:
-        raise UserError(f"{cases} training and {test_cases} test cases asked for; expected at least 1 each.")
+        raise UserError(f"{cases} training and {test_cases} test cases requested; expected at least 1 each.")
     if min(size) < LEAST_SIZE:
-        raise UserError(f"size is {size}; expected at least {LEAST_SIZE} voxels an axis.")
+        raise UserError(f"size is {size}; expected at least {LEAST_SIZE} voxels per axis.")
     names = [_name(seed, index) for index in range(cases + test_cases)]
     easiest = 0.0
-    for index, name in enumerate(progress(names, "drawing phantoms")):
+    for index, name in enumerate(progress(names, "generating phantoms")):
         case = phantom_case(name, size, seed, index)
         assert case.label is not None
         dice = best_threshold_dice(case.image, case.label)
@@ -98,14 +98,14 @@ def write_phantoms(dest: Path, cases: int, test_cases: int, size: tuple[int, int
         with h5py.File(path, "w") as file:
             file.create_dataset("image", data=case.image, compression="gzip", compression_opts=1)
             file.create_dataset("label", data=case.label, compression="gzip", compression_opts=1)
-    # The lists come last: without them an interrupted folder is no data set.
+    # The lists are written last, so that an interrupted folder is not mistaken for a data set.
     (dest / "test.list").write_text("".join(f"{name}\n" for name in names[cases:]))
     (dest / "train.list").write_text("".join(f"{name}\n" for name in names[:cases]))
     return Phantoms(names[:cases], names[cases:], easiest)
 
 
 def _name(seed: int, index: int) -> str:
-    """20 characters, as the real cases have."""
+    """20 characters, like the real case names."""
     letters = np.random.default_rng([seed, index, 1]).choice(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"), 10)
     return f"PHANTOM{index % 1000:03d}{''.join(letters)}"
 
@@ -139,7 +139,7 @@ def _draw(size: tuple[int, int, int], random: np.random.Generator) -> tuple[np.n
 
 
 def _body(grid: np.ndarray, radius: float, random: np.random.Generator, taken: np.ndarray, margin: float = 0.1) -> np.ndarray:
-    """An ellipsoid with two veins, where nothing is yet if such a place turns up; marks it in `taken`."""
+    """An ellipsoid with two veins, in a free place if one is found; marks it in `taken`."""
     shape = np.array(grid.shape[1:], np.float32)
     for _ in range(30):
         centre = shape * random.uniform(margin, 1 - margin, 3)

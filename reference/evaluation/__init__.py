@@ -1,1 +1,1 @@
-"""Scores of a trained run: metrics, the fixed box as a baseline, reliability maps."""
+"""Evaluation of a trained run: metrics, the fixed-box baseline, reliability maps."""

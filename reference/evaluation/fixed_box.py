@@ -1,4 +1,4 @@
-"""What a network has to beat: one fixed box, placed where the organ usually is."""
+"""A trivial baseline: one fixed box, placed where the organ usually is."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-GRID = 64  # the box's edges lie on 64ths of the volume
+GRID = 64  # box edges are multiples of 1/64 of the volume
 
 
 class FixedBox(NamedTuple):
@@ -18,7 +18,7 @@ class FixedBox(NamedTuple):
 
     low: tuple[float, ...]
     high: tuple[float, ...]
-    training_dice: float  # mean over the cases it was fitted on
+    training_dice: float  # mean over the cases that it was fitted to
 
     def mask(self, shape: Sequence[int]) -> NDArray[np.uint8]:
         """The box in a volume of this shape: 1 inside, 0 outside.
@@ -37,12 +37,12 @@ class FixedBox(NamedTuple):
 def fit_box(labels: Sequence[NDArray]) -> FixedBox:
     """The box with the largest mean Dice over labelled cases, in coordinates relative to each volume.
 
-    Every pair of edges of one axis is tried while the other axes stand, axis after axis until nothing improves, from
-    the whole volume, from the mean bounding box, and from every case's own. No change of a single axis can better the
-    result; trying all axes at once would be 64^6 boxes.
+    Coordinate ascent: all pairs of edges of one axis are tried with the other axes fixed, until nothing improves, starting
+    from the whole volume, the mean bounding box, and the box of each case. No change of a single axis can improve the
+    result; an exhaustive search would try 64^6 boxes.
 
     Args:
-        labels: non-empty; (*spatial) masks of any sizes, nonzero is inside.
+        labels: nonempty; (*spatial) masks of any sizes, nonzero is inside.
 
     >>> label = np.zeros((64, 64, 64)); label[16:32, 8:24, 8:40] = 1
     >>> fit_box([label])
@@ -51,7 +51,7 @@ def fit_box(labels: Sequence[NDArray]) -> FixedBox:
     masks = [np.asarray(label) != 0 for label in labels]
     masks = [mask for mask in masks if mask.any()]
     if not masks:
-        raise ValueError("labels holds no case with a foreground voxel; a box needs one")
+        raise ValueError("labels has no foreground voxel in any case; a box needs one")
     best_edges, best = None, -1.0
     for start in _starts(masks):
         edges, dice = _ascend(masks, start)
@@ -67,7 +67,7 @@ def _voxel(fraction: float, size: int) -> int:
 
 
 def _starts(masks: list[NDArray]) -> list[NDArray]:
-    """First guesses: (axes, 2) edges on the grid each."""
+    """Starting points, each with (axes, 2) edges on the grid."""
     own = []
     for mask in masks:
         edges = []
@@ -94,7 +94,7 @@ def _ascend(masks: list[NDArray], edges: NDArray) -> tuple[NDArray, float]:
 
 
 def _dice_of_all_edges(masks: list[NDArray], edges: NDArray, axis: int) -> NDArray:
-    """Mean Dice for every (low, high) of one axis, the other axes' edges standing."""
+    """Mean Dice for every (low, high) of one axis, with the other axes' edges fixed."""
     total = np.zeros((GRID + 1, GRID + 1))
     for mask in masks:
         others = [a for a in range(mask.ndim) if a != axis]

@@ -1,8 +1,8 @@
-"""Overlap and surface distances of two masks, as the field reports them.
+"""Overlap metrics and surface distances of two masks.
 
-Own lines over SciPy's distance transform where MONAI has metrics of the same names, because the numbers must stand
-beside published ones: MONAI's 95 % Hausdorff distance is the larger of two directed percentiles, the published one
-(medpy) pools the distances of both directions, and they differ in half of the cases; MONAI also counts in float32.
+Implemented with SciPy's distance transform instead of MONAI's metrics of the same names, for scores comparable with
+published ones: MONAI's 95 % Hausdorff distance is the larger of two directed percentiles, the published one (medpy)
+pools the distances of both directions, and they differ in half of the cases. MONAI also counts in float32.
 tests/test_reference_metrics.py compares with both.
 """
 
@@ -18,7 +18,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one mask against the truth; NaN says missing: there is no surface to measure from or to.
+    """Scores of one mask against the ground truth; NaN is missing: a mask has no surface.
 
     ``hd95`` and ``asd`` are in voxels, ``hd95_mm`` and ``asd_mm`` in the unit of the spacing (NaN without one).
     """
@@ -32,14 +32,14 @@ class Scores:
 
 
 def score(prediction: NDArray, truth: NDArray, spacing: Sequence[float] | None = None) -> Scores:
-    """All scores of one mask.
+    """Compute all scores of one mask.
 
     Args:
         prediction, truth: (*spatial) masks, nonzero is inside.
-        spacing: edge lengths of a voxel in mm, one per axis; None leaves the distances in mm missing.
+        spacing: edge lengths of a voxel in mm, one per axis; None gives no distances in mm.
 
-    An empty prediction of a non-empty truth has Dice and Jaccard 0 and no distances: they are NaN, for the authors' 0
-    would read as a perfect surface. Two empty masks have no Dice either (0/0).
+    An empty prediction of a nonempty truth has Dice and Jaccard 0 and distances NaN (the authors' 0 would look like a
+    perfect surface). Two empty masks have Dice NaN (0/0).
 
     >>> truth = np.zeros((5, 5)); truth[1:4, 1:4] = 1
     >>> shifted = np.roll(truth, 1, axis=0)
@@ -83,19 +83,19 @@ def jaccard(prediction: NDArray, truth: NDArray) -> float:
 
 
 def hd95(prediction: NDArray, truth: NDArray, spacing: Sequence[float] | None = None) -> float:
-    """95th percentile of the distances prediction -> truth and truth -> prediction, pooled; NaN where one is empty."""
+    """95th percentile of the distances prediction -> truth and truth -> prediction, pooled; NaN if a mask is empty."""
     prediction, truth = _as_masks(prediction, truth)
     return _pooled_95(_both_ways(prediction, truth, spacing))
 
 
 def asd(prediction: NDArray, truth: NDArray, spacing: Sequence[float] | None = None) -> float:
-    """Mean distance from the prediction's surface to the truth's, one way as published; NaN where one is empty."""
+    """Mean distance from the prediction's surface to the truth's, one way as published; NaN if a mask is empty."""
     prediction, truth = _as_masks(prediction, truth)
     return _mean(_both_ways(prediction, truth, spacing)[0])
 
 
 def assd(prediction: NDArray, truth: NDArray, spacing: Sequence[float] | None = None) -> float:
-    """Mean of both directions' surface distances, pooled (not the mean of two means); NaN where one is empty."""
+    """Mean of both directions' surface distances, pooled (not the mean of two means); NaN if a mask is empty."""
     prediction, truth = _as_masks(prediction, truth)
     return _mean(np.concatenate(_both_ways(prediction, truth, spacing)))
 
@@ -110,14 +110,14 @@ def _as_masks(prediction: NDArray, truth: NDArray) -> tuple[Mask, Mask]:
 def _both_ways(prediction: Mask, truth: Mask, spacing: Sequence[float] | None) -> tuple[NDArray, NDArray]:
     """Distances of every surface voxel of one mask to the other's surface: (prediction -> truth, truth -> prediction).
 
-    A surface voxel is inside and has a face neighbour outside, or lies at the image's border. Both are empty if either
-    mask is.
+    A surface voxel is inside and has a face neighbour outside, or is at the image's border. Both arrays are empty if
+    either mask is.
     """
     if spacing is not None and len(spacing) != prediction.ndim:
         raise ValueError(f"spacing has {len(spacing)} numbers, expected one per axis: {prediction.ndim}")
     if not prediction.any() or not truth.any():
         return np.empty(0), np.empty(0)
-    # Only the box around both masks matters; leaving the rest out makes the transform several times faster.
+    # Only the box around both masks matters; cropping to it makes the transform several times faster.
     box = ndimage.find_objects((prediction | truth).astype(np.uint8))[0]
     prediction, truth = prediction[box], truth[box]
     surface_p, surface_t = (mask & ~ndimage.binary_erosion(mask) for mask in (prediction, truth))

@@ -1,7 +1,7 @@
-"""The paper's two questions, asked of a trained network on whole images: which decoder is reliable, and how reliable it is.
+"""Reliability maps of a trained network on whole images: which decoder is reliable, and how reliable it is.
 
-`rplib.reliability` answers for the samples of a batch, and so it is asked window by window, each window a sample of the size
-that the training crops; what overlapping windows say is averaged. The maps are for people to look at: no score uses them.
+`rplib.reliability` works on the samples of a batch, so it is applied per window, each a sample of the training's patch
+size; overlapping windows are averaged. The maps are for visual inspection: no score depends on them.
 """
 
 import math
@@ -23,24 +23,24 @@ from rplib.reference.inference.windows import window_overlap
 class ReliabilityMaps(NamedTuple):
     """Maps over one image, (*spatial) each."""
 
-    which: NDArray[np.float32]  # share of the windows in which decoder 1 teaches, minus that of decoder 2: -1..1
-    how: NDArray[np.float32]  # weight of the pseudo-label that is taught, mean of the windows; NaN where none is
-    taught: NDArray[np.uint8]  # that pseudo-label: the class of the largest mean probability of the teachers
-    labels: tuple[NDArray[np.uint8], NDArray[np.uint8]]  # what each decoder says by itself
+    which: NDArray[np.float32]  # fraction of windows in which decoder 1 is the teacher, minus that of decoder 2: -1..1
+    how: NDArray[np.float32]  # weight of the pseudo-label, mean over windows; NaN where there is none
+    taught: NDArray[np.uint8]  # the pseudo-label: class of the largest mean probability of the teachers
+    labels: tuple[NDArray[np.uint8], NDArray[np.uint8]]  # prediction of each decoder
 
 
 class Verdict(NamedTuple):
-    """How the two answers fit the truth of one case; NaN where there is nothing to count."""
+    """Agreement of the maps with the ground truth of one case; NaN if there is nothing to count."""
 
-    taught_dice: float  # of the taught pseudo-labels, mean over the foreground classes
+    taught_dice: float  # of the pseudo-labels, mean over the foreground classes
     disagreement: int  # voxels where the decoders differ
-    right_there: float  # share of those where the taught label is the true one
-    weight_right: float  # mean weight of right pseudo-labels, where truth or pseudo-label is foreground
-    weight_wrong: float  # the same of wrong ones
+    right_there: float  # fraction of those where the pseudo-label is correct
+    weight_right: float  # mean weight of correct pseudo-labels, where truth or pseudo-label is foreground
+    weight_wrong: float  # the same for wrong ones
 
 
 def map_stride(config: Config, stride: Sequence[int]) -> tuple[int, ...]:
-    """Half a patch, or the stride of the scores where that is wider: maps need fewer windows than scores.
+    """Stride of the map windows: half a patch, or the evaluation's stride if larger.
 
     >>> map_stride(Config(), (18, 18, 4))
     (56, 56, 40)
@@ -49,7 +49,7 @@ def map_stride(config: Config, stride: Sequence[int]) -> tuple[int, ...]:
 
 
 def questions(config: Config) -> dict[str, str]:
-    """Keywords of the two questions, asked of every run, whatever its method."""
+    """Options of the maps, which are drawn for every run, whatever its method."""
     return {"confidence": config.confidence, "weighting": "similarity"}
 
 
@@ -62,10 +62,10 @@ def reliability_maps(
     batch: int = 4,
     device: str | torch.device = "cpu",
 ) -> ReliabilityMaps:
-    """Asks `rplib.reliability` window by window.
+    """Apply `rplib.reliability` window by window.
 
     Args:
-        network: in eval mode on `device`: no dropout, other than in training.
+        network: in eval mode on `device`, hence without dropout.
         image: (*spatial) or (channels, *spatial), normalised as in training.
         stride: voxels between windows per axis.
         batch: windows per forward pass.
@@ -98,7 +98,7 @@ def reliability_maps(
 
 
 def verdict(maps: ReliabilityMaps, truth: NDArray[np.uint8]) -> Verdict:
-    """Compares the maps with the truth.
+    """Compare the maps with the ground truth.
 
     >>> maps = ReliabilityMaps(np.ones(4), np.array([0.9, 0.7, 0.3, 0.9]), np.array([1, 1, 1, 0]),
     ...                        (np.array([1, 1, 1, 0]), np.array([1, 0, 0, 0])))

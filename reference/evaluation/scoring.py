@@ -1,4 +1,4 @@
-"""Scores of a trained network over a list of cases, beside the best fixed box, and what is written about them."""
+"""Scores of a trained network over a list of cases, with the fixed-box baseline and notes on the protocol."""
 
 import math
 import statistics
@@ -31,7 +31,7 @@ OnCase = Callable[[Case, dict[str, Segmentation]], None]
 
 @dataclass(frozen=True)
 class CaseScores:
-    """Scores of one class in one case by one method: an output of the network or the fixed box."""
+    """Scores of one method (an output of the network, or the fixed box) for one class of one case."""
 
     case: str
     method: str
@@ -41,7 +41,7 @@ class CaseScores:
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean and standard deviation over the cases that have the score, and how many have none."""
+    """Mean and standard deviation over the cases that have the score, and the number of missing ones."""
 
     mean: float
     deviation: float
@@ -50,7 +50,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Report:
-    """What `evaluate` found; `rows` in the order of the list."""
+    """Result of `evaluate`; `rows` in the order of the list."""
 
     rows: list[CaseScores]
     predictions: dict[str, NDArray[np.uint8]]  # case name -> labels of decoder 1
@@ -58,24 +58,31 @@ class Report:
     config: Config
     dataset: Dataset
     stride: tuple[int, ...]
-    notes: list[str]  # sentences on what the numbers are, for every place that shows them
+    notes: list[str]  # remarks on the scores, for all outputs
     split: str = "test"
-    spacing: tuple[float, ...] | None = None  # that overrules the files'
-    run: Path | None = None  # the folder of the training, if that was given
-    maps: dict[str, ReliabilityMaps] = field(default_factory=dict)  # of the worst cases, as many as were asked for
+    spacing: tuple[float, ...] | None = None  # overrides that of the files
+    run: Path | None = None  # the run folder, if given
+    maps: dict[str, ReliabilityMaps] = field(default_factory=dict)  # of the N worst cases
+    kept: dict[str, Case] = field(default_factory=dict, repr=False)  # the worst cases, in memory
+
+    def case(self, name: str) -> Case:
+        """A case with its label; read from disk only if it is not in memory."""
+        if name not in self.kept:
+            self.kept[name] = self.dataset.load(name, needs_label=True)
+        return self.kept[name]
 
     @property
     def methods(self) -> list[str]:
-        """Outputs of the network, then the box if there is one."""
+        """Outputs of the network, then the fixed box if there is one."""
         return list(dict.fromkeys(row.method for row in self.rows))
 
     def values(self, method: str, metric: str, klass: int | None = None) -> list[float]:
-        """One number per case and class."""
+        """One score per case and class."""
         chosen = (row for row in self.rows if row.method == method and klass in (None, row.klass))
         return [getattr(row.scores, metric) for row in chosen]
 
     def mean(self, method: str, metric: str, klass: int | None = None) -> Mean:
-        """Over all cases (and over all classes but background, where none is named); NaN are left out and counted."""
+        """Mean over all cases (and all foreground classes, unless one is named); NaN are excluded and counted."""
         values = self.values(method, metric, klass)
         there = [value for value in values if not math.isnan(value)]
         if not there:
@@ -83,21 +90,17 @@ class Report:
         return Mean(statistics.fmean(there), statistics.pstdev(there), len(values) - len(there))
 
     def verdicts(self) -> dict[str, Verdict]:
-        """How the reliability maps fit the truth, in the order of the maps."""
+        """Agreement of the reliability maps with the ground truth, in the order of the maps."""
         found = {}
         for name, maps in self.maps.items():
-            truth = self.dataset.load(name, needs_label=True).label
+            truth = self.case(name).label
             assert truth is not None
             found[name] = verdict(maps, truth)
         return found
 
     def worst_first(self) -> list[str]:
-        """Case names by the Dice of decoder 1 (mean over classes), lowest first; missing ones at the very front."""
-        dice: dict[str, list[float]] = {}
-        for row in self.rows:
-            if row.method == DECODER_1:
-                dice.setdefault(row.case, []).append(row.scores.dice)
-        return sorted(dice, key=lambda case: -1.0 if any(map(math.isnan, dice[case])) else statistics.fmean(dice[case]))
+        """Case names by Dice of decoder 1 (mean over classes), missing ones first, then ascending."""
+        return _worst_first(self.rows)
 
 
 def evaluate(
@@ -114,25 +117,27 @@ def evaluate(
     keep_largest: bool = False,
     on_case: OnCase | None = None,
     maps: int = 0,
+    pictures: int = 0,
 ) -> Report:
-    """Segments the cases of a list and scores both outputs of the network and the best fixed box.
+    """Segment the cases of a list; score both outputs of the network and the best fixed box.
 
     Args:
         run: run folder of a training, or a checkpoint file.
         data: folder of the data set.
-        weights: ``"best"``, ``"last"`` or ``"averaged"``; None takes best where it was written. Where averaged weights
-            are scored, decoder 1 with the last ones is scored beside them.
-        split: ``"test"``, ``"train"`` or, where the data set has such a list, ``"val"``; of the training list only
-            cases with a label are scored.
-        cases: only the first so many.
-        stride, batch: of the windows; None takes the run's settings.
-        spacing: voxel size in mm, for distances in mm as well; None takes that of the files, where they hold it.
-        keep_largest: leave only the largest component of each class; the paper does not.
-        on_case: called with every case and its segmentations, for instance to write them.
-        maps: of how many of the worst cases to make reliability maps.
+        weights: ``"best"``, ``"last"`` or ``"averaged"``; None uses best if it exists. Beside averaged weights, decoder 1 is
+            also evaluated with the last ones.
+        split: ``"test"``, ``"train"`` or, if the data set has one, ``"val"``; unlabelled training cases are
+            skipped.
+        cases: only the first N cases.
+        stride, batch: of the windows; None uses the run's settings.
+        spacing: voxel size in mm, for distances in mm; None uses that of the files, if they have it.
+        keep_largest: keep only the largest component of each class; not in the paper.
+        on_case: called with every case and its segmentations, for example to save them.
+        maps: number of worst cases with reliability maps.
+        pictures: number of worst cases to keep in memory for pictures, so that each is read once.
 
     Raises:
-        UserError: no readable checkpoint, missing or damaged data, no label, impossible stride or device.
+        UserError: no readable checkpoint, missing or damaged data, no labels, invalid stride or device.
     """
     where = find_device(device)
     network, config = checkpoint.load_network(run, weights)  # type: ignore[arg-type]
@@ -141,7 +146,7 @@ def evaluate(
     if last is not None:
         last = last.to(where)
     stride = tuple(stride) if stride is not None else config.stride
-    window_overlap(config.patch, stride)  # an impossible stride is told before anything is read
+    window_overlap(config.patch, stride)  # reject an invalid stride before reading data
     dataset = open_for(config, data)
     if split not in dataset.splits:
         raise UserError(f"data layout {config.dataset!r} has no {split} list; its lists are: {', '.join(dataset.splits)}.")
@@ -152,6 +157,7 @@ def evaluate(
 
     rows: list[CaseScores] = []
     predictions: dict[str, NDArray[np.uint8]] = {}
+    kept: dict[str, Case] = {}
     skipped = unmeasured = 0
     for name in progress(names, "evaluating"):
         case = dataset.load(name, needs_label=split != "train")
@@ -174,6 +180,9 @@ def evaluate(
             if klass in boxes:
                 masks[BOX] = boxes[klass].mask(truth.shape) > 0
             rows += [CaseScores(name, method, klass, score(mask, truth, edges)) for method, mask in masks.items()]
+        kept[name] = case
+        if len(kept) > max(maps, pictures):
+            del kept[_worst_first([row for row in rows if row.case in kept])[-1]]
         if on_case is not None:
             on_case(case, found)
     if not rows:
@@ -181,27 +190,34 @@ def evaluate(
 
     notes = [_which_weights(run, weights, config), _which_cases(split, len(names) - skipped, skipped, cases, config)]
     notes.append(f"Windows {_times(config.patch)}, stride {_times(stride)}; ")
-    notes[-1] += "largest component kept." if keep_largest else "every component kept."
+    notes[-1] += "largest components only." if keep_largest else "all components kept."
     if unmeasured:
         notes.append(
-            f"No distances in mm for {unmeasured} of {len(predictions)} cases: their files hold no voxel size; "
-            "give it by --spacing."
+            f"No distances in mm for {unmeasured} of {len(predictions)} cases: their files have no voxel size; set --spacing."
         )
     notes.append(box_note)
     edges, folder = tuple(spacing) if spacing is not None else None, run if run.is_dir() else None
-    report = Report(rows, predictions, boxes, config, dataset, stride, notes, split, edges, folder)
+    report = Report(rows, predictions, boxes, config, dataset, stride, notes, split, edges, folder, kept=kept)
     if not maps:
         return report
     wide, made = map_stride(config, stride), {}
     for name in progress(report.worst_first()[:maps], "reliability maps"):
-        image = dataset.load(name).image
+        image = report.case(name).image
         with window_bar(network, predictions[name].shape, config.patch, wide, name):
             made[name] = reliability_maps(network, image, config, wide, batch or config.window_batch, where)
     return replace(report, maps=made)
 
 
+def _worst_first(rows: Sequence[CaseScores]) -> list[str]:
+    dice: dict[str, list[float]] = {}
+    for row in rows:
+        if row.method == DECODER_1:
+            dice.setdefault(row.case, []).append(row.scores.dice)
+    return sorted(dice, key=lambda case: -1.0 if any(map(math.isnan, dice[case])) else statistics.fmean(dice[case]))
+
+
 def _fit_boxes(dataset: Dataset, config: Config) -> tuple[dict[int, FixedBox], str]:
-    """The baseline per class, or none and the reason."""
+    """The box of each class and a note; no boxes if there is nothing to fit."""
     try:
         names = split_training(dataset, config).labelled
         labels = [dataset.load(name, needs_label=True).label for name in names]
@@ -213,12 +229,12 @@ def _fit_boxes(dataset: Dataset, config: Config) -> tuple[dict[int, FixedBox], s
         if any(mask.any() for mask in masks):
             boxes[klass] = fit_box(masks)
     if not boxes:
-        return {}, "No fixed box: the labelled training cases hold no foreground."
-    told = "; ".join(f"{f'class {k}: ' if len(boxes) > 1 else ''}{box}" for k, box in boxes.items())
+        return {}, "No fixed box: the labelled training cases have no foreground."
+    shown = "; ".join(f"{f'class {k}: ' if len(boxes) > 1 else ''}{box}" for k, box in boxes.items())
     dice = statistics.fmean(box.training_dice for box in boxes.values())
     return boxes, (
-        f"Fixed box: the one box, in fractions of the volume, with the highest mean Dice ({100 * dice:.2f} %) over the "
-        f"{len(names)} labelled training cases: {told}."
+        f"Fixed box: the box, in fractions of the volume, with the highest mean Dice ({100 * dice:.2f} %) over the "
+        f"{len(names)} labelled training cases: {shown}."
     )
 
 
@@ -230,16 +246,16 @@ def _last_beside(run: Path, weights: str | None, config: Config) -> MutualVNet |
 
 
 def _which_weights(run: Path, weights: str | None, config: Config) -> str:
-    """One sentence on the protocol and on which weights were scored."""
+    """One sentence on the protocol and the evaluated weights."""
     if not run.is_dir():
         return f"Recipe {config.title}; weights of {run.name}."
     last = weights in ("last", "averaged") or not (run / checkpoint.BEST).is_file()
     content = checkpoint.load(run / (checkpoint.LAST if last else checkpoint.BEST))
-    # last.pt is what a training goes on from; best.pt says itself by what it was chosen.
+    # last.pt is for resuming; best.pt records how it was selected.
     averaged = ", averaged weights" if weights == "averaged" else ""
-    chosen = f"last checkpoint{averaged}" if last else content.get("chosen_by", "unknown how chosen")
+    chosen = f"last checkpoint{averaged}" if last else content.get("chosen_by", "unknown selection")
     if "test list" in chosen:
-        chosen = f"{chosen}: WEIGHTS CHOSEN ON THE TEST LIST"
+        chosen = f"{chosen}: WEIGHTS SELECTED ON THE TEST LIST"
     return (
         f"Recipe {config.title}, protocol {config.protocol}; weights of iteration {content.get('iteration')} "
         f"of {config.iterations} ({chosen})."
@@ -248,9 +264,9 @@ def _which_weights(run: Path, weights: str | None, config: Config) -> str:
 
 def _which_cases(split: str, scored: int, skipped: int, limit: int | None, config: Config) -> str:
     first = "the first " if limit is not None else ""
-    without = f" ({skipped} without a label left out)" if skipped else ""
-    which = f"The first {config.labelled} were" if config.labelled else "All that have a label were"
-    seen = f" {which} trained on with their labels." if split == "train" else ""
+    without = f" ({skipped} without a label skipped)" if skipped else ""
+    which = f"The first {config.labelled} were" if config.labelled else "All labelled ones were"
+    seen = f" {which} used for training with their labels." if split == "train" else ""
     return f"Scored: {first}{scored} cases of the {split} list{without}.{seen}"
 
 

@@ -1,1 +1,1 @@
-"""Segmentation of whole images by sliding windows, and of new images from files."""
+"""Sliding-window segmentation of whole images, and prediction on new image files."""

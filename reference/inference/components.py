@@ -1,4 +1,4 @@
-"""The largest connected part of each class, for organs that come in one piece."""
+"""The largest connected component of each class, for organs in one piece."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,7 +6,7 @@ from scipy import ndimage
 
 
 def largest_component(mask: NDArray) -> NDArray[np.bool_]:
-    """The largest connected part (voxels touch by faces, edges and corners; the first of equals); empty stays empty.
+    """The largest connected component (26-connectivity in 3-D; the first of equals); an empty mask stays empty.
 
     >>> largest_component(np.array([1, 0, 1, 1, 0])).astype(int)
     array([0, 0, 1, 1, 0])
@@ -21,7 +21,7 @@ def largest_component(mask: NDArray) -> NDArray[np.bool_]:
 
 
 def largest_components(label: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Labels with only the largest connected part of each class left.
+    """Keep only the largest connected component of each class.
 
     >>> largest_components(np.array([2, 0, 1, 1, 0, 1, 2, 2], np.uint8)).tolist()
     [0, 0, 1, 1, 0, 0, 2, 2]

@@ -1,7 +1,7 @@
-"""New images from the files that people have: which files make one, and what the network takes of them.
+"""New images: grouping files into images, and preprocessing them for the network.
 
-A NIfTI file holds what a scanner made, so it is brought to what the network was trained on, as `rplib data` and the recipe
-`generic` do it, with the way back. An h5 file holds an image that is ready.
+NIfTI files are raw images: they are preprocessed as by `rplib data` or the recipe `generic`, and predictions are mapped
+back to their grid. h5 files hold preprocessed images.
 """
 
 import re
@@ -26,7 +26,7 @@ from rplib.reference.datasets.nifti import CHANNEL, NiftiFolder, open_nifti, rea
 from rplib.reference.datasets.nifti_writing import diagonal_affine
 
 _NIFTI, _H5 = (".nii.gz", ".nii"), (".h5", ".hdf5")
-# Those that turn, resample or crop; Left Atrium is z-scored as it lies, which reading does (`normalisation`).
+# Releases that are reoriented, resampled or cropped; Left Atrium is only z-scored, on reading (`normalisation`).
 _RELEASES: dict[str, Callable[[], Release]] = {
     "pancreas": PancreasRelease,
     "brats": BratsRelease,
@@ -36,32 +36,32 @@ _RELEASES: dict[str, Callable[[], Release]] = {
 class Input(NamedTuple):
     """One image to segment."""
 
-    name: str  # of the files that are written
-    files: tuple[Path, ...]  # one, or one a channel
+    name: str  # of the output files
+    files: tuple[Path, ...]  # one, or one per channel
 
 
 class Ready(NamedTuple):
-    """An image as the network takes it, and the way back to its file."""
+    """A preprocessed image, and the mapping back to the grid of its file."""
 
     image: NDArray[np.float32]  # (channels, *spatial)
     back: Callable[[NDArray], NDArray]  # from (*spatial) to the grid of the file
     affine: NDArray[np.float64]  # (4, 4), of that grid
     header: nibabel.Nifti1Header | None
-    placed: bool  # whether the file holds an affine
+    placed: bool  # whether the file has an affine
 
 
 def find_inputs(paths: Sequence[Path]) -> list[Input]:
-    """One entry a file, named after it.
+    """One image per file, named after it.
 
-    The files of the Left Atrium layout are all called alike: they are named after their folders.
+    Files of the Left Atrium layout all have the same name and are named after their folders.
 
     Raises:
-        UserError: no such file, a folder, or another kind of file.
+        UserError: no such file, a folder, or an unsupported file type.
     """
     inputs = []
     for path in paths:
         if path.is_dir():
-            raise UserError(f"{path} is a folder; give the images in it, for example {path / '*.nii.gz'}.")
+            raise UserError(f"{path} is a folder; name the images in it, for example {path / '*.nii.gz'}.")
         if not path.is_file():
             raise UserError(f"no file {path}.")
         suffix = next((s for s in (*_NIFTI, *_H5) if path.name.lower().endswith(s)), None)
@@ -75,10 +75,10 @@ def find_inputs(paths: Sequence[Path]) -> list[Input]:
 
 
 def group_channels(inputs: Sequence[Input], channels: int) -> list[Input]:
-    """Puts `<name>_0000`, `<name>_0001`, ... of one folder together, where the network takes several channels.
+    """Group `<name>_0000`, `<name>_0001`, ... of one folder, if the network has several input channels.
 
     Raises:
-        UserError: a channel is missing, or two images would be written to one file.
+        UserError: a channel is missing, or two images have the same output file.
     """
     grouped: dict[tuple[Path, str], list[Input]] = {}
     for item in inputs:
@@ -89,12 +89,12 @@ def group_channels(inputs: Sequence[Input], channels: int) -> list[Input]:
     for (_, name), items in grouped.items():
         numbers = sorted(re.sub(r".*_", "", item.name) for item in items if item.name != name)
         if numbers and numbers != expected:
-            raise UserError(f"the channels {', '.join(numbers)} of {name} were given; the network takes {', '.join(expected)}.")
+            raise UserError(f"the channels {', '.join(numbers)} of {name} were given; expected {', '.join(expected)}.")
         merged = [Input(name, tuple(sorted(path for item in items for path in item.files)))] if numbers else items
         for item in merged:
             if item.name in found:
                 raise UserError(
-                    f"{found[item.name].files[0]} and {item.files[0]} are both called {item.name}; segment them one by one, "
+                    f"{found[item.name].files[0]} and {item.files[0]} are both called {item.name}; segment them separately, "
                     "into different folders."
                 )
             found[item.name] = item
@@ -102,14 +102,14 @@ def group_channels(inputs: Sequence[Input], channels: int) -> list[Input]:
 
 
 def read(item: Input, config: Config, spacing: Sequence[float] | None = None, prepared: bool = False) -> Ready:
-    """An image as the network of these settings takes it.
+    """Read and preprocess an image for a network with these settings.
 
     Raises:
-        UserError: unreadable, of another shape or number of channels than the network takes, or the same value everywhere.
+        UserError: unreadable, constant, or with an unexpected shape or number of channels.
     """
     ready = _read(item, config, spacing, prepared)
     if ready.image.size == 0 or (ready.image == ready.image.flat[0]).all():
-        raise UserError(f"{item.files[0]} has the same value everywhere; there is nothing to segment.")
+        raise UserError(f"{item.files[0]} is constant; there is nothing to segment.")
     return ready
 
 
@@ -122,7 +122,7 @@ def _read(item: Input, config: Config, spacing: Sequence[float] | None, prepared
         how = "none" if prepared else usual
         image, affine = read_image(item.files, dims, config.in_channels, how, item.name)
         nifti = open_nifti(item.files[0])
-        # (X, Y, 1) is a usual shape of 2-D images; the label map gets it too.
+        # (X, Y, 1) is a common shape of 2-D images; the label map has it too.
         shape = (*image.shape[1:], 1) if dims == 2 and len(nifti.shape) > 2 and nifti.shape[2] == 1 else image.shape[1:]
         return Ready(image, lambda volume: volume.reshape(shape), affine, nifti.header, True)
     return _as_converted(item, _RELEASES[config.dataset]())
@@ -131,31 +131,31 @@ def _read(item: Input, config: Config, spacing: Sequence[float] | None, prepared
 def _from_h5(item: Input, config: Config, spacing: Sequence[float] | None) -> Ready:
     path, dims = item.files[0], len(config.patch)
     if len(item.files) > 1:
-        raise UserError(f"{path}: expected one h5 file with the channels as first axis of 'image', not a file a channel.")
+        raise UserError(f"{path}: expected one h5 file with the channels as first axis of 'image', not one file per channel.")
     arrays, affine, _ = read_h5(path)
     image = arrays["image"]
     image = image[None] if image.ndim == dims else image
     if image.ndim != dims + 1 or image.shape[0] != config.in_channels or image.size == 0:
         wanted = f"{dims} axes" if config.in_channels == 1 else f"the channels ({config.in_channels}) and {dims} axes"
-        raise UserError(f"{path}: 'image' has shape {arrays['image'].shape}; the network takes {wanted}.")
+        raise UserError(f"{path}: 'image' has shape {arrays['image'].shape}; expected {wanted}.")
     placed = affine is not None or spacing is not None
     affine = diagonal_affine(spacing) if affine is None else affine
     return Ready(checked_image(image, path), lambda volume: volume, affine, None, placed)
 
 
 def _as_converted(item: Input, release: Release) -> Ready:
-    """A raw image as `rplib data` converts one without a label (nothing is cut away around the organ)."""
+    """Preprocess a raw image as `rplib data` does for unlabelled cases (without cropping to the organ)."""
     (path,) = item.files
     nifti = open_nifti(path)
     stored = read_volume(path)
     ready = release.prepare(item.name, Source(path, None))
     assert ready.affine is not None
-    # Both affines are SimpleITK's reading of the header: indices of the file -> indices of the converted volume.
+    # Both affines come from SimpleITK; together they map file indices to indices of the converted volume.
     to_ready = np.linalg.inv(ready.affine) @ affine_of(stored)
     shape = tuple(stored.GetSize())
 
     def back(volume: NDArray) -> NDArray:
-        # A rim of background all round, and the nearest voxel: what lies outside the converted volume is background.
+        # Nearest neighbour, with a margin of background: voxels outside the converted volume are background.
         offset = to_ready[:3, 3] + 1
         on_file = ndimage.affine_transform(np.pad(volume, 1), to_ready[:3, :3], offset, shape, order=0, mode="nearest")
         return on_file.reshape(nifti.shape)

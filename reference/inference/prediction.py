@@ -1,4 +1,4 @@
-"""Segmentation of new images: from the files that people have to a label map on the same grid."""
+"""Segmentation of new images: from image files to label maps on the same grid."""
 
 import math
 import sys
@@ -28,12 +28,12 @@ EXISTING = ("refuse", "skip", "overwrite")
 
 
 class Done(NamedTuple):
-    """One image that was segmented."""
+    """The result for one image."""
 
     name: str
     path: Path  # the label map
     voxels: dict[int, int]  # class -> voxels, without background
-    voxel_ml: float | None  # volume of a voxel (2-D: None) where the voxel size is known
+    voxel_ml: float | None  # volume of a voxel; None in 2-D or if the voxel size is unknown
 
 
 def predict(
@@ -53,26 +53,26 @@ def predict(
     existing: str = "refuse",
     on_done: Callable[[Done], None] = lambda done: None,
 ) -> list[Done]:
-    """Segments images and writes `out`/<name>_prediction.nii.gz for each.
+    """Segment images and write `out`/<name>_prediction.nii.gz for each.
 
     Args:
         run: run folder of a training, or a checkpoint file.
         images: NIfTI or h5 files; with several channels one file each, or `<name>_0000`, `<name>_0001`, ... of a case.
         out: folder to write.
-        weights: ``"best"`` or ``"last"``; None takes best where it was written.
+        weights: ``"best"`` or ``"last"``; None uses best if it exists.
         output: ``"decoder 1"`` or ``"mean of both"``.
-        stride, batch: of the windows; None takes the run's settings.
-        spacing: voxel size in mm of h5 files that hold none.
-        prepared: NIfTI files, too, hold images that are ready: nothing is turned, resampled or normalised.
-        keep_largest: leave only the largest component of each class; the paper does not.
-        write_score: write `<name>_score.nii.gz` as well, the probability of not being background.
-        existing: what to do where a label map is there already: ``"refuse"`` (before anything is done), ``"skip"``,
+        stride, batch: of the windows; None uses the run's settings.
+        spacing: voxel size in mm of h5 files that lack it.
+        prepared: NIfTI files are preprocessed already; do not reorient, resample or normalise them.
+        keep_largest: keep only the largest component of each class; not in the paper.
+        write_score: also write `<name>_score.nii.gz`, the foreground probability.
+        existing: what to do if a label map exists: ``"refuse"`` (before anything is done), ``"skip"``,
             ``"overwrite"``.
         on_done: called after each image.
 
     Raises:
-        UserError: before anything is read: no such file, no network, two images of one name, impossible stride or device; at
-            the end, after all others: the images that could not be segmented.
+        UserError: before anything is read: missing files, no network, duplicate names, invalid stride or device; at the
+            end: the images that could not be segmented.
     """
     inputs = find_inputs(images)
     where = find_device(device)
@@ -102,9 +102,9 @@ def predict(
                 continue
             label = largest_components(found.label) if keep_largest else found.label
             label = ready.back(label)
-            told = f"rplib {rplib.__version__}: {config.title}, {config.protocol}, {output}"
-            save = partial(write_nifti, affine=ready.affine, millimetres=ready.placed, header=ready.header, description=told)
-            if write_score:  # first: a label map that is there says that all of its case is
+            origin = f"rplib {rplib.__version__}: {config.title}, {config.protocol}, {output}"
+            save = partial(write_nifti, affine=ready.affine, millimetres=ready.placed, header=ready.header, description=origin)
+            if write_score:  # first, so that an existing label map implies a complete case
                 score = ready.back(found.score).astype(np.float32)
                 save(out / f"{item.name}_score.nii.gz", score)
             save(paths[item.name], label)
@@ -115,7 +115,7 @@ def predict(
         raise UserError(failed[0][1])
     if failed:
         names = ", ".join(item.name for item, _ in failed)
-        raise UserError(f"{len(failed)} of {len(inputs)} images were not segmented, for the reasons above: {names}.")
+        raise UserError(f"{len(failed)} of {len(inputs)} images were not segmented; see above for the reasons: {names}.")
     return done
 
 
@@ -132,7 +132,7 @@ def _segment(
         windows = batch or config.window_batch
         return segment_outputs(network, image, config.patch, stride, windows, where, (output,))[output]
     except torch.OutOfMemoryError as error:
-        raise UserError(f"{where} ran out of memory; lower --batch (now {windows}), or take --device cpu.") from error
+        raise UserError(f"{where} ran out of memory; lower --batch (now {windows}), or use --device cpu.") from error
 
 
 def _without_existing(inputs: Sequence[Input], paths: dict[str, Path], existing: str) -> list[Input]:
@@ -141,11 +141,11 @@ def _without_existing(inputs: Sequence[Input], paths: dict[str, Path], existing:
         return list(inputs)
     if existing == "refuse":
         raise UserError(
-            f"{paths[there[0].name]} exists already ({len(there)} such files); choose another --out, or say "
+            f"{paths[there[0].name]} exists already ({len(there)} such files); choose another --out, or set "
             "--existing skip or --existing overwrite."
         )
     names = ", ".join(item.name for item in there)
-    print(f"skipped, for their label maps exist: {names}", file=sys.stderr)
+    print(f"skipped, label maps exist: {names}", file=sys.stderr)
     return [item for item in inputs if item not in there]
 
 
@@ -168,14 +168,14 @@ def _millilitres(ready: Ready) -> float | None:
 
 
 def summary(done: Done) -> str:
-    """One line on one image.
+    """One line per image.
 
     >>> summary(Done("a", Path("out/a_prediction.nii.gz"), {1: 24000}, 0.001))
     'a: 24,000 voxels (24.0 ml); out/a_prediction.nii.gz'
     """
-    told = []
+    parts = []
     for klass, voxels in done.voxels.items():
         ml = f" ({voxels * done.voxel_ml:.1f} ml)" if done.voxel_ml is not None and math.isfinite(done.voxel_ml) else ""
-        told.append(f"{f'class {klass} ' if len(done.voxels) > 1 else ''}{voxels:,} voxels{ml}")
-    found = ", ".join(told) if any(done.voxels.values()) else "nothing found: background everywhere"
+        parts.append(f"{f'class {klass} ' if len(done.voxels) > 1 else ''}{voxels:,} voxels{ml}")
+    found = ", ".join(parts) if any(done.voxels.values()) else "nothing found, all background"
     return f"{done.name}: {found}; {done.path}"

@@ -1,4 +1,4 @@
-"""How far the windows of one image are: a bar with rate and time left, for images that take minutes."""
+"""A progress bar over the windows of one image, for images that take minutes."""
 
 import contextlib
 import math
@@ -14,9 +14,9 @@ from rplib.reference.progress import Progress
 def window_bar(
     network: nn.Module, shape: Sequence[int], patch: Sequence[int], stride: Sequence[int], what: str
 ) -> Iterator[None]:
-    """Shows a bar while `network` sees the windows of an image of this shape."""
+    """Show a bar while `network` processes the windows of an image of this shape."""
     with Progress(total=count_windows(shape, patch, stride), desc=what, unit="window", leave=False, mininterval=0.5) as bar:
-        # The encoder sees every window once, whether one decoder follows or both.
+        # The encoder processes every window once, with one decoder or both.
         part = network.encoder if isinstance(network, MutualVNet) else network
         hook = part.register_forward_hook(lambda _, windows, __: bar.update(len(windows[0])))
         try:
@@ -26,7 +26,7 @@ def window_bar(
 
 
 def count_windows(shape: Sequence[int], patch: Sequence[int], stride: Sequence[int]) -> int:
-    """Windows of an image: along each axis as many as reach its end.
+    """Number of windows that cover an image.
 
     >>> count_windows((112, 100, 40), (96, 96, 80), (16, 16, 80))
     4

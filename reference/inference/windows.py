@@ -1,7 +1,7 @@
-"""Segmentation of whole images by overlapping windows, as in the paper's evaluation.
+"""Sliding-window segmentation of whole images, as in the paper's evaluation.
 
-MONAI cuts the windows and averages them; this module fixes its settings to the paper's windows, turns logits into
-probabilities window by window, and takes the paper's decision.
+MONAI extracts and averages the windows; this module sets the paper's window positions, converts logits to probabilities
+per window, and applies the paper's decision rule.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ LAST_WEIGHTS = "decoder 1, last weights"  # beside averaged ones
 
 
 class Segmentation(NamedTuple):
-    """What one output of the network says about one image."""
+    """The segmentation of one image by one output of the network."""
 
     label: NDArray[np.uint8]  # (*spatial): class of every voxel
-    score: NDArray[np.float32]  # (*spatial): probability of not being background, averaged over the windows
+    score: NDArray[np.float32]  # (*spatial): foreground probability, averaged over the windows
 
 
 def segment(
@@ -38,24 +38,24 @@ def segment(
     device: str | torch.device = "cpu",
     output: str = DECODER_1,
 ) -> Segmentation:
-    """Segments one image with one output of a two-decoder network.
+    """Segment one image with one output of a two-decoder network.
 
     Args:
         network: in eval mode; maps (N, channels, *patch) to a pair (logits, features), a list of two tensors each.
         image: (*spatial) or (channels, *spatial), normalised as in training. Axes shorter than the patch are padded
             with zeros on both sides (the odd voxel behind) and the result is cropped back.
         patch: voxels of a window per axis.
-        stride: voxels between windows per axis; the last window is moved back to end with the image.
-        batch: windows per forward pass; changes time and memory, not the result (up to rounding).
+        stride: voxels between windows per axis; the last window is shifted to end with the image.
+        batch: windows per forward pass; affects time and memory, not the result (up to rounding).
         device: where the windows are computed and the averages are summed.
-        output: ``"decoder 1"``, the network that the paper reports, or ``"mean of both"`` decoders' probabilities.
+        output: ``"decoder 1"``, as reported in the paper, or ``"mean of both"`` decoders' probabilities.
 
     Returns:
         (label, score): ``label`` (*spatial) uint8 is 1 where the mean foreground probability is above 0.5, with more
         than two classes the class of the largest mean probability; ``score`` (*spatial) float32 is 1 - p(background).
 
     Raises:
-        UserError: a stride below 1 or above the patch, axes that do not match.
+        UserError: a stride below 1 or above the patch, or mismatched axes.
 
     Source: Su et al. 2024, doi 10.1016/j.media.2024.103111, evaluation of the authors' code.
     """
@@ -73,7 +73,7 @@ def segment_outputs(
     outputs: Sequence[str] = OUTPUTS,
 ) -> dict[str, Segmentation]:
     """As `segment`, for several outputs from the same forward passes; the network must be on `device`."""
-    # Float32 is float32, and no algorithm hangs on a race: windows in batches give the labels of windows one by one.
+    # Full float32 and deterministic algorithms: batched windows give the same labels as single windows.
     with numerics(torch.device(device), search=False):
         averages = _averages(network, image, patch, stride, batch, device, outputs)
     decided = {output: _decide(average) for output, average in averages.items()}
@@ -90,11 +90,11 @@ def labels(
     device: str | torch.device,
     autocast_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """What decoder 1 decides, (*spatial) uint8, left on the device; nothing waits for it.
+    """Labels of decoder 1, (*spatial) uint8, on the device; does not synchronise it.
 
     Args:
-        autocast_dtype: of the network under autocast; probabilities are averaged in float32. None: that of the weights,
-            with TensorFloat-32 or without as PyTorch is set.
+        autocast_dtype: autocast dtype of the network; probabilities are averaged in float32. None: that of the weights,
+            with TensorFloat-32 as set in PyTorch.
     """
     averages = _averages(network, image, patch, stride, batch, device, (DECODER_1,), autocast_dtype)
     return _decide(averages[DECODER_1])[0]
@@ -111,7 +111,7 @@ def _averages(
     autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Each output's probabilities (C, *spatial), averaged over the windows, on the device."""
-    from monai.inferers import sliding_window_inference  # seconds of import, which a training without validation saves
+    from monai.inferers import sliding_window_inference  # slow import, not needed for training without validation
 
     patch = tuple(int(size) for size in patch)
     overlap = window_overlap(patch, stride)
@@ -123,9 +123,9 @@ def _averages(
     if volume.ndim == len(patch):
         volume = volume[None]
     if volume.ndim != len(patch) + 1:
-        raise UserError(f"the image has shape {tuple(image.shape)}, the patch {patch}; give the patch one size per axis.")
+        raise UserError(f"the image has shape {tuple(image.shape)}, the patch {patch}; the patch needs one size per axis.")
     volume = volume[None].to(device, next(network.parameters()).dtype)  # (1, channels, *spatial)
-    # Decoder 2 costs as much as decoder 1: it runs only where it is asked for.
+    # Decoder 2 costs as much as decoder 1, so it runs only if needed.
     alone = network.first_logits if isinstance(network, MutualVNet) and MEAN not in outputs else None
 
     def probabilities(windows: Tensor) -> tuple[Tensor, ...]:
@@ -140,23 +140,23 @@ def _averages(
     averages = sliding_window_inference(
         volume, roi_size=patch, sw_batch_size=batch, predictor=probabilities, overlap=overlap, mode="constant", cval=0.0
     )
-    if isinstance(averages, Tensor):  # MONAI hands a single output back bare
+    if isinstance(averages, Tensor):  # MONAI returns a single output without a tuple
         averages = (averages,)
     return {output: average[0] for output, average in zip(outputs, averages, strict=True)}
 
 
 def window_overlap(patch: Sequence[int], stride: Sequence[int]) -> tuple[float, ...]:
-    """The share of a window that makes MONAI step by exactly `stride` voxels.
+    """The overlap for which MONAI steps by exactly `stride` voxels.
 
-    MONAI takes int(patch * (1 - overlap)) as the step; the half voxel keeps rounding from losing one.
+    MONAI steps by int(patch * (1 - overlap)); the half voxel guards against rounding.
 
     >>> [int(96 * (1 - share)) for share in window_overlap((96, 96), (16, 96))]
     [16, 96]
     """
     patch, stride = tuple(patch), tuple(stride)
     if len(patch) != len(stride) or not all(1 <= step <= size for step, size in zip(stride, patch, strict=True)):
-        raise UserError(f"the stride {stride} does not fit the patch {patch}; give each axis 1 up to the patch's size.")
-    # At stride = patch the half voxel would ask for a negative overlap, and none is needed.
+        raise UserError(f"the stride {stride} does not fit the patch {patch}; each axis needs 1 up to the patch size.")
+    # At stride = patch, the half voxel would give a negative overlap, and is not needed.
     return tuple(max(0.0, 1 - (step + 0.5) / size) for size, step in zip(patch, stride, strict=True))
 
 
@@ -164,7 +164,7 @@ def _decide(probability: Tensor) -> tuple[Tensor, Tensor]:
     """Class (uint8) and foreground score from averaged probabilities (C, *spatial)."""
     classes = probability.shape[0]
     if classes == 2:
-        # The foreground itself, not 1 - background: it is what the paper's threshold looks at.
+        # The foreground itself, not 1 - background, as in the paper's threshold.
         score = probability[1]
         label = score > 0.5
     else:

@@ -1,1 +1,1 @@
-"""What runs and evaluations leave for people: run log, curves, tables, pictures, the HTML page."""
+"""Reports on runs and evaluations: run log, curves, tables, pictures, the HTML page."""

@@ -1,4 +1,4 @@
-"""The losses and the validation Dice of a training over its iterations, as a picture."""
+"""Training curves: losses and validation Dice over the iterations."""
 
 import io
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from rplib.reference.files import write_atomically
 from rplib.reference.reporting.run_log import METRICS_FILE, LogRow, read_metrics
 
 CURVES = "curves.png"
-_POINTS = 60  # of a curve: losses of crops scatter, so that neighbours are averaged, and their range is drawn as a band
-_LINE, _WEIGHT = "#2E86C1", "#159A6C"  # to be read on white and on black
-_INK = "#010203"  # stands for the colour of the page's text
+_POINTS = 60  # points per curve; losses are noisy, so each point averages a range, whose spread is drawn as a band
+_LINE, _WEIGHT = "#2E86C1", "#159A6C"  # legible on white and on black
+_INK = "#010203"  # placeholder for the page's text colour
 
 
 def write_curves(run: Path) -> None:
@@ -28,16 +28,16 @@ def write_curves(run: Path) -> None:
 
 
 def curves_png(rows: Sequence[LogRow], config: Config) -> bytes:
-    """On white, for curves.png."""
+    """On a white background, for curves.png."""
     content = io.BytesIO()
     _figure(rows, config, "black").savefig(content, format="png", dpi=110, facecolor="white")
     return content.getvalue()
 
 
 def curves_svg(rows: Sequence[LogRow], config: Config) -> str:
-    """Without background and in the colour of the text around it, to be put into a page."""
+    """With a transparent background and the page's text colour, for the HTML page."""
     content = io.StringIO()
-    # The salt makes the same picture the same text.
+    # A fixed salt makes the output reproducible.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rplib", "font.family": "sans-serif"}):
         figure = _figure(rows, config, _INK)
         figure.savefig(content, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -55,7 +55,7 @@ def _figure(rows: Sequence[LogRow], config: Config, ink: str) -> Figure:
     weight.plot([row.iteration for row in rows], [row.consistency_weight for row in rows], color=_WEIGHT, linewidth=1.2)
     weight.set_ylabel("weight of the mutual loss", color=_WEIGHT)
     weight.set_ylim(0, max(1e-9, *(1.05 * row.consistency_weight for row in rows)) if rows else None)
-    for side in ("left", "bottom"):  # the loss's own axis has them
+    for side in ("left", "bottom"):  # already drawn by the other axis
         weight.spines[side].set_visible(False)
     axes[0, 0].legend(frameon=False, labelcolor=ink, fontsize=9)
     drawn = [*axes[0], weight]
@@ -89,7 +89,7 @@ def _validation(axis: Any, validated: Sequence[tuple[int, float]], config: Confi
     if config.protocol == "paper":
         where = f"the {LAYOUTS[config.dataset].paper_split.upper()} list"
     axis.plot(*zip(*validated, strict=True), color=_LINE, marker="o", markersize=3, linewidth=1.2)
-    best = max(validated, key=lambda point: point[1])  # the first of equals, as the training keeps it
+    best = max(validated, key=lambda point: point[1])  # the first of equals, as in training
     axis.plot(*best, color=_WEIGHT, marker="o", markersize=7, fillstyle="none", linestyle="none", markeredgewidth=1.6)
     axis.set(title=f"Dice of decoder 1 on {where}; best {100 * best[1]:.2f} % at {best[0]:,}", xlabel="iteration")
 
@@ -99,7 +99,7 @@ def _width(iterations: int) -> int:
 
 
 def binned(iterations: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float], list[float], list[float]]:
-    """(iteration, mean, lowest, highest) of equally wide ranges; what is not finite is left out.
+    """(iteration, mean, minimum, maximum) over equal ranges; non-finite values are skipped.
 
     >>> binned([1, 2], [3.0, 4.0])
     ([1.0, 2.0], [3.0, 4.0], [3.0, 4.0], [3.0, 4.0])

@@ -1,4 +1,4 @@
-"""The parts that the page is put together from: style, tables, figures, colour keys. All text is escaped here."""
+"""Building blocks of the HTML page: style, tables, figures, colour keys. All text is escaped here."""
 
 import base64
 from collections.abc import Iterable, Sequence
@@ -41,14 +41,14 @@ figcaption { font-size: .82rem; color: var(--soft); }
 
 
 def planes(panels: Sequence[Panel], what: str) -> str:
-    """Slices as figures of a grid."""
+    """Slices as figures in a grid."""
     figures = []
     for panel in panels:
         data = base64.b64encode(panel_png(panel)).decode()
-        told = f"{what}, {panel.title}" if panel.title else what
+        alt = f"{what}, {panel.title}" if panel.title else what
         caption = escape(", ".join(part for part in (what.rpartition(", ")[2], panel.title) if part))
         figures.append(
-            f'<figure><img alt="{escape(told)}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+            f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
         )
     return "".join(figures)
 
@@ -61,7 +61,7 @@ def table(
     bars: int | None = None,
     changed: Sequence[int] = (),
 ) -> str:
-    """A table; `kind` "text": words, not numbers; `bars`: the column of percentages that get a bar; `changed`: rows in bold."""
+    """A table; `kind` "text": text, not numbers; `bars`: index of the percentage column with bars; `changed`: rows in bold."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in heads)
     lines = []
     for number, row in enumerate(rows):
@@ -76,12 +76,12 @@ def table(
 
 
 def line(colour: str, text: str) -> str:
-    """What the outlines of a colour are."""
+    """Legend entry of an outline colour."""
     return f'<span><i style="background: {colour}"></i>{escape(text)}</span>'
 
 
 def scale_key(scale: Scale) -> str:
-    """What the colours of a map mean."""
+    """Legend entry of a map's colours."""
     data = base64.b64encode(scale_png(scale)).decode()
     low, high = (escape(end) for end in scale.ends)
     bar = f'<img alt="colours from low to high" src="data:image/png;base64,{data}">'

@@ -1,4 +1,4 @@
-"""One HTML page that holds an evaluation and its training: a single file, without scripts, that loads nothing."""
+"""The HTML report of an evaluation and its training: one self-contained file without scripts."""
 
 import dataclasses
 import math
@@ -27,8 +27,8 @@ def page(report: Report, pictures: int = 6) -> str:
     """The whole page.
 
     Args:
-        report: with or without reliability maps.
-        pictures: how many of the worst cases to show.
+        report: the evaluation, with or without reliability maps.
+        pictures: number of worst cases to show.
     """
     config = report.config
     title = f"{config.title}: {len(report.predictions)} {report.split} cases"
@@ -69,7 +69,7 @@ def _protocol(report: Report) -> str:
     loud = "TEST LIST" in first
     text = f'<p class="{"loud" if loud else ""}">{escape(first)}</p>'
     if loud:
-        text += "<p>Such scores are optimistic: compare them only with scores whose weights were chosen in the same way.</p>"
+        text += "<p>Such scores are optimistic: compare them only with scores selected in the same way.</p>"
     return text
 
 
@@ -87,12 +87,12 @@ def _results(report: Report) -> str:
     means = table(
         ["method", *(TITLES[m] for m in shown_metrics(report))],
         rows,
-        "mean \u00b1 standard deviation over the cases (n: cases without a distance, left out of the mean)",
+        "mean \u00b1 standard deviation over the cases (missing: cases without a distance, excluded from the mean)",
     )
     notes = "".join(f"<p>{escape(note)}</p>" for note in report.notes[1:])
     explained = (
-        "<p>95HD pools the surface distances of both directions, ASD goes from the prediction to the truth. "
-        f"{DECODER_1} is the reported network.</p>"
+        "<p>95HD pools the surface distances of both directions, ASD is measured from the prediction to the truth. "
+        f"{DECODER_1} is the reported output.</p>"
     )
     return f'<ul class="figures" aria-label="{DECODER_1}">{figures}</ul>{means}{explained}{notes}'
 
@@ -117,7 +117,7 @@ def _pictures(report: Report, number: int) -> str:
     if not names:
         return ""
     text = f'<div class="key">{line(TRUTH, "truth")}{line(PREDICTION, "prediction")}</div>'
-    return text + "".join(_case(report, report.dataset.load(name)) for name in names)
+    return text + "".join(_case(report, report.case(name)) for name in names)
 
 
 def _case(report: Report, case: Case) -> str:
@@ -125,7 +125,7 @@ def _case(report: Report, case: Case) -> str:
     panels = case_panels(report, case)
     rows = planes(panels, f"{case.name}, truth and prediction")
     return (
-        f'<article class="case"><h3 class="mono">{escape(case.name)}</h3><p class="soft">{escape(_told(scores))}</p>'
+        f'<article class="case"><h3 class="mono">{escape(case.name)}</h3><p class="soft">{escape(_scores_text(scores))}</p>'
         f'<div class="planes" style="--planes: {PLANES}">{rows}</div></article>'
     )
 
@@ -134,22 +134,22 @@ def _reliability(report: Report) -> str:
     if not report.maps:
         return ""
     config, (which, how) = report.config, scales(report)
-    used = "The training asks both questions."
+    used = "This training used both."
     if config.labelled_only or config.consistency == 0:
-        used = "This training learnt from labels alone: it asked neither question."
+        used = "This training was labelled-only: it used neither."
     elif None in (config.loss_keywords["confidence"], config.loss_keywords["weighting"]):
-        used = f"This training (method {config.method}) did not ask both."
+        used = f"This training (method {config.method}) did not use both."
     stride = map_stride(config, report.stride)
     text = (
-        "<p>Two questions at every voxel. Which: the decoder that is more confident teaches the other. How: its pseudo-label "
-        f"counts as much as the voxel's feature looks like its class. {escape(used)} The maps are means over windows of "
+        "<p>Two maps per case. Which: the more confident decoder is the teacher. How: its pseudo-label is weighted by the "
+        f"similarity of the voxel's feature to the class prototype. {escape(used)} The maps are means over windows of "
         f"{_times(config.patch)} voxels with stride {_times(stride)}, each window a sample as in training, without dropout.</p>"
-        f'<div class="key">{line(TRUTH_ON_MAP, "truth")}{line(TAUGHT, "pseudo-label that is taught")}'
+        f'<div class="key">{line(TRUTH_ON_MAP, "truth")}{line(TAUGHT, "pseudo-label")}'
         f"{scale_key(which)}{scale_key(how)}</div>"
     )
     verdicts = report.verdicts()
     for name, found in verdicts.items():
-        both = map_panels(report, report.dataset.load(name))
+        both = map_panels(report, report.case(name))
         rows = "".join(planes(panels, f"{name}, {word}") for word, panels in zip(("which", "how"), both, strict=True))
         text += (
             f'<article class="case"><h3 class="mono">{escape(name)}</h3><p class="soft">{escape(_judged(found))}</p>'
@@ -192,13 +192,13 @@ def _settings(config: Config) -> str:
     for f in dataclasses.fields(config):
         usual = _shown_value(getattr(known, f.name)) if f.name in changed else ""
         rows.append([f.name, _shown_value(getattr(config, f.name)), usual, f.metadata["comment"]])
-    told = f"{len(changed)} settings differ from {base} (bold)." if changed else f"All settings are those of {base}."
+    summary = f"{len(changed)} settings differ from {base} (bold)." if changed else f"All settings are those of {base}."
     marked = [index for index, row in enumerate(rows) if row[0] in changed]
     heads = ["setting", "value", "recipe" if "recipe" in base else "paper", "meaning"]
-    return f"<p>{escape(told)}</p>{table(heads, rows, kind='text', changed=marked)}"
+    return f"<p>{escape(summary)}</p>{table(heads, rows, kind='text', changed=marked)}"
 
 
-def _told(scores: dict[int, Scores]) -> str:
+def _scores_text(scores: dict[int, Scores]) -> str:
     if len(scores) > 1:
         return "Dice " + ", ".join(f"class {klass}: {shown(s.dice, 'dice')} %" for klass, s in scores.items())
     (s,) = scores.values()
@@ -212,9 +212,9 @@ def _told(scores: dict[int, Scores]) -> str:
 
 def _judged(found: Verdict) -> str:
     return (
-        f"Dice of the taught pseudo-label {shown(found.taught_dice, 'dice')} %. Which: the decoders differ at "
-        f"{found.disagreement:,} voxels; there the taught label is right in {percent(found.right_there)}. How: mean weight "
-        f"of right pseudo-labels {weight(found.weight_right)}, of wrong ones {weight(found.weight_wrong)} "
+        f"Dice of the pseudo-label {shown(found.taught_dice, 'dice')} %. Which: the decoders differ at "
+        f"{found.disagreement:,} voxels; there the pseudo-label is correct in {percent(found.right_there)}. How: mean weight "
+        f"of correct pseudo-labels {weight(found.weight_right)}, of wrong ones {weight(found.weight_wrong)} "
         "(where truth or pseudo-label is foreground)."
     )
 

@@ -1,4 +1,4 @@
-"""Picture sheets: slices of an image with the outlines of masks drawn on them, and maps laid over them."""
+"""Picture sheets: image slices with outlines of masks and overlaid maps."""
 
 import io
 import textwrap
@@ -14,17 +14,18 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 AXES = ("x", "y", "z")
-TRUTH, PREDICTION, OTHER = "#56B4E9", "#E69F00", "#CC79A7"  # of Okabe and Ito: told apart by the colour-blind too
+TRUTH, PREDICTION, OTHER = "#56B4E9", "#E69F00", "#CC79A7"  # Okabe-Ito palette, distinguishable with colour blindness
 _ROW, _COLUMN, _BESIDE = 2.5, 2.9, 1.9  # inches: a panel's height and width, the text beside the panels
 _BAR = 2.3  # inches of a colour bar
-_SCREEN = 100  # dots per inch, where lines have their width in points
+_BAR_TITLE, _BAR_LABELS = 0.15, 0.2  # inches above and below the bars, clear of the sheet's and the panels' titles
+_SCREEN = 100  # dots per inch, for line widths in points
 _LEAST_WIDTH = 9.0  # inches, for the title
 _TEXT = 9
 _OVERLAY = 0.6  # opacity of a map
 
 
 class Outline(NamedTuple):
-    """A mask to draw around, its colour, and its line width in points (a wide one shows under a narrow one)."""
+    """A mask to outline, its colour, and line width in points (wide lines show under narrow ones)."""
 
     mask: NDArray  # (X, Y, Z) or (X, Y), nonzero is inside
     colour: str
@@ -32,14 +33,14 @@ class Outline(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """How a map is coloured."""
+    """The colour scale of a map."""
 
-    colours: str  # a colour map of matplotlib
+    colours: str  # a matplotlib colormap
     low: float
     high: float
-    title: str  # what the colours mean
-    ends: tuple[str, str]  # in words
-    fades: bool = False  # the higher the value, the less the map covers the image
+    title: str  # meaning of the colours
+    ends: tuple[str, str]  # labels of the ends
+    fades: bool = False  # higher values are more transparent
 
     def rgba(self, values: NDArray) -> NDArray[np.float64]:
         """Colours with opacity, (..., 4); NaN is transparent."""
@@ -51,32 +52,32 @@ class Scale(NamedTuple):
 
 
 class Overlay(NamedTuple):
-    """A map over an image; where it is NaN the image is bare."""
+    """A map over an image; transparent where NaN."""
 
     values: NDArray[np.float32]  # (X, Y, Z) or (X, Y)
     scale: Scale
 
 
 class Panel(NamedTuple):
-    """One slice: an image, masks to outline, where to cut, and what to write above it."""
+    """One slice: an image, masks to outline, the slice position, and a title."""
 
     image: NDArray[np.float32]  # (X, Y, Z) or (X, Y)
     outlines: Sequence[Outline]
-    axis: int  # 2 for a 2-D image, which is shown whole
+    axis: int  # 2 for a 2-D image, which is shown in full
     position: int
     title: str = ""
-    spacing: Sequence[float] | None = None  # edge lengths of a voxel, for the proportions; None takes the sheet's
+    spacing: Sequence[float] | None = None  # edge lengths of a voxel, for the aspect ratio; None uses the sheet's
     overlay: Overlay | None = None
 
 
 def truth_and_prediction(truth: NDArray | None, prediction: NDArray) -> list[Outline]:
-    """The truth wide and below, the prediction narrow and above: both show where they agree."""
+    """A wide line for the truth under a narrow one for the prediction, so that both show where they agree."""
     outlines = [] if truth is None else [Outline(truth, TRUTH, 2.8)]
     return [*outlines, Outline(prediction, PREDICTION)]
 
 
 def largest_slice(mask: NDArray, axis: int) -> int:
-    """The slice across `axis` with the largest part of the mask in it; the middle one for an empty mask.
+    """Index of the slice across `axis` with the most mask voxels; the middle one for an empty mask.
 
     >>> mask = np.zeros((4, 4, 4)); mask[1:3, 1:3, 3] = 1
     >>> largest_slice(mask, 2), largest_slice(np.zeros((4, 4, 4)), 2)
@@ -89,9 +90,9 @@ def largest_slice(mask: NDArray, axis: int) -> int:
 def three_planes(
     image: NDArray[np.float32], truth: NDArray | None, prediction: NDArray, names: Sequence[str] = AXES
 ) -> list[Panel]:
-    """Across the last axis first (x, y, z: axial), each cut where the truth (without one, the prediction) is largest.
+    """Slices across each axis, the last one first (x, y, z: axial), where the truth (or else the prediction) is largest.
 
-    A 2-D image is one panel. Of several classes the outline of all together is drawn.
+    A 2-D image is one panel. Several classes get one joint outline.
     """
     if image.ndim == 2:
         return [Panel(image, truth_and_prediction(truth, prediction), 2, 0)]
@@ -116,11 +117,11 @@ def write_sheet(
 
     Args:
         path: file to write.
-        rows: for each row what to write beside it (a few short lines) and its panels, equally many in every row.
-        title: above the sheet; may have several lines.
-        legend: what each line colour means, {text: colour}.
-        spacing: edge lengths of a voxel, for the panels' proportions; None takes cubes.
-        scales: of the panels' overlays, each told by a bar beside the legend.
+        rows: text (a few short lines) and panels of each row; all rows have the same number of panels.
+        title: may have several lines.
+        legend: {text: colour} of the outlines.
+        spacing: edge lengths of a voxel, for the aspect ratio; None is isotropic.
+        scales: of the overlays, each with a colour bar beside the legend.
 
     Raises:
         ValueError: no row.
@@ -130,7 +131,8 @@ def write_sheet(
     columns = max(len(panels) for _, panels in rows)
     width = max(_BESIDE + _COLUMN * columns, _LEAST_WIDTH)
     lines = [part for line in title.split("\n") for part in textwrap.wrap(line, int(12.5 * width))]
-    head = 0.45 + 0.2 * len(lines)  # inches for title and legend
+    legend_end = 0.45 + 0.2 * len(lines) + (_BAR_TITLE if scales else 0.0)  # inches for title and legend
+    head = legend_end + (_BAR_LABELS if scales else 0.0)
     height = head + _ROW * len(rows)
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
@@ -156,7 +158,7 @@ def write_sheet(
     figure.legend(
         handles=handles,
         loc="upper left",
-        bbox_to_anchor=(0.0, 1 - (head - 0.42) / height),
+        bbox_to_anchor=(0.0, 1 - (legend_end - 0.42) / height),
         ncols=len(handles),
         frameon=False,
         fontsize=_TEXT,
@@ -165,13 +167,13 @@ def write_sheet(
     for place, scale in enumerate(scales):
         beside_legend = 0.2 + sum(0.6 + 0.075 * len(text) for text in legend)
         left = (beside_legend + (_BAR + 0.4) * place) / width
-        box = figure.add_axes((left, 1 - (head - 0.16) / height, _BAR / width, 0.1 / height))
+        box = figure.add_axes((left, 1 - (legend_end - 0.16) / height, _BAR / width, 0.1 / height))
         draw_scale(box, scale)
     figure.savefig(path, pil_kwargs={"optimize": True})
 
 
 def panel_png(panel: Panel, zoom: float = 2.0) -> bytes:
-    """One slice without any text, as PNG; `zoom` screen dots for the smallest edge of a voxel."""
+    """One slice without text, as PNG, with `zoom` pixels for the smallest voxel edge."""
     across, up = _edges(panel, None)
     width, height = _cut(panel.image, panel).shape
     scale = zoom / min(across, up)
@@ -183,7 +185,7 @@ def panel_png(panel: Panel, zoom: float = 2.0) -> bytes:
 
 
 def draw_scale(axes: Any, scale: Scale) -> None:
-    """The colours of a map over grey, low to high, with what they mean."""
+    """A labelled colour bar of a map over grey, low to high."""
     _colours(axes, scale)
     axes.set(xticks=[-0.5, 255.5], yticks=[])
     axes.set_xticklabels(scale.ends, fontsize=_TEXT - 2)
@@ -195,7 +197,7 @@ def draw_scale(axes: Any, scale: Scale) -> None:
 
 
 def scale_png(scale: Scale) -> bytes:
-    """The same colours alone."""
+    """The colour bar without labels."""
     figure = Figure(figsize=(2.4, 0.12), dpi=_SCREEN)
     FigureCanvasAgg(figure)
     _colours(figure.add_axes((0, 0, 1, 1)), scale)
@@ -220,7 +222,7 @@ def _cut(volume: NDArray, panel: Panel) -> NDArray:
 
 
 def _edges(panel: Panel, spacing: Sequence[float] | None) -> tuple[float, float]:
-    """Edge lengths of a voxel to the right and upwards: the slice is shown with its first axis to the right."""
+    """Horizontal and vertical edge lengths of a voxel; slices are shown with the first axis to the right."""
     spacing = panel.spacing if panel.spacing is not None else spacing
     across, up = (a for a in range(3) if a != panel.axis)
     return (spacing[across], spacing[up]) if spacing is not None else (1.0, 1.0)
@@ -247,7 +249,7 @@ def _draw(axes: Any, panel: Panel, spacing: Sequence[float] | None) -> None:
     for outline in panel.outlines:
         mask = _cut(outline.mask, panel).T != 0
         if mask.any():
-            # One voxel of margin: a mask that reaches the image's border is closed there.
+            # Pad by one voxel, so that outlines are closed at the image's border.
             edge = np.pad(mask.astype(float), 1)
             ticks = [np.arange(-1, n + 1) for n in reversed(mask.shape)]
             axes.contour(*ticks, edge, levels=[0.5], colors=[outline.colour], linewidths=[outline.width])

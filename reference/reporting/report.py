@@ -1,4 +1,4 @@
-"""What an evaluation leaves: tables on screen and on disk, NIfTI volumes, pictures, and the page with all of it."""
+"""Outputs of an evaluation: tables, NIfTI volumes, pictures, and the HTML report."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +20,8 @@ RELIABILITY, MAPS, PAGE = "reliability.csv", "reliability.png", "report.html"
 
 
 def write(report: Report, out: Path, pictures: int = 6) -> None:
-    """Prints the tables and writes them into `out` (scores.csv, summary.csv, report.txt), with the picture sheet of the
-    worst cases, their reliability maps where the report has them, and the page that holds all of it (report.html)."""
+    """Print the tables and write them to `out` (scores.csv, summary.csv, report.txt), with pictures of the worst cases,
+    their reliability maps if the report has them, and the HTML report (report.html)."""
     out.mkdir(parents=True, exist_ok=True)
     text = render(report, per_case=True)
     files = {SCORES: scores_csv(report), SUMMARY: summary_csv(report), TEXT: text, PAGE: page(report, pictures)}
@@ -38,7 +38,7 @@ def write(report: Report, out: Path, pictures: int = 6) -> None:
 
 
 def nifti_writer(folder: Path, spacing: Sequence[float] | None, everything: bool = False) -> OnCase:
-    """For `evaluate(on_case=...)`: writes `<case>_prediction.nii.gz`, with `everything` image, truth and score too."""
+    """For `evaluate(on_case=...)`: writes `<case>_prediction.nii.gz`; with `everything`, also image, truth and score."""
 
     def write(case: Case, found: dict[str, Segmentation]) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -29,8 +29,8 @@ class LogRow(NamedTuple):
         total, dice, mutual: the loss terms of `rplib.MutualObjective`; dice is the sum over both decoders.
         consistency_weight: factor of `mutual` in `total`.
         learning_rate: of this step.
-        seconds: wall time per iteration, averaged since the last look at the losses.
-        validation_dice: mean decoder-1 Dice, where a validation followed this iteration.
+        seconds: wall time per iteration, averaged since the last logged losses.
+        validation_dice: mean decoder-1 Dice, if a validation followed this iteration.
     """
 
     iteration: int
@@ -48,7 +48,7 @@ class RunLog:
 
     Args:
         run: the run folder.
-        done: the last iteration of the checkpoint that the run goes on from; later rows are removed. 0 starts from the beginning.
+        done: iteration of the checkpoint that the run resumes from; later rows are removed. 0 is a new run.
     """
 
     def __init__(self, run: Path, done: int) -> None:
@@ -62,13 +62,13 @@ class RunLog:
         write_text_atomically(path, text.getvalue())
         self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 - closed in close()
         self._writer = csv.writer(self._file, lineterminator="\n")
-        # TensorBoard reads event files in the order of the second in their names and drops what comes after purge_step.
+        # TensorBoard orders event files by the timestamp in their names and drops steps from purge_step on.
         while any(run.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
             time.sleep(0.05)
         self._events = SummaryWriter(str(run), purge_step=done + 1)
 
     def add(self, rows: list[LogRow]) -> None:
-        """Write rows through to the disk."""
+        """Flush rows to the disk."""
         self._writer.writerows(map(_cells, rows))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -87,10 +87,10 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[LogRow]:
-    """Rows of a metrics.csv; a last line that a kill cut short is left out.
+    """Read the rows of a metrics.csv; a truncated last line is ignored.
 
     Raises:
-        UserError: not a metrics.csv of this program.
+        UserError: not a metrics.csv of `rplib train`.
     """
     with open(path, newline="", encoding="utf-8") as file:
         header, *lines = list(csv.reader(file)) or [[]]
@@ -109,7 +109,7 @@ def read_metrics(path: Path) -> list[LogRow]:
 
 
 def record_session(run: Path, device: torch.device, data: Path, done: int, deterministic: bool, processes: int = 1) -> None:
-    """environment.json: versions and hardware, and one entry per start or resumption."""
+    """Write environment.json: versions and hardware, one entry per start or resumption."""
     path = run / ENVIRONMENT
     sessions = read_sessions(run)
     sessions.append(
@@ -133,7 +133,7 @@ def record_session(run: Path, device: torch.device, data: Path, done: int, deter
 
 
 def read_sessions(run: Path) -> list[dict[str, Any]]:
-    """Entries of environment.json, oldest first; none where the file is missing or damaged."""
+    """Entries of environment.json, oldest first; empty if the file is missing or damaged."""
     try:
         return list(json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))["sessions"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -141,7 +141,7 @@ def read_sessions(run: Path) -> list[dict[str, Any]]:
 
 
 def _cells(row: LogRow) -> list[str]:
-    # repr of a float reads back to the same bits
+    # repr of a float is lossless
     return [
         "" if value is None else repr(round(value, 6) if name == "seconds" else value) for name, value in row._asdict().items()
     ]

@@ -1,4 +1,4 @@
-"""Which slices of which cases an evaluation shows: the picture sheet and the reliability maps, worst cases first."""
+"""The picture sheets of an evaluation: predictions and reliability maps, worst cases first."""
 
 import math
 from collections.abc import Sequence
@@ -14,24 +14,24 @@ from rplib.reference.inference.windows import DECODER_1
 from rplib.reference.reporting.pictures import PREDICTION, TRUTH, Outline, Overlay, Panel, Scale, three_planes, write_sheet
 from rplib.reference.reporting.tables import shown, weight
 
-TRUTH_ON_MAP, TAUGHT = "#FFFFFF", "#00D5FF"  # neither is a colour of the maps
+TRUTH_ON_MAP, TAUGHT = "#FFFFFF", "#00D5FF"  # not colours of the maps
 
 
 def scores_of(report: Report, name: str) -> dict[int, Scores]:
-    """Of decoder 1 in one case, by class."""
+    """Scores of decoder 1 in one case, by class."""
     return {row.klass: row.scores for row in report.rows if row.method == DECODER_1 and row.case == name}
 
 
 def case_panels(report: Report, case: Case) -> list[Panel]:
-    """Three planes through the truth, with truth and prediction outlined; one for a 2-D image."""
+    """Three planes through the truth (one for a 2-D image), with truth and prediction outlined."""
     found = report.predictions[case.name]
-    image = case.image if case.image.ndim == found.ndim else case.image[0]  # the first channel stands for all
+    image = case.image if case.image.ndim == found.ndim else case.image[0]  # show the first channel
     edges = report.spacing or voxel_sizes(case)
     return [panel._replace(spacing=edges) for panel in three_planes(image, case.label, found, report.dataset.axes)]
 
 
 def map_panels(report: Report, case: Case) -> tuple[list[Panel], list[Panel]]:
-    """The same slices with the maps over them, which and how; truth and taught pseudo-label outlined."""
+    """The same slices with the maps, which and how; truth and pseudo-label outlined."""
     maps = report.maps[case.name]
     outlines = [] if case.label is None else [Outline(case.label, TRUTH_ON_MAP, 2.4)]
     outlines.append(Outline(maps.taught, TAUGHT, 1.1))
@@ -44,31 +44,30 @@ def map_panels(report: Report, case: Case) -> tuple[list[Panel], list[Panel]]:
 
 
 def scales(report: Report) -> tuple[Scale, Scale]:
-    """Colours of both maps, the same for all cases of a report."""
+    """Colour scales of both maps, the same for all cases of a report."""
     low = min((_low(maps) for maps in report.maps.values()), default=0.0)
     return (
-        Scale("PRGn", -1.0, 1.0, "which: the decoder that teaches", ("decoder 2", "decoder 1")),
-        Scale("YlOrRd_r", low, 1.0, "how: weight of what it teaches", (f"{low:.2f} or less", "1.00"), True),
+        Scale("PRGn", -1.0, 1.0, "which: the teacher", ("decoder 2", "decoder 1")),
+        Scale("YlOrRd_r", low, 1.0, "how: weight of its pseudo-label", (f"{low:.2f} or less", "1.00"), True),
     )
 
 
 def write_pictures(report: Report, path: Path, number: int) -> None:
-    """The worst cases with truth and prediction outlined."""
+    """The sheet of the worst cases, with truth and prediction outlined."""
     names = report.worst_first()[:number]
     rows = []
     for name in names:
-        case = report.dataset.load(name)
-        rows.append((_caption(name, scores_of(report, name)), case_panels(report, case)))
+        rows.append((_caption(name, scores_of(report, name)), case_panels(report, report.case(name))))
     write_sheet(path, rows, _title(report, names), {"truth": TRUTH, "prediction": PREDICTION})
 
 
 def write_reliability(report: Report, path: Path) -> None:
-    """The cases that have maps: a row for which, a row for how; of 2-D images both in one row."""
+    """The sheet of the reliability maps: one row for which, one for how; 2-D images have both in one row."""
     verdicts, rows = report.verdicts(), []
     for name, found in verdicts.items():
-        which, how = map_panels(report, report.dataset.load(name))
+        which, how = map_panels(report, report.case(name))
         beside = (
-            f"{name}\n\nWHICH teaches\ndecoders differ at\n{found.disagreement:,} voxels;\ntaught label right\n"
+            f"{name}\n\nWHICH teaches\ndecoders differ at\n{found.disagreement:,} voxels;\npseudo-label right\n"
             f"in {percent(found.right_there)} of them",
             f"HOW reliable\nmean weight of\nright labels {weight(found.weight_right)}\nwrong labels {weight(found.weight_wrong)}",
         )
@@ -76,17 +75,17 @@ def write_reliability(report: Report, path: Path) -> None:
             rows.append(("\n\n".join(beside), [which[0]._replace(title="which"), how[0]._replace(title="how")]))
         else:
             rows += [(beside[0], which), (beside[1], how)]
-    legend = {"truth (white)": "0.75", "taught pseudo-label": TAUGHT}
+    legend = {"truth (white)": "0.75", "pseudo-label": TAUGHT}
     write_sheet(path, rows, _title(report, list(verdicts)), legend, scales=scales(report))
 
 
 def percent(share: float) -> str:
-    """A share in whole percent, a missing one as a dash."""
+    """A fraction as a whole percentage, a dash if missing."""
     return "-" if math.isnan(share) else f"{100 * share:.0f} %"
 
 
 def _low(maps: ReliabilityMaps) -> float:
-    """Nearly the least weight, rounded downwards, so that a few odd voxels do not take all colours."""
+    """A low quantile of the weights, rounded down, so that outliers do not dominate the colour scale."""
     there = maps.how[~np.isnan(maps.how)]
     return min(0.95, math.floor(20 * float(np.percentile(there, 1))) / 20) if there.size else 0.0
 

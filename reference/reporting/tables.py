@@ -1,4 +1,4 @@
-"""The tables of an evaluation: as text, as CSV, and their cells for other places."""
+"""The tables of an evaluation, as text and CSV, and their formatted cells."""
 
 import csv
 import io
@@ -36,26 +36,26 @@ def render(report: Report, per_case: bool = False) -> str:
 
 
 def scores_csv(report: Report) -> str:
-    """Every case, method and class; an empty field is a missing value."""
+    """One row per case, method and class; an empty field is a missing value."""
     header = ["case", "method", "class", *METRICS]
     return _csv([header, *([r.case, r.method, r.klass, *(getattr(r.scores, m) for m in METRICS)] for r in report.rows)])
 
 
 def reliability_csv(report: Report) -> str:
-    """How the reliability maps fit the truth, for every case that has them."""
+    """Agreement of the reliability maps with the ground truth, for every case that has them."""
     verdicts = report.verdicts()
     return _csv([["case", *Verdict._fields], *([name, *found] for name, found in verdicts.items())])
 
 
 def shown_metrics(report: Report) -> list[str]:
-    """Those in mm only where a case has them."""
+    """The metrics; those in mm only if a case has them."""
     return [m for m in METRICS if not m.endswith("_mm") or any(not math.isnan(v) for v in report.values(DECODER_1, m))]
 
 
 def mean_cell(report: Report, method: str, metric: str, klass: int | None = None) -> str:
-    """Mean and standard deviation as people read them, with the number of missing values."""
+    """Mean and standard deviation as formatted text, with the number of missing values."""
     found = report.mean(method, metric, klass)
-    missing = f" (n={found.missing})" if found.missing else ""
+    missing = f" ({found.missing} missing)" if found.missing else ""
     return f"{shown(found.mean, metric)} \u00b1 {shown(found.deviation, metric)}{missing}"
 
 
@@ -71,7 +71,7 @@ def summary_csv(report: Report) -> str:
 
 
 def shown(value: float, metric: str) -> str:
-    """A score as people read it: overlaps in percent, a missing value as a dash.
+    """A score as formatted text: overlaps in percent, a dash if missing.
 
     >>> shown(0.8986, "dice"), shown(float("nan"), "hd95"), shown(6.914, "hd95")
     ('89.86', '-', '6.91')
@@ -82,7 +82,7 @@ def shown(value: float, metric: str) -> str:
 
 
 def weight(value: float) -> str:
-    """A reliability weight; weights differ late after the point.
+    """A reliability weight as formatted text, with three decimals.
 
     >>> weight(0.98765), weight(float("nan"))
     ('0.988', '-')
@@ -113,7 +113,7 @@ def _case_table(report: Report, metrics: Sequence[str]) -> Table:
 
 def _mean_table(report: Report, metrics: Sequence[str]) -> Table:
     several = report.config.classes > 2
-    table = Table(title="mean over the cases \u00b1 standard deviation (n: without a distance, left out)", title_justify="left")
+    table = Table(title="mean over the cases \u00b1 standard deviation (missing: no distance, excluded)", title_justify="left")
     table.add_column("method")
     if several:
         table.add_column("class", justify="right")

@@ -1,1 +1,1 @@
-"""The training loop and what it is made of: step, batches, methods, several processes, validation, profiling."""
+"""The training loop and its parts: step, batches, methods, distributed training, validation, profiling."""

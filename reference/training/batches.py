@@ -1,17 +1,17 @@
-"""Two-stream batches: labelled samples first, unlabelled after them, cut at random from volumes in memory.
+"""Two-stream batches: labelled samples first, then unlabelled ones, as random crops of volumes in memory.
 
-The protocols differ (`paper` repeats what the authors' loader does, so that numbers compare; `held-out` does it right):
+The protocols differ: `paper` reproduces the authors' loader, for comparable scores; `held-out` has no such quirks.
 
 |          | `paper`                                               | `held-out`                                       |
 |----------|-------------------------------------------------------|--------------------------------------------------|
 | mirror   | always one of the first two axes: never the identity  | every one of the 8 symmetries is equally likely  |
 | crop     | the last offset of an axis is never drawn             | every offset is equally likely                   |
-| padding  | where an axis is <= patch: all short axes, 3 spare    | to the patch, nothing spare                      |
-| streams  | the unlabelled order starts anew with each labelled   | each stream runs through its own permutations    |
+| padding  | if an axis is <= patch: all short axes, 3 voxels more | to the patch size                                |
+| streams  | the unlabelled order restarts with each labelled      | each stream has its own permutations             |
 |          | epoch, whose incomplete last batch is dropped         |                                                  |
 
-Chance decides in `draw`, which costs microseconds; `cut` moves the voxels, by NumPy from RAM or by torch on the device that
-holds the volumes. Of several ranks each draws the whole batch and cuts its own part of it.
+Random choices are made in `draw`, which takes microseconds; `cut` copies the voxels, with NumPy from RAM or with torch on the
+device that holds the volumes. With several ranks, each draws the whole batch and cuts its own part.
 """
 
 import json
@@ -30,31 +30,31 @@ Volume = np.ndarray | Tensor
 
 
 class Crop(NamedTuple):
-    """Which part of which case, and how it is turned.
+    """A crop of a case and its symmetry.
 
-    The case's first two axes are swapped or not, then each is reversed or not; `start` is where the patch begins in the
-    volume so turned. It may begin before the volume or end after it: zeros there.
+    The first two axes may be swapped, then each may be reversed; `start` is the patch's offset in the transformed
+    volume. The patch may extend beyond the volume; it is zero there.
     """
 
-    case: int  # its place in the stream
+    case: int  # index in the stream
     swapped: bool
     reversed: tuple[bool, bool]
     start: tuple[int, ...]
 
 
 class Plan(NamedTuple):
-    """What one batch is made of: the crops of each stream, and the cases' names, labelled ones first."""
+    """The crops of one batch by stream, and the case names, labelled ones first."""
 
     crops: list[list[Crop]]
     names: list[str]
 
 
 class Batch(NamedTuple):
-    """What one training step sees.
+    """The inputs of one training step.
 
     Attributes:
-        images: (B, channels, *patch) float32, labelled samples first; of several ranks this one's part.
-        labels: (B_l, *patch) uint8, of those.
+        images: (B, channels, *patch) float32, labelled samples first; only this rank's part.
+        labels: (B_l, *patch) uint8, of the labelled samples.
         names: case names of the whole batch, in the same order.
     """
 
@@ -64,19 +64,19 @@ class Batch(NamedTuple):
 
 
 class TwoStreamBatches:
-    """Endless batches whose state can be saved and restored to the bit.
+    """Endless batches whose state can be saved and restored exactly.
 
-    Labelled and unlabelled samples have generators of their own, seeded apart: a labelled-only training with the same
-    seed sees the same labelled crops as a semi-supervised one.
+    Labelled and unlabelled samples have separate generators: with the same seed, labelled-only and semi-supervised
+    training see the same labelled crops.
 
     Args:
         labelled: cases with labels.
-        unlabelled: the others; not used where every sample of a batch is labelled.
-        rank, ranks: of ``ranks`` processes the ``rank``-th cuts samples ``rank``, ``rank + ranks``, ... of each batch.
-        device: where the volumes are kept and cut; None is RAM.
+        unlabelled: the other cases; unused if all samples of a batch are labelled.
+        rank, ranks: process ``rank`` of ``ranks`` cuts samples ``rank``, ``rank + ranks``, ... of each batch.
+        device: where volumes are stored and cropped; None is RAM.
 
     Raises:
-        UserError: a stream that the batch needs is empty, or too short for one batch under ``paper``; fewer samples than
+        UserError: a required stream is empty, or too short for one batch under ``paper``; fewer samples than
             ranks.
     """
 
@@ -116,7 +116,7 @@ class TwoStreamBatches:
         return self.cut(self.draw())
 
     def draw(self) -> Plan:
-        """What the next batch is made of; the state moves on."""
+        """Draw the next batch and advance the state."""
         labelled, *others = self._streams
         if self._as_authors and labelled.epoch_ends():
             for stream in others:
@@ -126,10 +126,10 @@ class TwoStreamBatches:
         return Plan(crops, names)
 
     def cut(self, plan: Plan, pinned: bool = False) -> Batch:
-        """This rank's part of a drawn batch; nothing here changes the state, and on a device nothing waits for it.
+        """This rank's part of a drawn batch; does not change the state or synchronise the device.
 
         Args:
-            pinned: into page-locked memory, from which a GPU copies by itself (volumes in RAM only).
+            pinned: use page-locked memory, for asynchronous copies to a GPU (volumes in RAM only).
         """
         mine = [(s, crop) for s, found in enumerate(plan.crops) for crop in found][self._rank :: self._ranks]
         first, _ = self._volumes[0][0]
@@ -147,20 +147,20 @@ class TwoStreamBatches:
         return Batch(images, labels[:, 0], plan.names)
 
     def state(self) -> str:
-        """Position and generators of all streams, as JSON."""
+        """Position and generators of all streams, JSON-serialisable."""
         return json.dumps([stream.state() for stream in self._streams])
 
     def restore(self, state: str) -> None:
-        """Go on from a state of the same cases and configuration.
+        """Restore a state of the same cases and configuration.
 
         Raises:
-            ValueError: the state has another number of streams.
+            ValueError: the number of streams differs.
         """
         for stream, saved in zip(self._streams, json.loads(state), strict=True):
             stream.restore(saved)
 
     def _crop(self, stream: "_Stream", case: int) -> Crop:
-        """A random symmetry of the first two axes, and a random place in the padded volume."""
+        """A random symmetry of the first two axes, and a random position in the padded volume."""
         random, patch = stream.random, self._config.patch
         swapped, back = False, [False, False]
         if self._config.augmentation == "mirror-rotate":
@@ -179,10 +179,10 @@ class TwoStreamBatches:
 
 
 def padding(shape: Sequence[int], patch: Sequence[int], as_authors: bool = False) -> list[tuple[int, int]]:
-    """Zeros before and after each axis of a volume, so that a patch fits.
+    """Padding before and after each axis of a volume, so that a patch fits.
 
     Args:
-        as_authors: they pad as soon as one axis is not *larger* than the patch, and leave 3 voxels more than needed.
+        as_authors: pad if any axis is not *larger* than the patch, with 3 voxels more than needed.
     """
     short = [edge - size for size, edge in zip(shape, patch, strict=True)]
     if as_authors:
@@ -197,7 +197,7 @@ def cut(volume: Any, crop: Crop, patch: Sequence[int], out: Any) -> None:
     shape = list(volume.shape[1:])
     if crop.swapped:
         shape[:2] = shape[1::-1]
-    # The box of voxels in the turned volume, then the same box before the turn: the rest of the volume is not touched.
+    # The box in the transformed volume, then the same box before the transform: only these voxels are read.
     turned = [(max(s, 0), min(s + edge, size)) for s, edge, size in zip(crop.start, patch, shape, strict=True)]
     box = turned.copy()
     for axis, back in enumerate(crop.reversed):
@@ -219,7 +219,7 @@ def cut(volume: Any, crop: Crop, patch: Sequence[int], out: Any) -> None:
 
 
 def _volumes(case: Case, dims: int, device: torch.device | None) -> tuple[Volume, Volume | None]:
-    """Image (channels, *spatial) and label (1, *spatial), on the device if one is given."""
+    """Image (channels, *spatial) and label (1, *spatial), on the device if given."""
     image: Volume = case.image if case.image.ndim > dims else case.image[None]
     label: Volume | None = None if case.label is None else case.label[None]
     if device is None:
@@ -228,11 +228,11 @@ def _volumes(case: Case, dims: int, device: torch.device | None) -> tuple[Volume
 
 
 class _Stream:
-    """Cases in random order without end: permutation after permutation."""
+    """An endless random order of cases: one permutation after another."""
 
     def __init__(self, cases: list[Case], number: int, random: np.random.Generator, drop_rest: bool) -> None:
         self.cases, self.number, self.random, self.drop_rest = cases, number, random, drop_rest
-        self.left: list[int] = []  # what is left of the present permutation
+        self.left: list[int] = []  # rest of the current permutation
 
     def epoch_ends(self) -> bool:
         return len(self.left) < self.number

@@ -1,8 +1,8 @@
-"""Several processes train one network, each on its part of every batch: one per GPU, on one machine or more, by torchrun.
+"""Distributed training by torchrun: one process per GPU, on one or more machines, each with its part of every batch.
 
-N ranks compute what one process would: the loss is that of the whole batch (`process_group` of `rplib.MutualObjective`),
-batch normalisation sees the whole batch, DistributedDataParallel averages the gradients. Dropout alone differs: each rank
-draws for its own samples.
+N ranks are equivalent to one process: the loss is that of the whole batch (`process_group` of `rplib.MutualObjective`),
+batch normalisation uses the whole batch, DistributedDataParallel averages the gradients. Only dropout differs: each rank
+draws its own masks.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together; `Ranks()` is a process by itself.
+    """This process in the process group; `Ranks()` is a single process.
 
     Attributes:
-        rank: 0 is the first, which writes the run folder.
-        size: how many there are.
-        group: the process group, or None for a process by itself.
+        rank: rank 0 writes the run folder.
+        size: number of processes.
+        group: the process group, or None for a single process.
     """
 
     rank: int = 0
@@ -42,7 +42,7 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, mine: T) -> list[T]:
-        """One object from each rank, in their order, on every rank."""
+        """Gather one object from each rank, in rank order, on every rank."""
         if self.group is None:
             return [mine]
         found: list[Any] = [None] * self.size
@@ -50,7 +50,7 @@ class Ranks:
         return found
 
     def from_first(self, mine: T) -> T:
-        """What rank 0 gave, on every rank."""
+        """Broadcast an object from rank 0."""
         if self.group is None:
             return mine
         box = [mine if self.first else None]
@@ -59,7 +59,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A mistake found by any rank inside ends all of them, and is told once, by rank 0."""
+        """A user error on any rank inside ends all of them and is reported once, by rank 0."""
         mistake = None
         try:
             yield
@@ -67,32 +67,32 @@ class Ranks:
             if self.group is None:
                 raise
             mistake = str(error)
-        told = [(rank, text) for rank, text in enumerate(self.gather(mistake)) if text is not None]
-        if told and self.first:
-            rank, text = told[0]
+        errors = [(rank, text) for rank, text in enumerate(self.gather(mistake)) if text is not None]
+        if errors and self.first:
+            rank, text = errors[0]
             raise UserError(text if rank == 0 else f"rank {rank}: {text}")
-        if told:
+        if errors:
             raise SystemExit(2)
 
 
 def started_by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is one of several that torchrun (or whoever sets the same variables) has started."""
+    """Whether torchrun, or another launcher with the same variables, started this process as one of several."""
     return all(name in environment for name in _TORCHRUN) and int(environment["WORLD_SIZE"]) > 1
 
 
 def own_device(device: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
-    """The words for this process's device: of several GPUs each rank takes its own.
+    """The device of this process: each rank uses its own GPU.
 
     >>> own_device(None, {}), own_device("cpu", {"LOCAL_RANK": "1"})
     (None, 'cpu')
 
     Raises:
-        UserError: one GPU named for all ranks.
+        UserError: one GPU is named for all ranks.
     """
     if not started_by_torchrun(environment):
         return device
     if device is not None and device.partition(":")[2]:
-        raise UserError(f"--device {device} with several processes; leave the number out, each process takes a GPU of its own.")
+        raise UserError(f"--device {device} with several processes; omit the number, each process uses its own GPU.")
     if device == "cuda" or (device is None and torch.cuda.is_available()):
         return f"cuda:{environment['LOCAL_RANK']}"
     return device
@@ -100,7 +100,7 @@ def own_device(device: str | None, environment: Mapping[str, str] = os.environ) 
 
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """The ranks that torchrun has started, NCCL between GPUs and gloo otherwise; one process by itself without it."""
+    """Join the ranks started by torchrun, with NCCL on GPUs and gloo otherwise; a single process without torchrun."""
     if not started_by_torchrun():
         yield Ranks()
         return
@@ -114,11 +114,11 @@ def joined(device: torch.device) -> Iterator[Ranks]:
 
 
 def distributed(network: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
-    """What a training step calls: the network, between several ranks with averaged gradients."""
+    """The module that a training step calls: the network, wrapped to average gradients over ranks."""
     if ranks.group is None:
         return network
-    # Batch statistics are those of the whole batch on every rank, so there are no buffers to send around.
-    sync = "forward_sync_buffers"  # its name since torch 2.13
+    # Batch statistics cover the whole batch on every rank, so no buffers need to be broadcast.
+    sync = "forward_sync_buffers"  # renamed in torch 2.13
     new = sync in inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
     buffers: dict[str, Any] = {sync if new else "broadcast_buffers": False}
     return nn.parallel.DistributedDataParallel(
@@ -131,9 +131,9 @@ def distributed(network: nn.Module, ranks: Ranks, device: torch.device) -> nn.Mo
 
 
 def synchronise_batch_norm(network: nn.Module, ranks: Ranks, device: torch.device) -> None:
-    """Make batch normalisation see the batches of all ranks; parameters, buffers and their names stay.
+    """Synchronise batch normalisation over ranks; parameters, buffers and their names are kept.
 
-    PyTorch's SyncBatchNorm refuses tensors on a CPU: there `GlobalBatchNorm` takes its place.
+    PyTorch's SyncBatchNorm rejects CPU tensors; on a CPU, `GlobalBatchNorm` is used.
     """
     if ranks.group is None:
         return
@@ -149,7 +149,7 @@ def synchronise_batch_norm(network: nn.Module, ranks: Ranks, device: torch.devic
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation (N, C, *spatial) with mean and variance over the samples of all ranks.
 
-    Ranks may hold different numbers of samples. It takes over the parameters and buffers of `layer`.
+    Ranks may have different numbers of samples. Reuses the parameters and buffers of `layer`.
     """
 
     def __init__(self, layer: nn.modules.batchnorm._BatchNorm, group: Any) -> None:
@@ -184,7 +184,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def sum_over_ranks(local: Tensor, group: Any) -> Tensor:
-    """The sum over ranks, with its gradient: what every rank's loss says about the sum reaches every rank's part."""
+    """Differentiable sum over ranks: gradients of all ranks' losses are summed and sent back to every rank."""
     return local if group is None else _Sum.apply(local, group)
 
 

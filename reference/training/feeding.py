@@ -1,4 +1,4 @@
-"""Batches on the training's device, the next one being cut and copied while a step runs."""
+"""Batches on the training device; the next one is prepared while a step runs."""
 
 import contextlib
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,11 +9,11 @@ from rplib.reference.training.batches import Batch, Plan, TwoStreamBatches
 
 
 class Feed:
-    """Hands out the batches of `batches` on `device`, one ahead of the training.
+    """Provides batches on `device`, prefetching one.
 
-    A thread cuts the next batch: from RAM into page-locked memory, which a GPU copies from by itself on a stream of its
-    own, or on the device where the volumes lie there. Chance is drawn here, before the thread starts, so the batches are
-    those of `batches` and nothing depends on timing.
+    A thread cuts the next batch: from RAM into page-locked memory, copied to the GPU on a separate stream, or directly on
+    the device if the volumes are cached there. Random numbers are drawn before the thread starts, so results do not
+    depend on timing.
     """
 
     def __init__(self, batches: TwoStreamBatches, device: torch.device, memory_format: torch.memory_format) -> None:
@@ -24,20 +24,20 @@ class Feed:
         self._ahead: Future[Batch] | None = None
 
     def next(self) -> Batch:
-        """The next batch; waits for the thread only where it is slower than the step."""
+        """The next batch; waits for the thread only if it is slower than the step."""
         ahead = self._ahead or self._start()
         batch = ahead.result()
         if self._stream is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)  # the device waits, not this process
             for tensor in (batch.images, batch.labels):
-                tensor.record_stream(current)  # its memory must not be handed out again before the step is through
+                tensor.record_stream(current)  # its memory must not be reused before the step ends
         self._state = self._batches.state()
         self._ahead = self._start()
         return batch
 
     def state(self) -> str:
-        """State of `batches` after the last batch that was handed out, whatever has been drawn since."""
+        """State of `batches` after the last returned batch, ignoring the prefetched one."""
         return self._state
 
     def close(self) -> None:

@@ -1,14 +1,14 @@
-"""The training objective by the setting `method`: the paper's, its ablations, and two peers under the same protocol.
+"""Training objectives by the setting `method`: the paper's, its ablations, and two published alternatives.
 
 | `method` | the two decoders learn from each other |
 |---|---|
-| `both` | the paper: where the other is more confident (which), as much as its feature looks like its class (how) |
-| `which-only` | where the other is more confident, fully |
-| `how-only` | everywhere, as much as the other's feature looks like its class |
-| `cross-pseudo-supervision` | everywhere, fully: Chen et al., CVPR 2021, with two decoders for two networks |
-| `mutual-consistency` | probabilities drawn to the other's sharpened ones: Wu et al., MICCAI 2021 (MC-Net) |
+| `both` | the paper: where the other is more confident (which), weighted by the similarity to its class prototype (how) |
+| `which-only` | where the other is more confident, with weight 1 |
+| `how-only` | everywhere, weighted by the similarity of the other's feature to its class prototype |
+| `cross-pseudo-supervision` | everywhere, with weight 1: Chen et al., CVPR 2021, with two decoders instead of two networks |
+| `mutual-consistency` | squared difference to the other's sharpened probabilities: Wu et al., MICCAI 2021 (MC-Net) |
 
-All but the last are `rplib.MutualObjective` with its keywords. Data, network, supervised term, ramp and all else are the same.
+All but the last are options of `rplib.MutualObjective`. Data, network, supervised term and ramp-up do not change.
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ from rplib.reference.training.distributed import sum_over_ranks
 
 
 def build_objective(config: Config, group: Any = None) -> nn.Module:
-    """What a training step calls with (logits, features, target, consistency weight).
+    """The objective, called with (logits, features, target, consistency weight).
 
     Args:
-        group: the process group of a training by several ranks.
+        group: the process group of a distributed training.
 
     Returns:
-        A module whose result has `total`, `dice` and `mutual`, as `rplib.MutualObjective` gives them.
+        A module that returns `total`, `dice` and `mutual`, like `rplib.MutualObjective`.
     """
     objective = rplib.MutualObjective(**config.loss_keywords, process_group=group)
     return ConsistencyObjective(objective, config.temperature, group) if config.method == CONSISTENCY else objective
@@ -42,8 +42,8 @@ class ConsistencyObjective(nn.Module):
     classes and voxels; gradients flow through both sides, as in the published code of the MC-Net line.
 
     Args:
-        supervised: gives the supervised term, called with weight 0 for its mutual one.
-        temperature: T; the paper has 0.1.
+        supervised: computes the supervised term; called with weight 0 for its mutual term.
+        temperature: T; 0.1 in the paper.
 
     Source: Wu et al., "Semi-supervised left atrium segmentation with mutual consistency training", MICCAI 2021.
 
@@ -70,6 +70,6 @@ class ConsistencyObjective(nn.Module):
             sharp = [(z / self.temperature).softmax(1) for z in scores]
             pairs = [(i, j) for i in range(len(p)) for j in range(len(p)) if i != j]
             squares = torch.stack([(p[i] - sharp[j]).square().sum() for i, j in pairs]).sum()
-        # Ranks may hold different numbers of samples: the mean is taken over those of all of them.
+        # Ranks may have different numbers of samples: the mean is taken over the samples of all ranks.
         mutual = sum_over_ranks(squares, self.group) / sum_over_ranks(squares.new_tensor(p[0].numel()), self.group)
         return terms._replace(total=terms.total + consistency_weight * mutual, mutual=mutual.detach())

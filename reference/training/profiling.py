@@ -1,4 +1,4 @@
-"""Where the time of a training step and of a validation goes, measured on the machine at hand: `rplib train --profile`."""
+"""Profile of a training step and a validation on this machine: `rplib train --profile`."""
 
 import sys
 import tempfile
@@ -22,22 +22,22 @@ from rplib.reference.training.distributed import Ranks
 from rplib.reference.training.step import PARTS, training_step
 from rplib.reference.training.trainer import Training
 
-_WARM_UP = 3  # steps; allocations, and cuDNN's search for the fastest convolutions
+_WARM_UP = 3  # steps, for allocations and cuDNN's benchmarking
 
 
 class Profile(NamedTuple):
-    """Seconds: of each part of a step in turn, of a step left alone, of cutting a batch, of windows.
+    """Measured times, memory and work.
 
     Attributes:
-        parts: name -> seconds a step, the device waited for after each. ``data`` is what a step waits for its batch.
-        step: a step without those waits.
-        cut: cutting one batch; a thread does it while a step runs.
-        window: one window of a validation, as the training validates: in batches, decoder 1 alone, summed on the device.
-        window_alone: one at a time, both decoders, summed in RAM.
-        memory: the most bytes that tensors take in a step: weights, momentum, gradients, a batch, what the passes allocate. Not
-            the cached volumes, nor what libraries take behind torch's back.
-        flop: floating-point operations of a step's convolutions, forward and backward. window_flop: of a validation's window.
-        device: its name.
+        parts: name -> seconds per step, synchronised after each part. ``data`` is the time spent waiting for a batch.
+        step: seconds of a step without synchronisation.
+        cut: seconds to cut one batch, done by a thread while a step runs.
+        window: seconds per validation window as in training: batched, decoder 1 only, summed on the device.
+        window_alone: seconds per window one at a time, with both decoders, summed in RAM.
+        memory: peak bytes of tensors in a step: weights, momentum, gradients, a batch, activations. Excludes cached
+            volumes and memory allocated outside torch.
+        flop: floating-point operations of a step's convolutions, forward and backward. window_flop: of a validation window.
+        device: name of the device.
     """
 
     parts: dict[str, float]
@@ -51,7 +51,7 @@ class Profile(NamedTuple):
     device: str
 
     def table(self) -> str:
-        """For people."""
+        """The report as text."""
         whole = sum(self.parts.values())
         rows = [f"{'part of a step':24}{'ms':>10}{'share':>9}"]
         rows += [f"{name:24}{1e3 * s:10.2f}{100 * s / whole:8.1f} %" for name, s in self.parts.items()]
@@ -60,25 +60,25 @@ class Profile(NamedTuple):
         rows += [
             "",
             f"data and loss together: {100 * small / whole:.1f} % of a step",
-            f"a step that is not measured: {1e3 * self.step:.2f} ms; cutting its batch, in a thread: {1e3 * self.cut:.2f} ms",
-            f"validation, a window: {1e3 * self.window:.2f} ms in batches; {1e3 * self.window_alone:.2f} ms one at a time with "
+            f"whole step, not synchronised: {1e3 * self.step:.2f} ms; cutting its batch, in a thread: {1e3 * self.cut:.2f} ms",
+            f"validation window: {1e3 * self.window:.2f} ms in batches; {1e3 * self.window_alone:.2f} ms one at a time with "
             f"both decoders and sums in RAM ({self.window_alone / self.window:.1f} times)",
-            f"work of a step: {1e-12 * self.flop:.3f} TFLOP, {1e-12 * self.flop / self.step:.3f} TFLOP/s; of a window: "
+            f"work per step: {1e-12 * self.flop:.3f} TFLOP, {1e-12 * self.flop / self.step:.3f} TFLOP/s; per window: "
             f"{1e-12 * self.window_flop:.3f} TFLOP, {1e-12 * self.window_flop / self.window:.3f} TFLOP/s",
-            f"memory of a step in tensors: {self.memory / 2**30:.2f} GiB; device: {self.device}",
+            f"peak memory of tensors in a step: {self.memory / 2**30:.2f} GiB; device: {self.device}",
         ]
         return "\n".join(rows) + "\n"
 
 
 def profile(config: Config, data: Path, device: str | None = None, steps: int = 10, deterministic: bool = False) -> Profile:
-    """Trains for a few steps on real batches, in a folder that is deleted afterwards, and times each part.
+    """Train for a few steps on real batches, in a temporary folder, and time each part.
 
     Raises:
-        UserError: what `rplib.reference.training.trainer.train` raises.
+        UserError: as `rplib.reference.training.trainer.train`.
     """
     where = find_device(device)
     with tempfile.TemporaryDirectory() as folder, numerics(where, deterministic, config.tf32):
-        # The validation's cases are of no use here, and under `paper` they are the test list.
+        # Validation cases are not needed, and under `paper` they are the test list.
         training = Training(
             config.replace(protocol="held-out", validation=0), data, Path(folder), where, deterministic, False, Ranks()
         )
@@ -127,7 +127,7 @@ def _measured(training: Training, config: Config, device: torch.device, steps: i
 
 
 def work(config: Config) -> tuple[float, float]:
-    """Floating-point operations of the convolutions: a training step's, a validation's window's (decoder 1 alone).
+    """Floating-point operations of the convolutions in a training step and in a validation window (decoder 1 only).
 
     >>> from rplib.reference.config import load_recipe
     >>> f"{work(load_recipe('la-8'))[0]:.3e}"
@@ -160,7 +160,7 @@ def _memory(training: Training, weight: float, device: torch.device, autocast: t
 
 
 def _windows(network: nn.Module, config: Config, device: torch.device, autocast: torch.dtype | None) -> tuple[float, float]:
-    """Seconds a window: batched on the device, and one by one with sums in RAM."""
+    """Seconds per window: batched on the device, and one at a time with sums in RAM."""
     number = 2 * config.window_batch
     shape = (*config.patch[:-1], config.patch[-1] + config.stride[-1] * (number - 1))
     image = np.random.default_rng(0).standard_normal((config.in_channels, *shape)).astype(np.float32)
@@ -194,8 +194,8 @@ def _synchronise(device: torch.device) -> None:
 
 
 def report(config: Config, data: Path, device: str | None, steps: int, deterministic: bool) -> None:
-    """`rplib train --profile`: measures and prints."""
-    print(f"{config.name}: {steps} steps on real batches, nothing is kept", file=sys.stderr)
+    """`rplib train --profile`: measures and prints the profile."""
+    print(f"{config.name}: {steps} steps on real batches, nothing is saved", file=sys.stderr)
     batch = f"{config.batch_size} patches of {' x '.join(map(str, config.patch))}"
     print(f"{config.name}: {batch}, {config.filters} filters, amp={config.amp}, tf32={str(config.tf32).lower()}")
     print(profile(config, data, device, steps, deterministic).table(), end="")

@@ -1,4 +1,4 @@
-"""What a training needs of its run folder before it starts: empty or its own, writable, with room for its files."""
+"""Checks of the run folder before training: empty or a run to resume, writable, with enough disk space."""
 
 import errno
 import os
@@ -17,26 +17,26 @@ from rplib.reference.files import remove_leftovers, temporary
 from rplib.reference.reporting.run_log import read_sessions
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no space left; quota exceeded; over the limit for one file
-_UNKNOWN = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}  # a file system that cannot reserve
-_ROW = 500  # bytes an iteration in metrics.csv and TensorBoard events together, generously
+_UNKNOWN = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}  # the file system cannot reserve space
+_ROW = 500  # bytes per iteration in metrics.csv and TensorBoard events, upper estimate
 _REST = 4 << 20  # settings, environment, curves
 
 
 def prepare(out: Path, resume: bool, config: Config) -> None:
-    """Make the folder if need be, and make sure before anything else that the whole run can be written into it.
+    """Create the folder if needed, and check that the whole run can be written to it.
 
     Raises:
-        UserError: something else lies in it, it cannot be written, or the disk (or the quota) has too little room.
+        UserError: it has other contents, is not writable, or the disk (or quota) has too little space.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; expected a folder.")
     if out.is_dir() and any(out.iterdir()):
         if not resume:
-            raise UserError(f"--out {out} is not empty; choose another folder, or go on with its run by --resume.")
+            raise UserError(f"--out {out} is not empty; choose another folder, or resume its run with --resume.")
         if not (out / CONFIG).is_file() and not (out / LAST).is_file():
             strangers = [path.name for path in out.iterdir() if not path.name.startswith(".")]
             if strangers:
-                raise UserError(f"{out} is no run folder (it lacks {CONFIG}); choose another --out.")
+                raise UserError(f"{out} is not a run folder (no {CONFIG} in it); choose another --out.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
@@ -46,17 +46,17 @@ def prepare(out: Path, resume: bool, config: Config) -> None:
 
 
 def room_needed(out: Path, config: Config) -> int:
-    """Bytes that a run may still write: last.pt holds weights (averaged ones too) and momentum, and while it is replaced there are two."""
+    """Bytes that a run may still write: last.pt holds weights (twice with averages) and momentum, and exists twice while it is replaced."""
     with torch.device("meta"):
         network = checkpoint.build_network(config)
     weights = sum(t.numel() * t.element_size() for t in network.state_dict().values())
-    last = (3 if config.average else 2) * weights + (1 << 16)  # names, sizes, state of the generators
+    last = (3 if config.average else 2) * weights + (1 << 16)  # names, sizes, generator states
     files = last + (0 if (out / LAST).is_file() else last) + (0 if (out / BEST).is_file() else weights)
     return files + _ROW * config.iterations + _REST
 
 
 def _reserve(out: Path, needed: int) -> None:
-    """Write a file of that size and remove it: quotas and limits count as well, which no figure of free space tells."""
+    """Write and remove a file of that size: this also respects quotas and limits, unlike the reported free space."""
     path = temporary(out / "room")
     try:
         with open(path, "wb") as file:
@@ -70,7 +70,7 @@ def _reserve(out: Path, needed: int) -> None:
         if error.errno in _FULL | _UNKNOWN:
             raise UserError(
                 f"--out {out} has no room for the {needed / 2**20:.0f} MB that this run may write "
-                f"({error.strerror}; {shutil.disk_usage(out).free / 2**20:.0f} MB are free); make room or choose another folder."
+                f"({error.strerror}; {shutil.disk_usage(out).free / 2**20:.0f} MB are free); free space or choose another."
             ) from error
         raise
     finally:
@@ -78,10 +78,10 @@ def _reserve(out: Path, needed: int) -> None:
 
 
 def check_checkpoint(saved: dict[str, Any], case_names: list[str], config: Config, path: Path) -> None:
-    """Refuse to go on from a checkpoint that this training did not write.
+    """Reject a checkpoint that another training wrote.
 
     Raises:
-        UserError: keys are missing, other cases, or past the last iteration.
+        UserError: missing keys, other cases, or past the last iteration.
     """
     needed = {
         "network",
@@ -95,15 +95,15 @@ def check_checkpoint(saved: dict[str, Any], case_names: list[str], config: Confi
         "cases",
     }
     if not needed <= saved.keys():
-        raise UserError(f"{path} lacks {', '.join(sorted(needed - saved.keys()))}; it cannot be resumed from.")
+        raise UserError(f"{path} lacks {', '.join(sorted(needed - saved.keys()))}; cannot resume from it.")
     if saved["cases"] != case_names:
-        raise UserError(f"{path} was trained on other cases than the lists name now; give --data of the original data set.")
+        raise UserError(f"{path} was trained on other cases than those in the lists; set --data to the original data set.")
     if saved["iteration"] > config.iterations:
         raise UserError(f"{path} is at iteration {saved['iteration']}, past iterations={config.iterations}; raise iterations.")
 
 
 def warn_of_other_bits(out: Path, device: torch.device, processes: int, deterministic: bool) -> None:
-    """Say so where a resumption runs under conditions that the last bits of every number depend on."""
+    """Warn if a run is resumed under conditions that change the last bits of the results."""
     now = {
         "device": device.type,
         "processes": processes,
@@ -117,4 +117,4 @@ def warn_of_other_bits(out: Path, device: torch.device, processes: int, determin
     if device.type == "cuda" and not deterministic:
         changed.append("without --deterministic")
     if changed:
-        print(f"resumed under other conditions ({', '.join(changed)}): the last bits may differ", file=sys.stderr)
+        print(f"resumed under different conditions ({', '.join(changed)}): the last bits may differ", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`rplib train` from its words to the training: settings, data, and what a resumption may change."""
+"""`rplib train` from its options to the training: settings, data, and what may change on resumption."""
 
 import sys
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from rplib.reference.reporting.run_log import read_sessions
 from rplib.reference.training.distributed import joined, own_device, started_by_torchrun
 from rplib.reference.training.trainer import train
 
-# What may change between a run and its resumption: nothing that the numbers of an iteration depend on.
+# Settings that may change on resumption: they do not affect the results of an iteration.
 FREE_ON_RESUME = {"iterations", "checkpoint_every", "log_every", "cache"}
 
 
@@ -27,10 +27,10 @@ def start(
     device: str | None = None,
     deterministic: bool = False,
 ) -> None:
-    """`rplib train`: finds settings, data, device and, under torchrun, the other ranks, then trains.
+    """`rplib train`: resolves settings, data, device and, under torchrun, the other ranks, then trains.
 
     Raises:
-        UserError: whatever the user can mend.
+        UserError: invalid settings, data or folder.
     """
     where = find_device(own_device(device))
     with joined(where) as ranks:
@@ -45,42 +45,42 @@ def start(
             train(config, data, out, resume=resume, device=where, deterministic=deterministic or was_deterministic, ranks=ranks)
         except KeyboardInterrupt:
             if ranks.first:
-                print(f"stopped; go on with: rplib train --resume --out {out}", file=sys.stderr)
+                print(f"stopped; resume with: rplib train --resume --out {out}", file=sys.stderr)
             raise
         except torch.cuda.OutOfMemoryError as error:
             raise UserError(
-                f"the GPU's memory is full with batch_size={config.batch_size}, patch={list(config.patch)}, "
+                f"the GPU is out of memory with batch_size={config.batch_size}, patch={list(config.patch)}, "
                 f"filters={config.filters}; lower one of them, set cache=ram or amp=bfloat16."
             ) from error
         except RuntimeError as error:
-            # A compiler that is missing, for instance; the modules are not imported for the sake of their classes.
+            # For example a missing compiler; matched by name to avoid importing the modules.
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
             reason = " ".join(str(error).partition("\n\n")[0].split())[:200]
-            raise UserError(f"compile=true does not work on this machine ({reason}); train with compile=false.") from error
+            raise UserError(f"compile=true does not work on this machine ({reason}); set compile=false.") from error
 
 
 def start_profile(
     recipe: str | None, data: Path | None, overrides: Sequence[str], device: str | None, steps: int, deterministic: bool
 ) -> None:
-    """`rplib train --profile`: settings as of a training, nothing is written.
+    """`rplib train --profile`: settings as for training; nothing is written.
 
     Raises:
-        UserError: whatever the user can mend.
+        UserError: invalid settings, data or folder.
     """
     from rplib.reference.training.profiling import report
 
     if recipe is None or data is None or steps < 1:
         raise UserError("--profile needs --recipe, --data and at least 1 step: rplib train --recipe la-8 --data DIR --profile.")
     if started_by_torchrun():
-        raise UserError("--profile is for one process; start it without torchrun.")
+        raise UserError("--profile runs in one process; start it without torchrun.")
     report(load_recipe(recipe, overrides), data, device, steps, deterministic)
 
 
 def _settings(
     recipe: str | None, data: Path | None, out: Path, overrides: Sequence[str], resume: bool
 ) -> tuple[Config, Path, bool]:
-    """All settings, the data's folder, and whether the run that goes on was deterministic."""
+    """All settings, the data folder, and whether the resumed run was deterministic."""
     saved = load_config(out / CONFIG) if resume and (out / CONFIG).is_file() else None
     if recipe is None and saved is None:
         missing = f"{out} holds no run to resume" if resume else "--recipe is missing"
@@ -95,7 +95,7 @@ def _settings(
     sessions = read_sessions(out) if resume else []
     if data is None:
         if not sessions:
-            raise UserError("--data is missing: the folder of the data set.")
+            raise UserError("--data is missing: give the folder of the data set.")
         data = Path(sessions[-1]["data"])
     return config, data, bool(sessions and sessions[-1].get("deterministic"))
 
@@ -106,6 +106,6 @@ def _check_resumable(saved: Config, wanted: Config, out: Path) -> None:
     if changed:
         shown = ", ".join(f"{key} {getattr(saved, key)} -> {getattr(wanted, key)}" for key in changed[:3])
         raise UserError(
-            f"--resume would change settings of {out}: {shown}; leave --recipe and --set out (only "
+            f"--resume would change settings of {out}: {shown}; omit --recipe and --set (only "
             f"{', '.join(sorted(free))} may change), or train in a new folder."
         )

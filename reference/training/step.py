@@ -18,15 +18,15 @@ def training_step(
     autocast_dtype: torch.dtype | None = None,
     mark: Callable[[str], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward, backward and update; nothing here waits for the device.
+    """Forward, backward and update; does not synchronise the device.
 
     Args:
-        network: in training mode; gives (logits, features), a list each.
-        objective: `rplib.MutualObjective` or one called like it; total = dice_weight * dice + consistency_weight * mutual.
+        network: in training mode; returns (logits, features), a list each.
+        objective: `rplib.MutualObjective` or the like; total = dice_weight * dice + consistency_weight * mutual.
         images: (B, channels, X, Y, Z), labelled samples first.
-        labels: (B_l, X, Y, Z) of those.
-        autocast_dtype: precision of the network's forward pass under autocast; None: that of the weights.
-        mark: called with the name of each of `PARTS` that is through, to time it.
+        labels: (B_l, X, Y, Z) of the labelled samples.
+        autocast_dtype: autocast precision of the network's forward pass; None: that of the weights.
+        mark: called with the name of each of `PARTS` when it is finished, for timing.
 
     Returns:
         (total, dice, mutual), detached 0-dim tensors on the device.
@@ -38,7 +38,7 @@ def training_step(
     loss = objective(logits, features, labels, consistency_weight)
     _mark(mark, "loss")
     if mark is not None:
-        # Autograd goes backwards in time: the network's last layer comes after everything of the loss, before the rest.
+        # The backward pass reaches the logits after the whole loss and before the rest of the network.
         logits[-1].register_hook(lambda _: mark("loss backward"))
     loss.total.backward()
     _mark(mark, "backward")

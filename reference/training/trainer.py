@@ -1,4 +1,4 @@
-"""The training loop, its checkpoints and its resumption."""
+"""The training loop, with checkpoints and resumption."""
 
 import contextlib
 import math
@@ -36,11 +36,11 @@ from rplib.reference.training.validation import case_dice
 __all__ = ["find_device", "train"]
 
 PAPER_WARNING = (
-    "protocol 'paper': the weights are chosen on the {} list, as the published numbers were. "
-    "Scores of this run are optimistic; compare them only with numbers chosen in the same way."
+    "protocol 'paper': weights are selected on the {} list, as in the published results. "
+    "Scores of this run are optimistic; compare them only with scores selected in the same way."
 )
-_AVERAGE_EVERY = 10  # iterations between updates of the averaged weights, whose decay is that of so many iterations at once
-_DEVICE_SHARE = 0.2  # of a GPU's memory, which the volumes may take under cache=auto
+_AVERAGE_EVERY = 10  # iterations between updates of the averaged weights, with the decay of that many iterations
+_DEVICE_SHARE = 0.2  # fraction of GPU memory for volumes under cache=auto
 
 
 def train(
@@ -53,31 +53,31 @@ def train(
     deterministic: bool = False,
     ranks: Ranks | None = None,
 ) -> Path:
-    """Train one network and fill its run folder.
+    """Train one network and write its run folder.
 
     Args:
         config: all settings.
         data: folder of the data set.
         out: run folder; new or empty unless ``resume``.
-        resume: go on from ``out/last.pt`` (from the beginning where no checkpoint was written yet). On a CPU with the
-            same number of threads, and on a GPU with ``deterministic``, every number is the same, to the last bit, as
-            without the interruption.
-        device: where to train; None is cuda where there is one, else cpu.
-        deterministic: deterministic algorithms on the GPU too.
-        ranks: this process among those that train together (`rplib.reference.training.distributed.joined`); None: it is alone.
+        resume: continue from ``out/last.pt`` (or from the start if there is no checkpoint yet). Results are bitwise equal to
+            those of an uninterrupted run on a CPU with the same number of threads, and on a GPU with
+            ``deterministic``.
+        device: training device; None is cuda if available, else cpu.
+        deterministic: use deterministic algorithms on the GPU too.
+        ranks: this process in a distributed training (`rplib.reference.training.distributed.joined`); None: single process.
 
     Returns:
-        Path of best.pt: the weights that the protocol declares final.
+        Path of best.pt, the final weights under the protocol.
 
     Raises:
-        UserError: a folder, list, case, checkpoint or setting that does not fit, no room on the disk, or a loss that is
-            not finite.
+        UserError: an invalid folder, list, case, checkpoint or setting, a full disk, or a non-finite
+            loss.
     """
     ranks = ranks or Ranks()
     device = find_device(device)
     if device.type == "cpu" and config.amp != "off":
         # Seen with torch 2.13 on x86-64: the weight gradient of a 3x3x3 convolution over 2x2x2 voxels (the deepest block
-        # of a 32-voxel patch) holds uninitialised memory, now and then NaN.
+        # of a 32-voxel patch) contains uninitialised memory, sometimes NaN.
         raise UserError(
             f"amp={config.amp} on a CPU: PyTorch's bfloat16 convolutions give wrong gradients on small volumes there; "
             "set amp=off."
@@ -91,9 +91,9 @@ def train(
 
 
 class Training:
-    """Everything that a training is made of, ready for its first step (or for the next one of an interrupted run).
+    """The state of a training, ready for its first step (or for the next one of a resumed run).
 
-    Arguments as of `train`, which calls it; a profile takes it apart.
+    Arguments as for `train`, which uses it; the profiler runs its parts separately.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Training:
 
             torch.manual_seed(config.seed)
             self.network: nn.Module = checkpoint.build_network(config)
-            if not ranks.first:  # the same weights, dropout of its own
+            if not ranks.first:  # same weights, different dropout
                 torch.manual_seed(_seed(config.seed, ranks.rank))
             if saved is not None:
                 checkpoint.load_weights(self.network, saved["network"], out / LAST)
@@ -139,7 +139,7 @@ class Training:
             fused=True if device.type in ("cpu", "cuda") else None,
         )
         self.objective = build_objective(config, ranks.group)
-        # What a step calls; checkpoints and validations take the network itself.
+        # Used by steps; checkpoints and validations use the network itself.
         stepped = cast(nn.Module, torch.compile(self.network)) if config.compile else self.network
         self.model = distributed(stepped, ranks, device)
         if saved is not None:
@@ -198,7 +198,7 @@ class Training:
         return self._finish(time.monotonic() - began)
 
     def _look_at(self, pending: list[Any], window_began: float) -> list[LogRow]:
-        """The collected losses as rows: the one place where training waits for the device."""
+        """The collected losses as rows; the only place where training synchronises the device."""
         losses = torch.stack([torch.stack([x.double() for x in terms]) for *_, terms in pending]).tolist()
         seconds = (time.monotonic() - window_began) / len(pending)
         rows: list[LogRow] = []
@@ -213,7 +213,7 @@ class Training:
         return rows
 
     def _check_weights(self, t: int, names: list[str]) -> None:
-        """A step can break the weights while its loss is finite: they must not get into a checkpoint."""
+        """Weights can become non-finite while the loss is finite: they must not be saved."""
         state = {name: value for name, value in self.network.state_dict().items() if value.is_floating_point()}
         finite = torch.stack([value.isfinite().all() for value in state.values()]).tolist()
         bad = [name for name, good in zip(state, finite, strict=True) if not good]
@@ -221,12 +221,12 @@ class Training:
             self._not_finite(f"{len(bad)} of {len(state)} weights are not finite after iteration {t} ({bad[0]}", names)
 
     def _not_finite(self, what: str, names: list[str]) -> NoReturn:
-        """Every rank sees the same loss and weights, so all of them end here."""
+        """Raised on every rank, since all have the same loss and weights."""
         if not self.ranks.first:
             raise SystemExit(2)
         kept = f"the last good checkpoint is {self.out / LAST}" if (self.out / LAST).is_file() else "no checkpoint yet"
         raise UserError(
-            f"{what}; cases {', '.join(names)}); {kept}; lower learning_rate, or look at the data with `rplib data check`."
+            f"{what}; cases {', '.join(names)}); {kept}; lower learning_rate, or check the data with `rplib data check`."
         )
 
     def _consistency_weight(self, t: int) -> float:
@@ -255,12 +255,12 @@ class Training:
         return on_schedule or (self.config.protocol == "held-out" and t == self.config.iterations)
 
     def _validate(self, t: int) -> float:
-        """Mean decoder-1 Dice over the validation cases; keeps the weights if they are the best so far."""
+        """Mean decoder-1 Dice over the validation cases; saves the weights if they are the best so far."""
         network = self.scored.eval()
         mine = self.validation[self.ranks.rank :: self.ranks.size]
         found = self.ranks.gather(case_dice(network, mine, self.config, self.device))
         network.train()
-        # Back in the order of the list, so that the sum's last bit does not depend on the number of ranks.
+        # Restore list order, so that the sum does not depend on the number of ranks.
         scores = [found[i % self.ranks.size][i // self.ranks.size] for i in range(len(self.validation))]
         mean = float(np.mean(scores))
         if mean > self.best_score:
@@ -302,7 +302,7 @@ class Training:
         self.done = saved["iteration"]
         self.best_score, self.best_iteration = saved["best_score"], saved["best_iteration"]
         others = saved.get("other_ranks_random", [])
-        if self.ranks.rank > len(others):  # there are more ranks than before
+        if self.ranks.rank > len(others):  # more ranks than before
             torch.manual_seed(_seed(self.config.seed, self.ranks.rank, self.done))
             return
         cpu, cuda = [(saved["torch_random"], saved["cuda_random"]), *others][self.ranks.rank]
@@ -315,7 +315,7 @@ class Training:
         self._write(BEST, {**content, "config": self.config.to_toml()})
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        """A checkpoint, by rank 0; a disk that is full by now ends all ranks."""
+        """Save a checkpoint on rank 0; a write error ends all ranks."""
         with self.ranks.together():
             if self.ranks.first:
                 with self._disk():
@@ -334,8 +334,8 @@ class Training:
             last = self.out / LAST
             kept = f"iteration {checkpoint.load(last)['iteration']} is kept in {last}" if last.is_file() else "no checkpoint yet"
             raise UserError(
-                f"the run folder {self.out} cannot be written any more ({error.strerror or error}); {kept}; make room and "
-                f"go on with: rplib train --resume --out {self.out}"
+                f"the run folder {self.out} can no longer be written ({error.strerror or error}); {kept}; free space and "
+                f"resume with: rplib train --resume --out {self.out}"
             ) from error
 
     def _finish(self, seconds: float) -> Path:
@@ -360,14 +360,14 @@ class Training:
 
 
 def _read_cases(config: Config, data: Path, ranks: Ranks) -> tuple[list[Case], list[Case], list[Case]]:
-    """Labelled, unlabelled and validation cases, in memory. The test list is touched under `paper` only."""
+    """Labelled, unlabelled and validation cases, in memory. The test list is read under `paper` only."""
     dataset = open_for(config, data)
     for remark in dataset.remarks() if ranks.first else []:
         print(remark, file=sys.stderr)
     names = split_training(dataset, config)
     labelled = load_cases(dataset, names.labelled, True, "labelled cases")
     validation = load_cases(dataset, names.validation, True, "validation cases")
-    # Their labels, where they have any, are dropped at once: nothing of the training can see them.
+    # Any labels they have are dropped immediately, so that training cannot use them.
     found = load_cases(dataset, names.unlabelled, False, "unlabelled cases")
     unlabelled = [case._replace(label=None) for case in found]
     if config.protocol == "paper":
@@ -376,12 +376,12 @@ def _read_cases(config: Config, data: Path, ranks: Ranks) -> tuple[list[Case], l
 
 
 def _paper_list(config: Config) -> str:
-    """What the weights are chosen on under `paper`: ``"test"``, for BraTS ``"val"``."""
+    """The list for weight selection under `paper`: ``"test"``, for BraTS ``"val"``."""
     return LAYOUTS[config.dataset].paper_split
 
 
 def _cache(config: Config, cases: Sequence[Case], device: torch.device) -> torch.device | None:
-    """Where the volumes are kept and cut: on the device, or in RAM (None)."""
+    """Where volumes are stored and cropped: on the device, or in RAM (None)."""
     if config.cache != "auto":
         return device if config.cache == "device" else None
     if device.type != "cuda":
@@ -395,12 +395,12 @@ def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
 
 
 def _seed(*numbers: int) -> int:
-    """One seed of several numbers."""
+    """Combine several numbers into one seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _try_objective(config: Config, device: torch.device) -> None:
-    """Calls the loss on a few voxels, so that an impossible `impl` is told before the data is read."""
+    """Call the loss on a few voxels, so that an unusable `impl` is reported before data is read."""
     dtype = torch.bfloat16 if config.amp == "bfloat16" else torch.float32
     size = [4] * len(config.patch)
     logits = [torch.zeros(1, config.classes, *size, device=device, dtype=dtype, requires_grad=True) for _ in range(2)]

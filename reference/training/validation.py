@@ -1,4 +1,4 @@
-"""Dice of a network in training, on cases that it does not learn from."""
+"""Dice of a network on validation cases during training."""
 
 from collections.abc import Sequence
 
@@ -14,8 +14,8 @@ from rplib.reference.progress import progress
 def case_dice(network: nn.Module, cases: Sequence[Case], config: Config, device: torch.device) -> list[float]:
     """Decoder-1 Dice of each case, mean over the foreground classes; an empty prediction counts 0.
 
-    Windows, their averages, the decision and the counts stay on the device: one wait for it per case. The network's
-    precision is that of the training (`amp`, `tf32`).
+    Windows, averages, decision and counts stay on the device, which is synchronised once per case. The precision is
+    that of the training (`amp`, `tf32`).
     """
     found = []
     autocast = torch.bfloat16 if config.amp == "bfloat16" else None
