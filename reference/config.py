@@ -195,7 +195,7 @@ class Config:
         out = _LEAVES_OUT[self.method]
         return {
             "dice_weight": self.dice_weight,
-            "supervised": self.supervised,
+            **({} if self.supervised == "dice" else {"supervised": self.supervised}),
             "confidence": None if "confidence" in out else self.confidence,
             "weighting": None if "weighting" in out else "similarity",
             "cross_entropy_on": self.cross_entropy_on,
