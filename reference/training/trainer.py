@@ -23,12 +23,13 @@ from rplib.reference.devices import find_device, numerics
 from rplib.reference.files import write_text_atomically
 from rplib.reference.progress import Progress
 from rplib.reference.reporting.curves import write_curves
-from rplib.reference.reporting.run_log import LogRow, RunLog, record_session
+from rplib.reference.reporting.run_log import METRICS_FILE, LogRow, RunLog, read_metrics, record_session
 from rplib.reference.training import run_folder
 from rplib.reference.training.batches import TwoStreamBatches
 from rplib.reference.training.distributed import Ranks, distributed, synchronise_batch_norm
 from rplib.reference.training.feeding import Feed
 from rplib.reference.training.methods import build_objective
+from rplib.reference.training.monitor import Monitor
 from rplib.reference.training.packed import pack
 from rplib.reference.training.step import training_step
 from rplib.reference.training.validation import case_dice
@@ -146,6 +147,7 @@ class Training:
             self._restore(saved, batches)
         self.batches, self.feed = batches, Feed(batches, device, memory_format)
 
+        self.monitor = Monitor(_class_shares(labelled, config.classes), config.consistency, config.iterations)
         self.log: RunLog | None = None
         if ranks.first:
             if saved is not None:
@@ -153,12 +155,13 @@ class Training:
             write_text_atomically(out / CONFIG, config.to_toml())
             record_session(out, device, data, self.done, deterministic, ranks.size)
             self.log = RunLog(out, self.done)
+            self.monitor.look(read_metrics(out / METRICS_FILE))
 
     def run(self) -> Path:
         config, began = self.config, time.monotonic()
         if config.protocol == "paper" and self.ranks.first:
             print(PAPER_WARNING.format(_paper_list(config).upper()), file=sys.stderr)
-        pending: list[tuple[int, float, float, list[str], tuple[Tensor, Tensor, Tensor]]] = []
+        pending: list[tuple[int, float, float, list[str], tuple[Tensor, ...]]] = []
         autocast = torch.bfloat16 if config.amp == "bfloat16" else None
         self.model.train()
         window_began = time.monotonic()
@@ -199,17 +202,21 @@ class Training:
 
     def _look_at(self, pending: list[Any], window_began: float) -> list[LogRow]:
         """The collected losses as rows; the only place where training synchronises the device."""
-        losses = torch.stack([torch.stack([x.double() for x in terms]) for *_, terms in pending]).tolist()
+        flat = [torch.cat([x.double().flatten() for x in terms]) for *_, terms in pending]
+        losses = torch.stack(flat).tolist()
         seconds = (time.monotonic() - window_began) / len(pending)
         rows: list[LogRow] = []
-        for (t, weight, rate, names, _), values in zip(pending, losses, strict=True):
-            if not all(map(math.isfinite, values)):
+        for (t, weight, rate, names, _), (total, dice, mutual, *statistics) in zip(pending, losses, strict=True):
+            if not all(map(math.isfinite, (total, dice, mutual))):
                 self._write_rows(rows)
                 self._not_finite(
-                    f"the loss is not finite at iteration {t} (total {values[0]}, dice {values[1]}, mutual {values[2]}", names
+                    f"the loss is not finite at iteration {t} (total {total}, dice {dice}, mutual {mutual}", names
                 )
-            total, dice, mutual = values
-            rows.append(LogRow(t, total, dice, mutual, weight, rate, seconds))
+            row = LogRow(t, total, dice, mutual, weight, rate, seconds)
+            rows.append(_with_statistics(row, statistics, self.config.classes) if statistics else row)
+        for warning in self.monitor.look(rows):
+            if self.ranks.first:
+                Progress.write(f"warning: {warning}", file=sys.stderr)
         return rows
 
     def _check_weights(self, t: int, names: list[str]) -> None:
@@ -373,6 +380,25 @@ def _read_cases(config: Config, data: Path, ranks: Ranks) -> tuple[list[Case], l
     if config.protocol == "paper":
         validation = load_cases(dataset, dataset.names(dataset.paper_split), True, f"{dataset.paper_split} cases")
     return labelled, unlabelled, validation
+
+
+def _class_shares(labelled: Sequence[Case], classes: int) -> list[float]:
+    """Share of each class among the labelled voxels."""
+    counts = sum(np.bincount(np.ravel(case.label).astype(np.int64), minlength=classes) for case in labelled if case.label is not None)
+    return list(counts / np.sum(counts))
+
+
+def _with_statistics(row: LogRow, statistics: list[float], classes: int) -> LogRow:
+    """The fields of `rplib.ObjectiveStatistics` of two decoders, flattened; pairs are (student 1, teacher 2), (2, 1)."""
+    by_2, by_1, weight_2, weight_1, _, _, *shares, disagreement = statistics
+    taught = by_1 + by_2
+    return row._replace(
+        taught_by_1=by_1,
+        taught_by_2=by_2,
+        mean_weight=(by_1 * weight_1 + by_2 * weight_2) / taught if taught else 0.0,
+        disagreement=disagreement,
+        pseudo_labels=(tuple(shares[:classes]), tuple(shares[classes:])),
+    )
 
 
 def _paper_list(config: Config) -> str:
