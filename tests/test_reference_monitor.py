@@ -122,3 +122,63 @@ def test_a_training_logs_what_its_objective_reports_and_warns(tmp_path, monkeypa
         assert found.pseudo_labels == ((1.0, 0.0), (0.75, 0.25))
     err = capsys.readouterr().err
     assert err.count("warning: iteration 10: decoder 1 does not predict class 1") == 1
+
+
+# ------------------------------------------------------------------------------------------------ beside labelled-only
+
+
+def trained(tmp_path, name, recipe, *words):
+    """Runs `rplib train` on the tiny set, without drawing curves; returns the run folder."""
+    from reference_tools import TINY
+
+    from rplib import cli
+
+    run = tmp_path / name
+    settings = [*TINY, "batch_size=4", "labelled_per_batch=2", "iterations=4", *words]
+    assert cli.main(["train", "--recipe", recipe, "--data", str(tmp_path / "data"), "--out", str(run), "--set", *settings]) == 0
+    return run
+
+
+@pytest.fixture
+def tiny_data(tmp_path, monkeypatch):
+    from rplib.reference.training import trainer
+
+    (tmp_path / "data").mkdir()
+    write_dataset(tmp_path / "data")
+    monkeypatch.setattr(trainer, "write_curves", lambda _: None)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_training_ends_by_saying_how_to_start_its_baseline(tiny_data, tmp_path, capsys):
+    import shlex
+
+    from rplib import cli
+
+    run = trained(tmp_path, "run", "la-4", "consistency=0.1")
+    out = capsys.readouterr().out
+    command = out[out.index("start it with: ") + 15 :].splitlines()[0]
+    assert cli.main(shlex.split(command)[1:]) == 0  # the command that it names works, and gives its baseline
+    assert "labelled-only" not in capsys.readouterr().out
+    assert (tmp_path / "run-supervised" / "best.pt").is_file()
+
+    from rplib.reference.config import load_config
+    from rplib.reference.training.beside_labels import beside_labelled_only, find_baseline
+
+    config = load_config(run / "config.toml")
+    assert find_baseline(config, run) == run.parent / "run-supervised"
+    assert "evaluate both, then compare them with: rplib compare" in beside_labelled_only(config, run, tmp_path / "data")
+    assert find_baseline(config.replace(seed=1), run) is None
+    assert find_baseline(config.replace(filters=3), run) is None
+
+
+@pytest.mark.parametrize(("ours", "verdict"), [(0.75, "25.0 points above"), (0.5, "level with"), (0.25, "25.0 points below")])
+def test_with_a_validation_it_says_how_they_compare(tiny_data, tmp_path, monkeypatch, capsys, ours, verdict):
+    from rplib.reference.training import trainer
+
+    for name, recipe, dice in (("labels", "la-4-supervised", 0.5), ("both", "la-4", ours)):
+        monkeypatch.setattr(trainer, "case_dice", lambda network, cases, *_, dice=dice: [dice for _ in cases])
+        batch = ["batch_size=2"] if recipe.endswith("supervised") else []
+        trained(tmp_path, name, recipe, "validation=1", *batch)
+    out = capsys.readouterr().out
+    assert f"On 1 validation case its Dice of {100 * ours:.1f} % is {verdict} labelled-only (50.0 %, " in out
+    assert ("Lower consistency" in out) == (ours < 0.5)
