@@ -7,7 +7,7 @@ A file holds the data set, the seeds, and one table a cell:
   seeds = [1337, 1338, 1339]
   jobs = 2                         # trainings at a time, one thread each
   baseline = "labelled only"
-  set = { filters = 8, patch = [64, 64, 48], stride = [9, 9, 2] }    # for all cells
+  set = { filters = 8, patch = [64, 64, 48] }    # for all cells
 
   [cells."labelled only"]
   recipe = "la-8-supervised"

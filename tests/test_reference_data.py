@@ -14,8 +14,8 @@ from scipy import ndimage
 from rplib import cli
 from rplib.errors import UserError
 from rplib.reference.datasets.layouts import LeftAtrium, open_dataset
-from rplib.reference.datasets.phantom_organs import organs_case
 from rplib.reference.datasets.phantom import MOST_THRESHOLD_DICE, best_threshold_dice, phantom_case
+from rplib.reference.datasets.phantom_organs import organs_case
 
 # ------------------------------------------------------------------------------------------------------ reading cases
 

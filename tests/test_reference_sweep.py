@@ -58,7 +58,7 @@ def test_a_plan_runs_through_the_cells_seed_by_seed(tmp_path):
         (HEAD + "set = { filtres = 4 }\n" + CELLS, "did you mean filters?"),
         (HEAD + "set = 3\n" + CELLS, "expected a table of settings"),
         (HEAD + 'adopt = "runs"\n' + CELLS, "expected patterns of run folders"),
-        (HEAD + '[cells.a]\nset = {}\n', "recipe is missing"),
+        (HEAD + "[cells.a]\nset = {}\n", "recipe is missing"),
         (HEAD + '[cells.a]\nrecipe = "la-5"\n', "no recipe named la-5"),
         (HEAD + '[cells."a b"]\nrecipe = "la-4"\n[cells."a-b"]\nrecipe = "la-8"\n', "two cells would share one folder"),
         ("data = ", "is not valid TOML"),
@@ -101,7 +101,9 @@ def test_comparison_by_hand():
 
 
 def test_final_weights_are_compared_and_classes_are_averaged():
-    results = rows("base", 1, {"a": 0.5}) + rows("base", 1, {"a": 0.7}, "averaged") + rows("base", 1, {"a": 0.9}, "-", "fixed box")
+    results = (
+        rows("base", 1, {"a": 0.5}) + rows("base", 1, {"a": 0.7}, "averaged") + rows("base", 1, {"a": 0.9}, "-", "fixed box")
+    )
     results.append(Result("base", "la-4", 1, "decoder 1", "averaged", "a", "2", {"dice": 0.1}))
     results.append(Result("base", "la-4", 1, "decoder 1", "averaged", "mean", "all", {"dice": 0.3}))
     assert dice_by_seed(results) == {"base": {1: {"a": pytest.approx(0.4)}}}
@@ -190,7 +192,9 @@ def test_a_sweep_trains_scores_compares_and_then_has_nothing_to_do(tiny, tmp_pat
     assert [(run.adopted, run.finished) for run in plan.runs] == [(False, False)] * 2
 
     # The same folder with other settings is refused before anything is trained.
-    tiny.write_text(other.replace('out = "other"\nadopt = ["sweep/*"]', 'out = "sweep"').replace("average = 0.9", "average = 0.8"))
+    tiny.write_text(
+        other.replace('out = "other"\nadopt = ["sweep/*"]', 'out = "sweep"').replace("average = 0.9", "average = 0.8")
+    )
     line = mistake(capsys, "sweep", tiny)
     assert "alone-5 was trained with average=0.9, the sweep asks for average=0.8; give the cell another name" in line
     assert InProcess.commands == []

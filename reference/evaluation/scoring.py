@@ -20,7 +20,7 @@ from rplib.reference.evaluation.metrics import Scores, score
 from rplib.reference.evaluation.reliability import ReliabilityMaps, Verdict, map_stride, reliability_maps, verdict
 from rplib.reference.inference.components import largest_components
 from rplib.reference.inference.window_bar import window_bar
-from rplib.reference.inference.windows import DECODER_1, LAST_WEIGHTS, OUTPUTS, Segmentation, segment_outputs, window_overlap
+from rplib.reference.inference.windows import DECODER_1, LAST_WEIGHTS, Segmentation, segment_outputs, window_overlap
 from rplib.reference.network import MutualVNet
 from rplib.reference.progress import progress
 
@@ -167,8 +167,8 @@ def evaluate(
         with window_bar(network, case.label.shape, config.patch, stride, name):
             found = segment_outputs(network, case.image, config.patch, stride, batch or config.window_batch, where)
             if last is not None:
-                beside = segment_outputs(last, case.image, config.patch, stride, batch or config.window_batch, where, (DECODER_1,))
-                found[LAST_WEIGHTS] = beside[DECODER_1]
+                windows = config.patch, stride, batch or config.window_batch
+                found[LAST_WEIGHTS] = segment_outputs(last, case.image, *windows, where, (DECODER_1,))[DECODER_1]
         if keep_largest:
             found = {output: one._replace(label=largest_components(one.label)) for output, one in found.items()}
         predictions[name] = found[DECODER_1].label

@@ -27,7 +27,10 @@ def cases_png(dice: Mapping[str, Mapping[int, Mapping[str, float]]], baseline: s
         there = [(n, [100 * v for v in cases[name]]) for n, name in enumerate(names) if name in cases]
         at = [n + 0.8 * (k / max(1, len(means) - 1) - 0.5) * (len(means) > 1) for n, _ in there]
         mean = [statistics.fmean(values) for _, values in there]
-        spread = [[m - min(v) for m, (_, v) in zip(mean, there, strict=True)], [max(v) - m for m, (_, v) in zip(mean, there, strict=True)]]
+        spread = [
+            [m - min(v) for m, (_, v) in zip(mean, there, strict=True)],
+            [max(v) - m for m, (_, v) in zip(mean, there, strict=True)],
+        ]
         seeds = len(dice[cell])
         label = f"{cell} ({seeds} seed{'s' * (seeds > 1)}, mean {statistics.fmean(mean):.1f} %)"
         axis.errorbar(at, mean, spread, color=COLOURS[k % 8], fmt=MARKS[k % 8], markersize=4.5, elinewidth=1, label=label)

@@ -43,9 +43,13 @@ def page(plan: Plan, results: Sequence[Result]) -> str:
         f"src='data:image/png;base64,{base64.b64encode(content).decode()}'></figure>"
         for name, content in pictures
     )
-    seeds = [[line.cell, *(f"{seed}: {_percent(mean)}" for seed, mean in zip(line.seeds, line.means, strict=True))] for line in lines]
+    seeds = [
+        [line.cell, *(f"{seed}: {_percent(mean)}" for seed, mean in zip(line.seeds, line.means, strict=True))] for line in lines
+    ]
     widest = max((len(row) for row in seeds), default=1)
-    by_seed = table(["cell", *[""] * (widest - 1)], [row + [""] * (widest - len(row)) for row in seeds], "Mean Dice % of every seed")
+    by_seed = table(
+        ["cell", *[""] * (widest - 1)], [row + [""] * (widest - len(row)) for row in seeds], "Mean Dice % of every seed"
+    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>

@@ -33,7 +33,11 @@ def beside_labelled_only(config: Config, out: Path, data: Path, recipe: str | No
     if ours is None or theirs is None:
         return f"Labelled-only training lies in {baseline}; evaluate both, then compare them with: {compare}"
     gap = 100 * (ours - theirs)
-    verdict = f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'} labelled-only" if abs(gap) >= 0.05 else "level with labelled-only"
+    verdict = (
+        f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'} labelled-only"
+        if abs(gap) >= 0.05
+        else "level with labelled-only"
+    )
     advice = "" if gap >= 0 else " Lower consistency, or use the labelled-only run."
     return (
         f"On {config.validation} validation case{'s' * (config.validation > 1)} its Dice of {100 * ours:.1f} % is {verdict} "

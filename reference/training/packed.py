@@ -10,7 +10,6 @@ import itertools
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 NARROW = 8  # output channels up to which pairs of voxels are faster
 
