@@ -157,10 +157,11 @@ def read_sessions(run: Path) -> list[dict[str, Any]]:
 def _row(cells: list[str]) -> LogRow:
     """The inverse of `_cells`; raises ValueError for anything else."""
     iteration, *numbers = cells[:7]
-    optional = [float(cell) if cell else None for cell in cells[7:12]]
+    optional = {name: float(cell) if cell else None for name, cell in zip(LogRow._fields[7:12], cells[7:12], strict=False)}
     shares = tuple(tuple(map(float, part.split())) for part in cells[12].split(";")) if len(cells) > 12 and cells[12] else None
     total, dice, mutual, weight, rate, seconds = map(float, numbers)
-    return LogRow(int(iteration), total, dice, mutual, weight, rate, seconds, *optional, pseudo_labels=shares)
+    row = LogRow(int(iteration), total, dice, mutual, weight, rate, seconds, pseudo_labels=shares)
+    return row._replace(**optional)
 
 
 def _cells(row: LogRow) -> list[str]:

@@ -43,13 +43,10 @@ def page(plan: Plan, results: Sequence[Result]) -> str:
         f"src='data:image/png;base64,{base64.b64encode(content).decode()}'></figure>"
         for name, content in pictures
     )
-    seeds = [
-        [line.cell, *(f"{seed}: {_percent(mean)}" for seed, mean in zip(line.seeds, line.means, strict=True))] for line in lines
-    ]
-    widest = max((len(row) for row in seeds), default=1)
-    by_seed = table(
-        ["cell", *[""] * (widest - 1)], [row + [""] * (widest - len(row)) for row in seeds], "Mean Dice % of every seed"
-    )
+    every = sorted({row.seed for row in results})
+    means = [dict(zip(line.seeds, line.means, strict=True)) for line in lines]
+    seeds = [[line.cell, *(_percent(of.get(seed, math.nan)) for seed in every)] for line, of in zip(lines, means, strict=True)]
+    by_seed = table(["cell", *map(str, every)], seeds, "Mean Dice % of every seed")
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>

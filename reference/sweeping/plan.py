@@ -55,7 +55,8 @@ class Planned:
         if changed:
             key = changed[0]
             raise UserError(
-                f"{self.folder} was trained with {key}={getattr(there, key)}, the sweep asks for {key}={getattr(self.config, key)}; "
+                f"{self.folder} was trained with {key}={getattr(there, key)}, "
+                f"the sweep asks for {key}={getattr(self.config, key)}; "
                 "give the cell another name, or delete the folder."
             )
         if not (self.folder / BEST).is_file() or not (self.folder / LAST).is_file():

@@ -45,8 +45,8 @@ class Comparison:
     Attributes:
         seeds: of the runs, with `means` their mean Dice.
         deviation: over the seeds (n - 1); NaN for one.
-        difference, difference_deviation, lowest: mean, deviation and minimum of the differences to the baseline, seed by seed, over the
-            seeds that both have; NaN for the baseline.
+        difference, difference_deviation, lowest: mean, deviation and minimum of the differences to the baseline, seed by seed,
+            over the seeds that both have; NaN for the baseline.
         p_seeds: two-sided paired t-test of those differences; NaN below two seeds.
         p_cases: two-sided Wilcoxon test of the paired cases, each the mean over those seeds; NaN below six cases.
         better, cases: in how many cases it is better, of how many.

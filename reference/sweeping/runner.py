@@ -18,8 +18,8 @@ _POLL = 0.2  # seconds between looks at the running commands
 def run_plan(plan: Plan, say: Callable[[str], None] = print) -> None:
     """Train and evaluate every run that is not finished; what a kill interrupted resumes.
 
-    Every run is two commands, `rplib train` and `rplib evaluate`, in processes of their own with one thread each; what they print goes
-    into a log. A run that fails does not stop the others.
+    Every run is two commands, `rplib train` and `rplib evaluate`, in processes of their own with one thread each; what they
+    print goes into a log. A run that fails does not stop the others.
 
     Raises:
         UserError: some failed (told at the end), or a folder holds other settings (told before the first starts).

@@ -7,7 +7,7 @@ from rplib.reference import checkpoint
 from rplib.reference.checkpoint import BEST, CONFIG
 from rplib.reference.config import Config, differences, load_config, load_recipe, recipe_names
 
-# In these a labelled-only run may differ and still be the baseline of a run: what acts on unlabelled samples, and what changes no number.
+# A baseline may differ from its run in these: what acts on unlabelled samples, and what changes no number.
 _MUTUAL = {"batch_size", "labelled_per_batch", "consistency", "warmup", "ramp_length", "ramp_every", "method", "confidence"}
 _MUTUAL |= {"temperature", "cross_entropy_on"}
 _SAME = {"name", "cache", "checkpoint_every", "log_every", "window_batch", "impl"}

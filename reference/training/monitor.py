@@ -87,6 +87,7 @@ class Monitor:
                 which = "neither decoder predicts" if len(gone) == networks else f"decoder {gone[0]} does not predict"
                 told.append(
                     f"iteration {t}: {which} class {k}, which has {100 * share:.2g} % of the labelled voxels: pseudo-labels "
-                    "teach that it is not there; lower consistency (0.1), raise ramp_every or warmup, or set supervised=dice+cross_entropy."
+                    "teach that it is not there; lower consistency (0.1), raise ramp_every or warmup, or set "
+                    "supervised=dice+cross_entropy."
                 )
         return told

@@ -29,20 +29,20 @@ def pack(network: nn.Module) -> nn.Module:
     for sequence in [m for m in network.modules() if isinstance(m, nn.Sequential)]:
         layers = list(sequence)
         for k, layer in enumerate(layers):
-            if not _fits(layer) or layer.out_channels > NARROW:
+            if not isinstance(layer, nn.Conv2d | nn.Conv3d) or not _fits(layer):
                 continue
             if k and isinstance(layers[k - 1], nn.Upsample):
                 layers[k - 1].forward = _identity  # type: ignore[method-assign]
-                layer.forward = _Upsampled(layer)  # type: ignore[method-assign,arg-type]
+                layer.forward = _Upsampled(layer)  # type: ignore[method-assign]
             else:
-                layer.forward = _Paired(layer)  # type: ignore[method-assign,arg-type]
+                layer.forward = _Paired(layer)  # type: ignore[method-assign]
     return network
 
 
-def _fits(layer: nn.Module) -> bool:
-    if not isinstance(layer, nn.Conv2d | nn.Conv3d):
-        return False
-    return set(layer.kernel_size) == {3} and set(layer.padding) == {1} and set(layer.stride) == {1}
+def _fits(layer: nn.Conv2d | nn.Conv3d) -> bool:
+    """A narrow kernel of 3 taps along each axis."""
+    taps = set(layer.kernel_size) == {3} and set(layer.padding) == {1} and set(layer.stride) == {1}
+    return taps and layer.out_channels <= NARROW
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def prepare(out: Path, resume: bool, config: Config) -> None:
 
 
 def room_needed(out: Path, config: Config) -> int:
-    """Bytes that a run may still write: last.pt holds weights (twice with averages) and momentum, and exists twice while it is replaced."""
+    """Bytes that a run may still write: last.pt (weights, their average, momentum) exists twice while it is replaced."""
     with torch.device("meta"):
         network = checkpoint.build_network(config)
     weights = sum(t.numel() * t.element_size() for t in network.state_dict().values())

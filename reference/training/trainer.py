@@ -21,6 +21,7 @@ from rplib.reference.config import Config
 from rplib.reference.datasets.layouts import LAYOUTS, Case, load_cases, open_for, split_training
 from rplib.reference.devices import find_device, numerics
 from rplib.reference.files import write_text_atomically
+from rplib.reference.network import MutualVNet
 from rplib.reference.progress import Progress
 from rplib.reference.reporting.curves import write_curves
 from rplib.reference.reporting.run_log import METRICS_FILE, LogRow, RunLog, read_metrics, record_session
@@ -303,7 +304,7 @@ class Training:
     def _restore(self, saved: dict[str, Any], batches: TwoStreamBatches) -> None:
         self.optimiser.load_state_dict(saved["optimiser"])
         if self.averaged is not None:
-            checkpoint.load_weights(self.averaged.module, saved["averaged"], self.out / LAST)
+            checkpoint.load_weights(cast(MutualVNet, self.averaged.module), saved["averaged"], self.out / LAST)
             self.averaged.n_averaged.fill_(saved["averaged_updates"])
         batches.restore(saved["batches"])
         self.done = saved["iteration"]
@@ -384,8 +385,9 @@ def _read_cases(config: Config, data: Path, ranks: Ranks) -> tuple[list[Case], l
 
 def _class_shares(labelled: Sequence[Case], classes: int) -> list[float]:
     """Share of each class among the labelled voxels."""
-    counts = sum(np.bincount(np.ravel(case.label).astype(np.int64), minlength=classes) for case in labelled if case.label is not None)
-    return list(counts / np.sum(counts))
+    labels = [np.ravel(case.label).astype(np.int64) for case in labelled if case.label is not None]
+    counts = np.sum([np.bincount(label, minlength=classes) for label in labels], axis=0)
+    return [float(count) for count in counts / counts.sum()]
 
 
 def _with_statistics(row: LogRow, statistics: list[float], classes: int) -> LogRow:
