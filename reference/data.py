@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="voxels of X, Y and Z, or of X and Y; the first two vary by up to a quarter between cases (default: 48 48 40)",
     )
     phantom.add_argument(
-        "--classes", type=int, default=2, help="with background; 3 or more: NIfTI files for the recipe generic, also 2-D (default: 2)"
+        "--classes", type=int, default=2, help="with background; from 3 on NIfTI files for the recipe generic (default: 2)"
     )
     phantom.add_argument("--seed", type=int, default=1337, help="the same seed writes the same voxels (default: %(default)s)")
 

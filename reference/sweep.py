@@ -16,7 +16,7 @@ A file holds the data set, the seeds, and one table a cell:
   recipe = "la-8"
   set = { method = "both" }
 
-Run again it resumes, and trains only what is missing; adopt = ["runs/*"] takes finished runs with the same settings from elsewhere.
+Run again it resumes, and trains only what is missing; adopt = ["runs/*"] takes runs with the same settings from elsewhere.
 
 examples:
   rplib sweep FILE.toml

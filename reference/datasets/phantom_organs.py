@@ -22,7 +22,7 @@ from rplib.reference.progress import progress
 
 MOST_CLASSES = 5
 _ATTEMPTS = 40
-# By class: radius as a share of the shortest axis; shortest and longest period of the stripes in voxels (0: crossed; None: smooth).
+# By class: radius as a share of the shortest axis, and range of the stripes' period in voxels (0: crossed; None: smooth).
 _ORGANS = ((0.20, (3.5, 5.0)), (0.17, (8.0, 11.0)), (0.14, None), (0.12, 0.0))
 
 

@@ -160,8 +160,8 @@ def _row(cells: list[str]) -> LogRow:
     optional = {name: float(cell) if cell else None for name, cell in zip(LogRow._fields[7:12], cells[7:12], strict=False)}
     shares = tuple(tuple(map(float, part.split())) for part in cells[12].split(";")) if len(cells) > 12 and cells[12] else None
     total, dice, mutual, weight, rate, seconds = map(float, numbers)
-    row = LogRow(int(iteration), total, dice, mutual, weight, rate, seconds, pseudo_labels=shares)
-    return row._replace(**optional)
+    rest: dict[str, Any] = {**optional, "pseudo_labels": shares}
+    return LogRow(int(iteration), total, dice, mutual, weight, rate, seconds, **rest)
 
 
 def _cells(row: LogRow) -> list[str]:

@@ -58,9 +58,9 @@ def page(plan: Plan, results: Sequence[Result]) -> str:
 <body>
 <h1>{escape(title)}</h1>
 {table(HEADINGS, comparison_rows(lines), f"{plan.split} cases, decoder 1; the baseline is {plan.baseline}")}
-<p class="soft">Dice: mean and standard deviation of the seeds' means. Minus the baseline, lowest: of the differences seed by seed.
-p, seeds: paired t-test over the seeds. p, cases: Wilcoxon test over the cases, each the mean over the seeds. Nothing is corrected for
-several comparisons.</p>
+<p class="soft">Dice: mean and standard deviation of the seeds' means. Minus the baseline, lowest: of the differences seed by
+seed. p, seeds: paired t-test over the seeds. p, cases: Wilcoxon test over the cases, each the mean over the seeds. Nothing is
+corrected for several comparisons.</p>
 {by_seed}
 {shown}
 </body>

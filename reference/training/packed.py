@@ -32,10 +32,10 @@ def pack(network: nn.Module) -> nn.Module:
             if not isinstance(layer, nn.Conv2d | nn.Conv3d) or not _fits(layer):
                 continue
             if k and isinstance(layers[k - 1], nn.Upsample):
-                layers[k - 1].forward = _identity  # type: ignore[method-assign]
-                layer.forward = _Upsampled(layer)  # type: ignore[method-assign]
+                layers[k - 1].forward = _identity
+                layer.forward = _Upsampled(layer)  # type: ignore[assignment]
             else:
-                layer.forward = _Paired(layer)  # type: ignore[method-assign]
+                layer.forward = _Paired(layer)  # type: ignore[assignment]
     return network
 
 
