@@ -1,30 +1,38 @@
-"""Checkpoints, written atomically, and the networks in them."""
+"""Checkpoints, written atomically, and the networks in them.
 
+A checkpoint is a zip archive with a CRC-32 of every record, which PyTorch writes but does not verify; `load` does.
+"""
+
+import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from rplib.errors import UserError
+from rplib.errors import UserError, brief_reason, is_out_of_memory, printable
 from rplib.reference.config import Config, load_config, load_recipe, parse
-from rplib.reference.files import write_atomically
+from rplib.reference.files import naming, write_atomically
 from rplib.reference.network import MutualVNet
 
 LAST, BEST, CONFIG = "last.pt", "best.pt", "config.toml"
+PREVIOUS = "last.previous.pt"  # the checkpoint before last.pt, should that one be damaged
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint atomically. It holds tensors, numbers, text, lists and dicts only.
 
+    A last.pt that is there becomes last.previous.pt.
+
     Raises:
         OSError: the file cannot be written, for example because the disk is full.
     """
     try:
-        write_atomically(path, lambda file: torch.save(content, file))
+        write_atomically(path, lambda file: torch.save(content, file), path.with_name(PREVIOUS) if path.name == LAST else None)
     except RuntimeError as error:
         # torch.save closes its archive even after a failed write, which fails in turn and hides the first error.
         if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
+            with naming(path):
+                raise error.__context__ from None
         raise
 
 
@@ -32,7 +40,7 @@ Weights = Literal["best", "last", "averaged"]
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, with ``weights_only=True``.
+    """Read a checkpoint onto the CPU, with ``weights_only=True``, after its checksums.
 
     Raises:
         UserError: the file is missing, truncated, damaged, or not a checkpoint.
@@ -40,13 +48,38 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no checkpoint {path}.")
     try:
+        _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage sizes
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is not a readable checkpoint ({reason}); use another checkpoint or train again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}; expected a checkpoint of `rplib train` or a state dict.")
+        if is_out_of_memory(error):
+            raise UserError(f"{path} does not fit into the memory ({brief_reason(error)}).") from error
+        raise UserError(f"{path} is not a readable checkpoint ({brief_reason(error)}); {_instead_of(path)}.") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        kind = "dict with keys other than text" if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{path} holds a {kind}; expected a checkpoint of `rplib train` or a state dict.")
     return content
+
+
+def _check_sums(path: Path) -> None:
+    """One flipped bit in a record would otherwise be a weight like any other."""
+    if not zipfile.is_zipfile(path):
+        return  # damaged, or of a PyTorch before 1.6, whose files have no checksums: torch.load tells
+    with zipfile.ZipFile(path) as archive:
+        sizes = sum(entry.file_size for entry in archive.infolist())
+        if sizes > path.stat().st_size:  # PyTorch compresses nothing
+            raise ValueError(f"its records declare {sizes} bytes, more than the file has")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} is wrong: the file is damaged")
+
+
+def _instead_of(path: Path) -> str:
+    previous = path.with_name(PREVIOUS)
+    if path.name == LAST and previous.is_file():
+        return f"the checkpoint before it is kept: put {previous} in its place"
+    if path.name == BEST and path.with_name(LAST).is_file():
+        return "take the last one instead (--weights last), or train again"
+    return "use another one or train again"
 
 
 def load_network(run: str | Path, which: Weights | None = None) -> tuple[MutualVNet, Config]:
@@ -72,8 +105,11 @@ def load_network(run: str | Path, which: Weights | None = None) -> tuple[MutualV
     if which == "averaged" and "averaged" not in content:
         raise UserError(f"{path} holds no averaged weights; train with average=0.99, or take --weights best or last.")
     if "network" in content:
-        weights = content["averaged" if which == "averaged" else "network"]
-        config = load_config(run / CONFIG) if run.is_dir() else parse(content["config"], str(path))
+        weights, settings = content["averaged" if which == "averaged" else "network"], content.get("config")
+        if not isinstance(weights, dict) or not (run.is_dir() or isinstance(settings, str)):
+            missing = "settings ('config')" if isinstance(weights, dict) else "weights ('network')"
+            raise UserError(f"{path} lacks its {missing}; expected a checkpoint of `rplib train`: {_instead_of(path)}.")
+        config = load_config(run / CONFIG) if run.is_dir() else parse(str(settings), str(path))
     else:
         weights = {key.removeprefix("module."): value for key, value in content.items()}
         config = _config_of(weights, path)
@@ -95,18 +131,23 @@ def load_weights(network: MutualVNet, weights: dict[str, Any], path: Path) -> No
     """
     try:
         network.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except Exception as error:  # missing keys, other shapes, keys that are no text, values that are no tensors
         lines = [line.strip() for line in str(error).splitlines()]
-        raise UserError(f"the weights in {path} do not fit the network: {' '.join(lines[1:2])[:200]}") from error
+        raise UserError(f"the weights in {path} do not fit the network: {' '.join(lines[1:2] or lines[:1])[:200]}") from error
+    bad = [key for key, value in network.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise UserError(f"{path}: {len(bad)} weights are NaN or infinite ({bad[0]}, for one); {_instead_of(path)}.")
 
 
 def _config_of(weights: dict[str, Any], path: Path) -> Config:
     first, last = weights.get("encoder.block_one.conv.0.weight"), weights.get("decoder1.out_conv.weight")
-    if not isinstance(first, torch.Tensor) or not isinstance(last, torch.Tensor):
+    tensors = [value for value in (first, last) if isinstance(value, torch.Tensor)]
+    if len(tensors) < 2 or min(tensor.ndim for tensor in tensors) < 4:
         raise UserError(f"{path} is neither a checkpoint of `rplib train` nor a state dict of the authors' mine3d_v1.")
+    first, last = tensors
     recipe, dims = load_recipe("la-8"), first.ndim - 2
     return recipe.replace(
-        name=path.stem,
+        name=printable(path.stem)[:100],
         filters=first.shape[0],
         in_channels=first.shape[1],
         classes=last.shape[0],

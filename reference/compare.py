@@ -13,11 +13,12 @@ import csv
 import io
 import math
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rplib.errors import UserError
+from rplib.errors import UserError, reading
 
 # Settings that may differ besides the seed: they affect neither training nor evaluation results.
 _SAME = {"seed", "cache", "checkpoint_every", "log_every", "window_batch"}
@@ -32,6 +33,7 @@ class Run:
     title: str
     settings: dict[str, object]
     scores: Scores
+    folder: Path | None = None
 
     def mean(self, metric: str) -> float:
         """Mean over the cases and classes that have the score."""
@@ -89,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     recipes = by_recipe([read_run(folder, args.split, args.output) for folder in args.runs])
     boxes = [read_run(folder, args.split, BOX).scores for folder in args.runs]
     if boxes[0] and all(box.get("dice") == boxes[0]["dice"] for box in boxes):  # one box, fitted to the same labelled cases
-        recipes[BOX] = [Run(BOX, {}, boxes[0])]
+        recipes[BOX] = [Run(BOX, {}, boxes[0], args.runs[0])]
     lines = compare(recipes)
     print(render(lines), end="")
     if args.csv:
@@ -116,13 +118,38 @@ def read_run(folder: Path, split: str, method: str) -> Run:
     path = folder / f"evaluation-{split}" / "scores.csv"
     if not path.is_file():
         raise UserError(f"{folder} has no {path.relative_to(folder)}; run `rplib evaluate {folder} --data DIR --split {split}`.")
+    return Run(config.title, asdict(config), read_scores(path, method), folder)
+
+
+def read_scores(path: Path, method: str) -> Scores:
+    """The scores of one method in a scores.csv.
+
+    Raises:
+        UserError: other columns, a line cut short, a score that is no number or cannot be one, a case twice.
+    """
+    from rplib.reference.evaluation.scoring import METRICS
+
+    expected = ["case", "method", "class", *METRICS]
     scores: Scores = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["method"] == method:
-                for metric in set(row) - {"case", "method", "class"}:
-                    scores.setdefault(metric, {})[row["case"], row["class"]] = float(row[metric] or "nan")
-    return Run(config.title, asdict(config), scores)
+    with reading(path, "table of scores", "run `rplib evaluate` again"), path.open(newline="", encoding="utf-8") as file:
+        lines = csv.reader(file, strict=True)
+        if (header := next(lines, [])) != expected:
+            raise ValueError(f"its columns are {', '.join(header)[:80] or 'none'}; expected {', '.join(expected)}")
+        for number, line in enumerate(lines, 2):
+            if len(line) != len(expected):
+                raise ValueError(f"line {number} has {len(line)} fields; expected {len(expected)}")
+            case, by, klass, *values = line
+            if by != method:
+                continue
+            for metric, text in zip(METRICS, values, strict=True):
+                value = float(text or "nan")
+                most = 1.0 if metric in ("dice", "jaccard") else sys.float_info.max
+                if text and not 0 <= value <= most:
+                    raise ValueError(f"line {number}: {metric} is {text[:40]}")
+                if (case, klass) in scores.setdefault(metric, {}):
+                    raise ValueError(f"line {number}: case {case[:80]}, class {klass[:20]} comes twice")
+                scores[metric][case, klass] = value
+    return scores
 
 
 def by_recipe(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -152,14 +179,16 @@ def compare(recipes: dict[str, list[Run]]) -> list[Line]:
 
     runs = [one for group in recipes.values() for one in group]
     if not runs[0].scores:
-        raise UserError(f"{runs[0].title}: the evaluation has no scores for this output; run `rplib evaluate` again.")
+        where = f" in {runs[0].folder}" if runs[0].folder else ""
+        raise UserError(f"{runs[0].title}{where}: the evaluation has no scores for this output; run `rplib evaluate` again.")
     cases = set(runs[0].scores["dice"])
     for name, group in recipes.items():
         for one in group:
             if set(one.scores.get("dice", ())) != cases:
                 odd = sorted(set(one.scores.get("dice", ())) ^ cases)[0]
+                where = f" in {one.folder}" if one.folder else ""
                 raise UserError(
-                    f"{name}: not scored on the same cases as {runs[0].title} (for example case {odd[0]}, class {odd[1]})."
+                    f"{name}{where}: not scored on the same cases as {runs[0].title} (for example case {odd[0]}, class {odd[1]})."
                 )
     first = next(iter(recipes.values()))
     return [
@@ -193,10 +222,9 @@ def _line(name: str, group: Sequence[Run], first: Sequence[Run], metric: str) ->
 
 def render(lines: Sequence[Line]) -> str:
     """The table as text."""
-    from rich.console import Console
     from rich.table import Table
 
-    from rplib.reference.reporting.tables import TITLES, shown
+    from rplib.reference.reporting.tables import TITLES, as_text, shown
 
     first = lines[0].recipe
     table = Table(title="mean of the runs \u00b1 standard deviation over the runs", title_justify="left")
@@ -213,9 +241,7 @@ def render(lines: Sequence[Line]) -> str:
             "" if none else f"{line.better} of {line.cases}",
             str(line.missing) if line.missing else "",
         )
-    console = Console(file=io.StringIO(), width=120, record=True, color_system=None, highlight=False)
-    console.print(table)
-    return console.export_text()
+    return as_text(table)
 
 
 def _differing(a: Run, b: Run) -> list[str]:

@@ -8,16 +8,23 @@ import dataclasses
 import difflib
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rplib.errors import UserError
+import tomlkit
+
+from rplib.errors import UserError, brief_reason, is_out_of_memory, printable
+from rplib.reference.files import has_control_characters
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 BASE = "base"  # recipes/base.toml: every key; also the key of a recipe file that names the recipe it builds on
 DEPTH = 16  # the network halves each axis four times
+
+# Far above what makes sense, and low enough that no number derived from a setting overflows.
+_MOST_COUNT, _MOST_CHANNELS, _MOST_AXIS, _MOST_BATCH = 10**9, 4096, 4096, 4096
+_MOST_NAME = 200  # characters
 
 CACHES = ("auto", "device", "ram")
 CONSISTENCY = "mutual-consistency"
@@ -80,16 +87,22 @@ class Config:
         choices=("z-score", "z-score-nonzero", "percentiles", "none"),
     )
     classes: int = _key(2, "background included", least=2, most=255)
-    labelled: int = _key(8, "first N training cases; the rest are unlabelled. 0: every case that has a label", least=0)
-    validation: int = _key(0, "last N labelled cases, held out for model selection", least=0)
-    patch: tuple[int, ...] = _key((112, 112, 80), "voxels; multiples of 16; two numbers for 2-D images", least=DEPTH)
-    batch_size: int = _key(4, "labelled and unlabelled together", least=1)
-    labelled_per_batch: int = _key(2, "equal to batch_size: labelled-only training; unlabelled cases are not read", least=1)
+    labelled: int = _key(
+        8, "first N training cases; the rest are unlabelled. 0: every case that has a label", least=0, most=_MOST_COUNT
+    )
+    validation: int = _key(0, "last N labelled cases, held out for model selection", least=0, most=_MOST_COUNT)
+    patch: tuple[int, ...] = _key(
+        (112, 112, 80), "voxels; multiples of 16; two numbers for 2-D images", least=DEPTH, most=_MOST_AXIS
+    )
+    batch_size: int = _key(4, "labelled and unlabelled together", least=1, most=_MOST_BATCH)
+    labelled_per_batch: int = _key(
+        2, "equal to batch_size: labelled-only training; unlabelled cases are not read", least=1, most=_MOST_BATCH
+    )
     augmentation: str = _key("mirror-rotate", "in the first two axes; 'none' crops only", choices=("mirror-rotate", "none"))
     cache: str = _key("auto", "where volumes are kept; 'auto': on the GPU if they fit, else in RAM", choices=CACHES)
 
-    in_channels: int = _key(1, "channels of the image", least=1, section="network")
-    filters: int = _key(16, "channels at full resolution; 16 gives 12,347,716 parameters", least=1)
+    in_channels: int = _key(1, "channels of the image", least=1, most=_MOST_CHANNELS, section="network")
+    filters: int = _key(16, "channels at full resolution; 16 gives 12,347,716 parameters", least=1, most=_MOST_CHANNELS)
     dropout: float = _key(0.5, "after the deepest block and before each output convolution", least=0.0, most=0.99)
 
     dice_weight: float = _key(0.5, "factor of the sum of both decoders' supervised losses", least=0.0, section="objective")
@@ -97,9 +110,9 @@ class Config:
         "dice", "loss on the labels; of two the mean is taken", choices=("dice", "cross_entropy", "dice+cross_entropy")
     )
     consistency: float = _key(1.0, "maximum weight of the mutual loss; 0: train on labels alone", least=0.0)
-    warmup: int = _key(0, "iterations on labels alone before the ramp-up begins", least=0)
-    ramp_length: int = _key(40, "steps of the ramp-up of that weight; 0: maximum from the start", least=0)
-    ramp_every: int = _key(150, "iterations per step", least=1)
+    warmup: int = _key(0, "iterations on labels alone before the ramp-up begins", least=0, most=_MOST_COUNT)
+    ramp_length: int = _key(40, "steps of the ramp-up of that weight; 0: maximum from the start", least=0, most=_MOST_COUNT)
+    ramp_every: int = _key(150, "iterations per step", least=1, most=_MOST_COUNT)
     method: str = _key("both", "the paper's loss, an ablation or an alternative; see training/README.md", choices=METHODS)
     confidence: str = _key("entropy", "how the networks' confidence is compared", choices=("entropy", "max_probability"))
     temperature: float = _key(0.1, "temperature of the sharpened probabilities; 'mutual-consistency' only", above=0.0)
@@ -108,7 +121,7 @@ class Config:
     )
     impl: str = _key("auto", "implementation of the loss", choices=("auto", "triton", "torch", "naive"))
 
-    iterations: int = _key(15000, "optimiser steps", least=1, section="optimisation")
+    iterations: int = _key(15000, "optimiser steps", least=1, most=_MOST_COUNT, section="optimisation")
     learning_rate: float = _key(0.01, "of SGD", above=0.0)
     momentum: float = _key(0.9, "of SGD", least=0.0, most=0.9999)
     weight_decay: float = _key(0.0001, "of SGD", least=0.0)
@@ -132,13 +145,13 @@ class Config:
         choices=("held-out", "paper"),
         section="evaluation",
     )
-    validate_from: int = _key(800, "iteration of the first validation", least=1)
-    validate_every: int = _key(200, "iterations", least=1)
-    stride: tuple[int, ...] = _key((18, 18, 4), "of the sliding windows, voxels", least=1)
-    window_batch: int = _key(4, "windows in one forward pass", least=1)
+    validate_from: int = _key(800, "iteration of the first validation", least=1, most=_MOST_COUNT)
+    validate_every: int = _key(200, "iterations", least=1, most=_MOST_COUNT)
+    stride: tuple[int, ...] = _key((18, 18, 4), "of the sliding windows, voxels", least=1, most=_MOST_AXIS)
+    window_batch: int = _key(4, "windows in one forward pass", least=1, most=_MOST_BATCH)
 
-    checkpoint_every: int = _key(200, "iterations between writes of last.pt", least=1, section="run folder")
-    log_every: int = _key(10, "iterations between logged losses (each synchronises the device once)", least=1)
+    checkpoint_every: int = _key(200, "iterations between writes of last.pt", least=1, most=_MOST_COUNT, section="run folder")
+    log_every: int = _key(10, "iterations between logged losses (each synchronises the device once)", least=1, most=_MOST_COUNT)
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -195,7 +208,8 @@ class Config:
         out = _LEAVES_OUT[self.method]
         return {
             "dice_weight": self.dice_weight,
-            **({} if self.supervised == "dice" else {"supervised": self.supervised}),
+            "supervised": self.supervised,
+            "statistics": True,
             "confidence": None if "confidence" in out else self.confidence,
             "weighting": None if "weighting" in out else "similarity",
             "cross_entropy_on": self.cross_entropy_on,
@@ -208,12 +222,18 @@ class Config:
 
     def to_toml(self) -> str:
         """The complete file with comments; `parse` reads it back to an equal object."""
-        lines: list[str] = []
+        document = tomlkit.document()
         for f in dataclasses.fields(self):
             if f.metadata["section"]:
-                lines += ["", f"# ---- {f.metadata['section']}"]
-            lines.append(f"{f.name + ' = ' + _toml(getattr(self, f.name)):36}  # {_comment(f)}")
-        return "\n".join(lines).strip() + "\n"
+                if document:
+                    document.add(tomlkit.nl())
+                document.add(tomlkit.comment(f"---- {f.metadata['section']}"))
+            value = getattr(self, f.name)
+            item = tomlkit.item(list(value) if isinstance(value, tuple) else value)
+            item.comment(_comment(f))
+            item.trivia.comment_ws = " " * max(2, 38 - len(f"{f.name} = {item.as_string()}"))
+            document.add(f.name, item)
+        return tomlkit.dumps(document)
 
 
 KEYS = {f.name: f for f in dataclasses.fields(Config)}
@@ -230,10 +250,19 @@ def parse(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
         UserError: invalid TOML, an unknown key (the nearest known one is suggested), or an invalid value.
     """
     try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{source} is not valid TOML: {error}.") from error
-    return Config(**{**_base_of(table, source), **_known_keys(table, source), **parse_overrides(overrides)})
+        table = tomllib.loads(text.removeprefix("\ufeff").replace("\r\n", "\n"))
+    except (ValueError, RecursionError, MemoryError) as error:  # ValueError: bad TOML, and integers of thousands of digits
+        told = "nested too deeply" if isinstance(error, RecursionError) else brief_reason(error)
+        if is_out_of_memory(error):
+            told = "it does not fit into the memory"
+        raise UserError(f"{source} is not valid TOML: {told}.") from error
+    values = {**_base_of(table, source), **_known_keys(table, source), **parse_overrides(overrides)}
+    try:
+        return Config(**values)
+    except UserError as error:
+        if overrides:  # the option may be at fault as well as the file
+            raise
+        raise UserError(f"{source}: {error}") from error
 
 
 def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
@@ -249,7 +278,7 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
         key, equals, text = setting.partition("=")
         key, text = key.strip(), text.strip()
         if not equals:
-            raise UserError(f"--set {setting}: expected key=value, for example --set filters=4.")
+            raise UserError(f"--set {_brief(setting, str)}: expected key=value, for example --set filters=4.")
         _known(key, "--set")
         if KEYS[key].type is str:
             table[key] = text.strip("\"'")
@@ -258,7 +287,7 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
             try:
                 value = tomllib.loads(f"v = {written}")["v"]
                 break
-            except tomllib.TOMLDecodeError:
+            except (ValueError, RecursionError):  # no TOML, or an integer of thousands of digits
                 value = text
         table[key] = value
     return table
@@ -279,6 +308,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     if path.suffix != ".toml":
         path = RECIPES / f"{recipe}.toml"
         if str(recipe) not in recipe_names():
+            recipe = _brief(str(recipe), str)
             near = difflib.get_close_matches(str(recipe), recipe_names(), n=2, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise UserError(f"no recipe named {recipe}; {hint}known: {', '.join(recipe_names())}; or name a FILE.toml.")
@@ -293,8 +323,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"settings {path} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, a NUL in the path
+        raise UserError(
+            f"settings {path} cannot be read ({getattr(error, 'strerror', None) or error}); give a TOML file in UTF-8."
+        ) from error
     return parse(text, str(path), overrides)
 
 
@@ -324,8 +356,8 @@ def _base_of(table: dict[str, Any], source: str, seen: tuple[str, ...] = ()) -> 
     name = table.pop(BASE, None)
     if name is None:
         return {}
-    if not isinstance(name, str) or not (RECIPES / f"{name}.toml").is_file() or Path(name).name != name:
-        raise UserError(f"{source}: base is {name!r}; expected the name of a recipe: {BASE}, {', '.join(recipe_names())}.")
+    if not isinstance(name, str) or name not in (BASE, *recipe_names()):
+        raise UserError(f"{source}: base is {_brief(name)}; expected the name of a recipe: {BASE}, {', '.join(recipe_names())}.")
     if name in seen:
         raise UserError(f"{source}: base = {name!r} is circular, through {', '.join(seen)}.")
     below = tomllib.loads((RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
@@ -343,7 +375,7 @@ def _known_keys(table: dict[str, Any], source: str) -> dict[str, Any]:
         if key in _RETIRED:
             without_meaning, instead = _RETIRED[key]
             if value != without_meaning:
-                raise UserError(f"{source}: {key} = {value!r} is no longer a setting; use {instead}.")
+                raise UserError(f"{source}: {key} = {_brief(value)} is no longer a setting; use {instead}.")
             continue
         _known(key, source)
         known[key] = value
@@ -357,7 +389,7 @@ def _known(key: str, source: str) -> None:
         raise UserError(f"{source}: {key} is no longer a setting; use {_RETIRED[key][1]}.")
     near = difflib.get_close_matches(key, KEYS, n=3, cutoff=0.5) or [k for k in KEYS if key in k]
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(KEYS)}."
-    raise UserError(f"{source}: unknown setting {key!r}; {hint}")
+    raise UserError(f"{source}: unknown setting {_brief(key)}; {hint}")
 
 
 def _checked(f: "dataclasses.Field[Any]", value: Any) -> Any:
@@ -365,22 +397,27 @@ def _checked(f: "dataclasses.Field[Any]", value: Any) -> Any:
     if f.type == tuple[int, ...]:
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) not in (2, 3) or not all(map(_is_int, value)):
             raise UserError(
-                f"{f.name} is {value!r}; expected three whole numbers such as {f.name}=32,32,32, or two for 2-D images."
+                f"{f.name} is {_brief(value)}; expected three whole numbers such as {f.name}=32,32,32, or two for 2-D images."
             )
         for axis in value:
             _check_range(f, axis, value)
         return tuple(int(axis) for axis in value)
     if f.type is float and _is_int(value):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError as error:
+            raise UserError(f"{f.name} is {_brief(value)}; expected a number below 1.8e308.") from error
     expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[f.type]  # type: ignore[index]
     fits = _is_int(value) if f.type is int else isinstance(value, f.type)  # type: ignore[arg-type]
     if not fits or (isinstance(value, float) and not math.isfinite(value)):
-        raise UserError(f"{f.name} is {value!r}; expected {expected}, such as {f.name}={_toml(f.default)}.")
+        raise UserError(f"{f.name} is {_brief(value)}; expected {expected}, such as {f.name}={_toml(f.default)}.")
     choices = f.metadata["choices"]
     if choices and value not in choices:
         near = difflib.get_close_matches(value, choices, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"{f.name} is {value!r}; expected one of: {', '.join(choices)}{hint}.")
+        raise UserError(f"{f.name} is {_brief(value)}; expected one of: {', '.join(choices)}{hint}.")
+    if isinstance(value, str) and (has_control_characters(value) or not 0 < len(value) <= _MOST_NAME):
+        raise UserError(f"{f.name} is {_brief(value)}; expected 1 to {_MOST_NAME} printable characters on one line.")
     if not isinstance(value, (str, bool)):
         _check_range(f, value, value)
     return value
@@ -389,11 +426,20 @@ def _checked(f: "dataclasses.Field[Any]", value: Any) -> Any:
 def _check_range(f: "dataclasses.Field[Any]", number: float, shown: Any) -> None:
     least, above, most = f.metadata["least"], f.metadata["above"], f.metadata["most"]
     if least is not None and number < least:
-        raise UserError(f"{f.name} is {shown}; expected at least {least}.")
+        raise UserError(f"{f.name} is {_brief(shown, str)}; expected at least {least}.")
     if above is not None and number <= above:
-        raise UserError(f"{f.name} is {shown}; expected more than {above}.")
+        raise UserError(f"{f.name} is {_brief(shown, str)}; expected more than {above}.")
     if most is not None and number > most:
-        raise UserError(f"{f.name} is {shown}; expected at most {most}.")
+        raise UserError(f"{f.name} is {_brief(shown, str)}; expected at most {most}.")
+
+
+def _brief(value: Any, show: Callable[[Any], str] = repr) -> str:
+    """A value for a message, however long it is."""
+    try:
+        text = printable(show(value))
+    except (ValueError, RecursionError):  # an integer of more digits than Python prints
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def _is_int(value: Any) -> bool:
@@ -406,11 +452,4 @@ def _comment(f: "dataclasses.Field[Any]") -> str:
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(str, value))}]"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
-    return repr(value)
+    return tomlkit.item(list(value) if isinstance(value, tuple) else value).as_string()

@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluates and returns the exit code; user errors raise `rplib.errors.UserError`."""
     from rplib.errors import UserError
     from rplib.reference.evaluation.scoring import evaluate
+    from rplib.reference.files import output_folder, remove_leftovers
     from rplib.reference.reporting.report import VOLUMES, nifti_writer, write
 
     run_folder = args.run_folder if args.run_folder.is_dir() else args.run_folder.parent
@@ -69,22 +70,24 @@ def run(args: argparse.Namespace) -> int:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; choose a folder.")
     volumes = None if args.nifti == "none" else nifti_writer(out / VOLUMES, args.spacing, args.nifti == "all")
-    report = evaluate(
-        args.run_folder,
-        args.data,
-        weights=args.weights,
-        split=args.split,
-        cases=args.cases,
-        stride=args.stride,
-        batch=args.batch,
-        device=args.device,
-        spacing=args.spacing,
-        keep_largest=args.largest_component,
-        on_case=volumes,
-        maps=0 if args.no_maps else args.pictures,
-        pictures=args.pictures,
-    )
-    write(report, out, args.pictures)
+    with output_folder(out, f"--out {out}"):
+        remove_leftovers(out, deep=True)
+        report = evaluate(
+            args.run_folder,
+            args.data,
+            weights=args.weights,
+            split=args.split,
+            cases=args.cases,
+            stride=args.stride,
+            batch=args.batch,
+            device=args.device,
+            spacing=args.spacing,
+            keep_largest=args.largest_component,
+            on_case=volumes,
+            maps=0 if args.no_maps else args.pictures,
+            pictures=args.pictures,
+        )
+        write(report, out, args.pictures)
     return 0
 
 

@@ -1,16 +1,18 @@
 """The command `rplib`: imports and runs the module of a subcommand, and prints user errors as one line."""
 
 import argparse
-import errno
+import contextlib
 import importlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
 from rplib import __version__
-from rplib.errors import UserError
+from rplib.errors import Terminated, UserError, explained, printable
 
 
 class Command(NamedTuple):
@@ -36,15 +38,26 @@ COMMANDS = {
 # Import names by extra, so that a missing one is reported with the extra to install.
 EXTRAS = {
     "triton": ("triton",),
-    "reference": ("h5py", "matplotlib", "monai", "nibabel", "numpy", "rich", "scipy", "SimpleITK", "tensorboard", "tqdm"),
+    "reference": (
+        "filelock",
+        "h5py",
+        "matplotlib",
+        "monai",
+        "nibabel",
+        "numpy",
+        "rich",
+        "scipy",
+        "SimpleITK",
+        "tensorboard",
+        "tomlkit",
+        "tqdm",
+    ),
 }
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
-
-# I/O errors that the user can fix, reported without a traceback.
-_MENDABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+EXIT_TERMINATED = 143  # 128 + SIGTERM
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,12 +70,14 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `rplib` with these arguments (default: those of the process) and return the exit code.
 
-    A user error prints one line on stderr and returns 2, Ctrl-C returns 130, a closed pipe (`rplib info | head`) 141.
+    A user error prints one line on stderr and returns 2, Ctrl-C returns 130, SIGTERM 143 (a training writes a checkpoint
+    first), a closed pipe (`rplib info | head`) 141.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # replace characters that the encoding lacks by "?"
             stream.reconfigure(errors="replace")
-    code = _explained(list(sys.argv[1:] if argv is None else argv))
+    with _termination():
+        code = _explained(list(sys.argv[1:] if argv is None else argv))
     try:
         sys.stdout.flush()  # a closed pipe or a full disk shows here, and not at interpreter exit
     except OSError as error:
@@ -90,13 +105,34 @@ def _explained(arguments: list[str]) -> int:
         return _mistake(f'{error.name} is not installed; install it with: pip install "rplib[{extra}]"')
     except BrokenPipeError:
         return EXIT_BROKEN_PIPE
-    except OSError as error:
-        if error.errno not in _MENDABLE:
-            raise
-        return _mistake(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror))
+    except Terminated:
+        print("rplib: terminated", file=sys.stderr)
+        return EXIT_TERMINATED
     except KeyboardInterrupt:
         print("rplib: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        told = explained(error)
+        if told is None:
+            raise
+        return _mistake(str(told))
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: what it holds is put away, temporary files among them."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(arguments: list[str]) -> int:
@@ -132,7 +168,7 @@ def _extra_of(module: str | None) -> str | None:
 
 
 def _mistake(message: str) -> int:
-    print(f"rplib: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"rplib: error: {printable(message)}", file=sys.stderr)
     return EXIT_MISTAKE
 
 

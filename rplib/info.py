@@ -122,5 +122,7 @@ def _auto_on(device: torch.device) -> str:
         tensors = [torch.empty(1, 2, 1, device=device)] * 2  # (B, C, V)
     except RuntimeError as error:
         return f"unusable: {str(error).partition(chr(10))[0]}"
-    form = dispatch.choose("auto", tensors, tensors)
-    return f"{form}: {dispatch.triton_obstacle(tensors, tensors) or 'the kernels support this device'}"
+    obstacle = dispatch.triton_obstacle(tensors, tensors)
+    if obstacle:
+        return f"torch: {obstacle}"
+    return f"triton: the kernels support this device; torch with {', '.join(dispatch.BEYOND_KERNELS)}"

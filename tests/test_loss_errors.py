@@ -163,7 +163,7 @@ def test_the_module_refuses_a_bad_keyword_when_it_is_made():
     with pytest.raises(ValueError, match="weighting"):
         rplib.MutualObjective(weighting="cosine")
     with pytest.raises(TypeError):
-        rplib.ReliableMutualLoss(temperature=2.0)
+        rplib.ReliableMutualLoss(sharpness=2.0)
 
 
 # ------------------------------------------------------------------------------------------------ impossible impl

@@ -117,7 +117,7 @@ def test_mistake_of_several_lines_becomes_one(stand_in, capsys):
 
 def test_denied_file_is_one_line(stand_in, capsys):
     stand_in(raising(PermissionError(13, "Permission denied", "/some/run/last.pt")))
-    assert mistake(capsys, "check") == "Permission denied: /some/run/last.pt"
+    assert mistake(capsys, "check") == "Permission denied: /some/run/last.pt; change its permissions or choose another place"
 
 
 def test_interruption(stand_in, capsys):

@@ -530,7 +530,7 @@ def test_bad_raw_files_are_told_and_the_others_done(tmp_path, capsys):
     code, out, err = run(capsys, "brats", tmp_path / "raw", tmp_path / "dest")
     assert code == 2
     for name, what, reason in [
-        ("A", "flair", "cannot be read"),
+        ("A", "flair", "not a readable NIfTI file"),
         ("B", "flair", "cannot be read"),
         ("C", "seg", "is not on the grid"),
         ("D", "flair", "no voxel above 0"),

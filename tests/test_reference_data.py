@@ -281,6 +281,6 @@ def test_check_names_a_missing_folder_a_missing_list_and_a_repeated_case(tmp_pat
     (tmp_path / "test.list").write_text("\n")
     assert cli.main(["data", "check", str(tmp_path)]) == 2
     out = capsys.readouterr().out
-    assert "not readable as text" in out
+    assert "train.list is not a readable list" in out
     assert "test.list is empty" in out
     assert "unknown data layout 'mnist'" in mistake(capsys, "data", "check", tmp_path, "--layout", "mnist")

@@ -175,7 +175,7 @@ def test_a_killed_training_goes_on_with_the_same_bits(finished, data, tmp_path, 
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (run / "curves.png").exists()
     if "middle" in moment:
-        assert [path for path in run.iterdir() if path.name.startswith(".last.pt")]  # half of it is on the disk
+        assert [path for path in run.iterdir() if path.name.startswith(".rplib-")]  # half of it is on the disk
         assert checkpoint.load(run / "last.pt")["iteration"] == 5
 
     assert cli.main(["train", "--resume", "--out", str(run), "--device", "cpu"]) == 0

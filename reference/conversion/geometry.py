@@ -1,20 +1,24 @@
 """Reading volumes, axes and affines, and placing a label on its image's grid (with SimpleITK)."""
 
 import gzip
-import zlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel
 import numpy as np
 import SimpleITK as sitk
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 
 from rplib.errors import UserError
+from rplib.reference.datasets.headers import check_size, checked_affine
+from rplib.reference.datasets.nifti import open_nifti
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK prints multi-line warnings to stderr
+
+_SIZES = {
+    sitk.sitkInt16: np.int16, sitk.sitkUInt16: np.int16, sitk.sitkInt32: np.int32, sitk.sitkUInt32: np.int32,
+    sitk.sitkInt64: np.int64, sitk.sitkUInt64: np.int64, sitk.sitkFloat32: np.float32, sitk.sitkFloat64: np.float64,
+}  # fmt: skip
 
 
 class Placed(NamedTuple):
@@ -33,8 +37,12 @@ def read_volume(path: Path) -> sitk.Image:
     try:
         if path.name.endswith((".nii", ".nii.gz")):
             _check_nifti(path)
+        else:
+            _check_header(path)
         volume = sitk.ReadImage(str(path))
-    except (RuntimeError, OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file fails in many ways, here and in ITK
         if "orthonormal" in str(error):
             raise UserError(f"{path}: the axes in its header are not orthogonal; resample it to orthogonal axes.") from error
         raise UserError(f"{path} cannot be read ({_reason(error)}); copy it again from its source.") from error
@@ -45,7 +53,10 @@ def read_volume(path: Path) -> sitk.Image:
             f"{path} has the size {volume.GetSize()} with {volume.GetNumberOfComponentsPerPixel()} values per voxel; "
             "expected a 3-D volume with one channel."
         )
+    if sitk.GetArrayViewFromImage(volume).dtype.kind not in "fiu":
+        raise UserError(f"{path} holds values of type {volume.GetPixelIDTypeAsString()}; expected numbers.")
     _check_finite(sitk.GetArrayViewFromImage(volume), path)
+    checked_affine(affine_of(volume), path, "the grid of its header")
     return volume
 
 
@@ -159,14 +170,35 @@ def resample(volume: sitk.Image, spacing: float, interpolator: int) -> sitk.Imag
 
 def _check_nifti(path: Path) -> None:
     """Check a NIfTI file: ITK silently reads zeros for truncated data and NaN."""
+    stored = open_nifti(path)
     if path.name.endswith(".nii.gz"):
         with gzip.open(path) as file:
             while file.read(1 << 24):  # to the end, which verifies length and checksum
                 pass
-    stored = nibabel.load(path)
-    assert isinstance(stored, nibabel.Nifti1Image)  # nibabel dispatches on the suffix
     if path.suffix == ".nii" or stored.get_data_dtype().kind == "f":
         _check_finite(np.asanyarray(stored.dataobj), path)
+
+
+def _check_header(path: Path) -> None:
+    """What an NRRD file (or another one that ITK reads) declares, before the voxels are read."""
+    header = sitk.ImageFileReader()
+    header.SetFileName(str(path))
+    header.ReadImageInformation()
+    item = np.dtype(_SIZES.get(header.GetPixelID(), np.uint8)).itemsize * max(header.GetNumberOfComponents(), 1)
+    stored, compressed = _stored(path)
+    check_size(path, header.GetSize(), item, stored, compressed)
+
+
+def _stored(path: Path) -> tuple[int | None, bool]:
+    """Bytes that an NRRD file has for its voxels, at most, and whether they are compressed; None where it is another kind."""
+    with open(path, "rb") as file:
+        head = file.read(1 << 16).partition(b"\n\n")[0].lower()
+    encoding = re.search(rb"^encoding:\s*(\w+)", head, re.MULTILINE)
+    if not head.startswith(b"nrrd") or encoding is None or re.search(rb"^data ?file:", head, re.MULTILINE):
+        return None, False
+    if encoding[1] in (b"raw", b"gzip", b"gz"):
+        return path.stat().st_size, encoding[1] != b"raw"
+    return None, False  # text takes two bytes a value at least, bzip2 packs without a bound
 
 
 def _check_finite(values: np.ndarray, path: Path) -> None:

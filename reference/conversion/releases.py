@@ -11,10 +11,17 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-from rplib.errors import UserError
+from rplib.errors import UserError, printable
 from rplib.reference.datasets.cases import read_list
 from rplib.reference.datasets.h5 import AFFINE, H5Dataset
-from rplib.reference.files import write_atomically, write_text_atomically
+from rplib.reference.files import (
+    name_mistake,
+    output_folder,
+    output_path,
+    remove_leftovers,
+    write_atomically,
+    write_text_atomically,
+)
 from rplib.reference.progress import progress
 
 SETTINGS = "conversion"  # attribute of the written files: the conversion settings
@@ -99,14 +106,26 @@ def convert(release: Release, raw: Path, dest: Path, lists: Path | None = None, 
     if dest.exists() and not dest.is_dir():
         raise UserError(f"DEST {dest} is a file; expected a folder.")
     sources = release.find(raw)
+    for name, source in sources.items():  # it will stand in lists, and be the name of a file
+        expected = name_mistake(name) or ("no comma, and no space at its ends" if "," in name or name != name.strip() else None)
+        if expected is not None:
+            shown = printable(name)[:80]
+            raise UserError(f"{printable(str(source.image))} would be case {shown!r}; expected {expected}: rename it.")
     if not sources:
         raise UserError(f"{raw} holds none of {release.files}; expected the folder that the release was unpacked into.")
     done = Converted(unlabelled=[name for name, source in sources.items() if source.label is None])
-    dest.mkdir(parents=True, exist_ok=True)
+    with output_folder(dest, f"DEST {dest}"):
+        _convert(release, raw, dest, lists, seed, sources, done)
+    return done
+
+
+def _convert(
+    release: Release, raw: Path, dest: Path, lists: Path | None, seed: int, sources: dict[str, Source], done: Converted
+) -> None:
+    """`convert` once DEST is ours."""
     dataset = release.layout(dest)
     split = _split(release, dataset, sources, raw, lists, seed, done)
-    for leftover in dest.rglob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(dest, deep=True)
     todo: list[str] = []
     for name, source in sources.items():
         (done.kept if _is_done(dataset.path(name), release, source) else todo).append(name)
@@ -121,7 +140,7 @@ def convert(release: Release, raw: Path, dest: Path, lists: Path | None = None, 
             continue
         if prepared.remark:
             remarks.setdefault(prepared.remark, []).append(name)
-        _write(dataset.path(name), prepared, release)
+        _write(_inside(dest, dataset.path(name)), prepared, release)
         done.written.append(name)
     done.remarks += [f"{', '.join(names[:5])}{', ...' * (len(names) > 5)}: {text}" for text, names in remarks.items()]
     if not done.problems:
@@ -129,7 +148,6 @@ def convert(release: Release, raw: Path, dest: Path, lists: Path | None = None, 
             path = dest / dataset.list_name(part)
             if not path.is_file() or read_list(path) != names:
                 write_text_atomically(path, "".join(f"{name}\n" for name in names))
-    return done
 
 
 def bounds(mask: np.ndarray) -> list[tuple[int, int]]:
@@ -245,8 +263,8 @@ def _is_done(path: Path, release: Release, source: Source) -> bool:
                 return False  # a label has been added since
             unknown = release.settings if release.published else {}
             made_with = json.loads(file.attrs[SETTINGS]) if SETTINGS in file.attrs else unknown
-    except (OSError, ValueError):
-        return False  # truncated or damaged: convert again
+    except Exception:  # truncated or damaged in some way: convert again
+        return False
     if made_with != release.settings:
         raise UserError(
             f"{path} was converted with other settings ({_settings_text(made_with)}; now {_settings_text(release.settings)}); "
@@ -262,6 +280,11 @@ def _settings_text(settings: dict[str, object]) -> str:
 def _check(prepared: Prepared, source: Source) -> None:
     if prepared.label is not None and not prepared.label.any():
         raise UserError(f"{source.label} is background everywhere; take it away if the case is unlabelled.")
+
+
+def _inside(dest: Path, path: Path) -> Path:
+    """The path of a case, every part of it checked."""
+    return output_path(dest, *path.relative_to(dest).parts)
 
 
 def _write(path: Path, prepared: Prepared, release: Release) -> None:

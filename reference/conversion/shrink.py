@@ -10,6 +10,7 @@ import numpy as np
 
 from rplib.errors import UserError
 from rplib.reference.conversion.releases import Prepared, Release, Source
+from rplib.reference.datasets.cases import MOST_CLASSES, checked_image, checked_label
 from rplib.reference.datasets.h5 import H5Dataset, read_h5
 from rplib.reference.datasets.layouts import guess_layout, open_dataset
 
@@ -61,9 +62,11 @@ class Shrunk(Release):
 
     def prepare(self, name: str, source: Source) -> Prepared:
         arrays, affine, _ = read_h5(source.image)
-        image, label = arrays["image"], arrays.get("label")
+        image, label = checked_image(arrays["image"], source.image), arrays.get("label")
         if image.ndim != 3 or (label is not None and label.shape != image.shape):
             raise UserError(f"{source.image}: 'image' has shape {image.shape}; expected three axes, and a label of that shape.")
+        if label is not None:  # what no data set could use is not carried on; the type stays
+            checked_label(label, image.shape, source.image, MOST_CLASSES)
         if min(image.shape) < self.by:
             raise UserError(f"{source.image} has {' x '.join(map(str, image.shape))} voxels; --by {self.by} leaves none.")
         if affine is not None:  # a block's centre is (N - 1) / 2 voxels from its first voxel's

@@ -1,12 +1,16 @@
 """One case in memory, and the interface of all data sets."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from rplib.errors import UserError
+from rplib.errors import UserError, printable, reading
+from rplib.reference.files import name_mistake
+
+MOST_CLASSES = 255  # background included: labels are uint8
 
 
 class Case(NamedTuple):
@@ -95,19 +99,20 @@ class Dataset(ABC):
 
 
 def read_list(path: Path) -> list[str]:
-    """Read case names, one per line; empty lines and text after a comma are ignored.
+    """Read case names, one per line; empty lines, byte order marks and text after a comma are ignored.
 
     Raises:
-        UserError: unreadable, empty, or with duplicate names.
+        UserError: unreadable, empty, with duplicate names or invalid ones (``..``, separators, control characters, too long).
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable as text ({error}); expected one case name per line.") from error
-    names = [name for line in lines if (name := line.partition(",")[0].strip())]
+    with reading(path, "list", "expected one case name per line, in UTF-8"):
+        text = path.read_text(encoding="utf-8")  # universal newlines: CRLF and CR too
+    names = [name for line in text.split("\n") if (name := line.replace("\ufeff", "").partition(",")[0].strip())]
     if not names:
         raise UserError(f"{path} is empty; expected one case name per line.")
-    twice = sorted({name for name in names if names.count(name) > 1})
+    for name in names:
+        if (expected := name_mistake(name)) is not None:
+            raise UserError(f"{path} names {printable(name)[:80]!r}, which is not a case name; expected {expected}.")
+    twice = sorted(name for name, times in Counter(names).items() if times > 1)
     if twice:
         raise UserError(f"{path} names {', '.join(twice[:3])} more than once; remove the duplicates.")
     return names

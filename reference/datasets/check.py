@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from rplib.errors import UserError
+from rplib.reference.datasets.cases import MOST_CLASSES
 from rplib.reference.datasets.layouts import NiftiFolder, guess_layout, open_dataset
 from rplib.reference.progress import progress
-
-_MOST_CLASSES = 255
 
 
 def check(root: Path, layout: str | None = None, classes: int | None = None, channels: int | None = None) -> int:
@@ -28,7 +27,7 @@ def check(root: Path, layout: str | None = None, classes: int | None = None, cha
     """
     layout = layout or guess_layout(root)
     own = layout == NiftiFolder.layout
-    dataset = open_dataset(root, layout, classes or (_MOST_CLASSES if own else 2), channels)
+    dataset = open_dataset(root, layout, classes or (MOST_CLASSES if own else 2), channels)
     problems: list[str] = []
     names: dict[str, list[str]] = {}
     for split in dataset.splits:

@@ -6,8 +6,9 @@ from typing import ClassVar
 import h5py
 import numpy as np
 
-from rplib.errors import UserError
+from rplib.errors import UserError, printable, reading
 from rplib.reference.datasets.cases import Case, Dataset, checked_image, checked_label, read_list
+from rplib.reference.datasets.headers import check_size, checked_affine
 
 AFFINE = "affine"  # attribute written by `rplib data left-atrium|pancreas|brats`
 
@@ -32,8 +33,8 @@ class H5Dataset(Dataset):
         try:
             with h5py.File(self.path(name), "r") as file:
                 return "label" in file
-        except OSError:
-            return False  # `load` reports the error
+        except Exception:  # a damaged file fails in many ways; `load` reports the error
+            return False
 
     def load(self, name: str, needs_label: bool = False) -> Case:
         path = self.path(name)
@@ -62,16 +63,29 @@ def read_h5(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray | None, str]:
     Raises:
         UserError: unreadable, or without an image.
     """
-    try:
-        with h5py.File(path, "r") as file:
-            arrays = {key: np.asarray(file[key][()]) for key in ("image", "label") if isinstance(file.get(key), h5py.Dataset)}
-            keys = ", ".join(file) or "none"
-            affine = np.array(file.attrs[AFFINE], np.float64) if AFFINE in file.attrs else None
-    except (OSError, RuntimeError, KeyError) as error:  # h5py raises these for truncated and damaged files
-        raise UserError(f"{path} is not a readable h5 file ({error}); copy it again from its source.") from error
+    with reading(path, "h5 file"), h5py.File(path, "r") as file:
+        # Headers of all first: nothing is allocated for a file that is refused.
+        found = {key: file[key] for key in ("image", "label") if isinstance(file.get(key), h5py.Dataset)}
+        for key, dataset in found.items():
+            _check_header(dataset, path, key)
+        keys = ", ".join(map(printable, file)) or "none"
+        affine = checked_affine(file.attrs[AFFINE], path, f"the attribute {AFFINE!r}") if AFFINE in file.attrs else None
+        arrays = {key: np.asarray(dataset[()]) for key, dataset in found.items()}
     if "image" not in arrays:
         raise UserError(f"{path} lacks the key 'image' (keys found: {keys}); expected 'image' and, if labelled, 'label'.")
     return arrays, affine, keys
+
+
+def _check_header(dataset: h5py.Dataset, path: Path, key: str) -> None:
+    """Type and size, without the values."""
+    if dataset.shape is None or dataset.dtype.kind not in "fiub":
+        expected = "float32" if key == "image" else "uint8"
+        raise UserError(f"{path}: {key!r} has type {dataset.dtype}; expected {expected}.")
+    # A file may leave out chunks that were never written; one that holds none of its values was never written at all.
+    plain = dataset.chunks is None and not dataset.is_virtual and dataset.external is None
+    stored = dataset.id.get_storage_size()
+    known = stored if plain or (stored == 0 and not dataset.is_virtual and dataset.external is None) else None
+    check_size(path, dataset.shape, dataset.dtype.itemsize, known, what=repr(key))
 
 
 class LeftAtrium(H5Dataset):

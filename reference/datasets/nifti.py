@@ -1,14 +1,20 @@
 """Your own data: a plain folder of NIfTI files, C classes, one or more channels, 3-D or 2-D."""
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 
-from rplib.errors import UserError
+from rplib.errors import UserError, printable, reading
 from rplib.reference.datasets.cases import Case, Dataset, checked_image, checked_label, read_list
+from rplib.reference.datasets.headers import check_size, checked_affine
+from rplib.reference.files import name_mistake
+
+nibabel.imageglobals.logger.setLevel(logging.CRITICAL)  # what it mends in headers, on stderr, lines long
 
 NORMALISATIONS = ("z-score", "z-score-nonzero", "percentiles", "none")
 _SUFFIXES = (".nii.gz", ".nii")
@@ -213,6 +219,8 @@ def _nifti_files(folder: Path) -> dict[str, Path]:
         if suffix is None or path.name.startswith(".") or not path.is_file():
             continue
         name = path.name.removesuffix(suffix)
+        if (expected := name_mistake(name)) is not None:
+            raise UserError(f"{folder} holds {printable(path.name)[:80]!r}, whose name is no case name; expected {expected}.")
         if name in files:
             raise UserError(f"{path} and {files[name].name} have the same name; remove one of them.")
         files[name] = path
@@ -269,25 +277,29 @@ def open_nifti(path: Path) -> nibabel.Nifti1Image:
     Raises:
         UserError: missing, damaged, or not NIfTI.
     """
-    try:
+    with reading(path, "NIfTI file", "write it again"):
         nifti = nibabel.load(path)
-    except Exception as error:  # a damaged file fails in many ways: header, gzip, image type
-        raise UserError(f"{path} is not a readable NIfTI file ({_reason(error)}); write it again.") from error
     if not isinstance(nifti, nibabel.Nifti1Image):  # NIfTI-2 is a subclass
         raise UserError(f"{path} is a {type(nifti).__name__}; expected NIfTI.")
+    with reading(path, "NIfTI file", "write it again"):
+        compressed = path.name.lower().endswith(".gz")
+        proxy: Any = nifti.dataobj
+        offset = 0 if compressed else int(proxy.offset)
+        stored = max(path.stat().st_size - offset, 0)
+        check_size(path, nifti.shape, nifti.get_data_dtype().itemsize, stored, compressed)
+        flat = len(_squeezed(nifti.shape)) < 3 or nifti.shape[2] == 1
+        checked_affine(nifti.affine, path, "the affine of its header", 2 if flat else 3)
+        scaling = [number for number in (proxy.slope, proxy.inter) if not np.isfinite(number)]
+    if scaling:
+        raise UserError(f"{path}: the header scales its values by {scaling[0]}; write it again.")
     return nifti
 
 
 def _values(nifti: nibabel.Nifti1Image, path: Path) -> np.ndarray:
-    try:
+    if nifti.get_data_dtype().kind not in "fiu":
+        raise UserError(f"{path} holds values of type {nifti.get_data_dtype()}; expected numbers.")
+    with reading(path, "NIfTI file", "write it again"), np.errstate(all="ignore"):
         return np.asarray(nifti.dataobj)
-    except Exception as error:
-        raise UserError(f"{path} is not a readable NIfTI file ({_reason(error)}); write it again.") from error
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:120] if text else type(error).__name__
 
 
 def _check_grid(

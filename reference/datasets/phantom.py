@@ -6,6 +6,8 @@ coarse mottled texture, and some dark bodies have the organ's stripes. Neither i
 organ, only both together; strength and direction vary between cases.
 """
 
+import contextlib
+import io
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +16,9 @@ import numpy as np
 from scipy import ndimage
 
 from rplib.errors import UserError
+from rplib.reference.datasets.headers import check_size
 from rplib.reference.datasets.layouts import Case, LeftAtrium
+from rplib.reference.files import is_empty, output_folder, write_atomically, write_text_atomically
 from rplib.reference.progress import progress
 
 MOST_THRESHOLD_DICE = 0.6  # upper bound for any single threshold on any case
@@ -82,7 +86,26 @@ def write_phantoms(dest: Path, cases: int, test_cases: int, size: tuple[int, int
     check_new(dest, cases, test_cases)
     if min(size) < LEAST_SIZE:
         raise UserError(f"size is {size}; expected at least {LEAST_SIZE} voxels per axis.")
+    check_size(dest, [size[0] * 5 // 4, size[1] * 5 // 4, size[2]], 4, what="--size")
     names = [_name(seed, index) for index in range(cases + test_cases)]
+    made: list[Path] = []
+    with output_folder(dest, f"DEST {dest}"):
+        try:
+            easiest = _write(dest, names, cases, size, seed, made)
+        except BaseException:  # nothing of a set that is not whole: the command can be given again
+            for path in made:
+                path.unlink(missing_ok=True)
+                if path.parent != dest:
+                    with contextlib.suppress(OSError):
+                        path.parent.rmdir()
+            with contextlib.suppress(OSError):
+                (dest / LeftAtrium.cases_folder).rmdir()
+            raise
+    return Phantoms(names[:cases], names[cases:], easiest)
+
+
+def _write(dest: Path, names: list[str], cases: int, size: tuple[int, int, int], seed: int, made: list[Path]) -> float:
+    """Draw and write all cases and the lists; every path goes into `made` first. The best Dice of a threshold."""
     easiest = 0.0
     for index, name in enumerate(progress(names, "generating phantoms")):
         case = phantom_case(name, size, seed, index)
@@ -91,14 +114,18 @@ def write_phantoms(dest: Path, cases: int, test_cases: int, size: tuple[int, int
         assert dice < MOST_THRESHOLD_DICE, f"{name}: a threshold finds the organ with Dice {dice:.2f}"
         easiest = max(easiest, dice)
         path = dest / LeftAtrium.cases_folder / name / LeftAtrium.file_name
+        made.append(path)
         path.parent.mkdir(parents=True)
-        with h5py.File(path, "w") as file:
+        content = io.BytesIO()
+        with h5py.File(content, "w") as file:
             file.create_dataset("image", data=case.image, compression="gzip", compression_opts=1)
             file.create_dataset("label", data=case.label, compression="gzip", compression_opts=1)
+        write_atomically(path, lambda target, content=content: target.write(content.getbuffer()))  # type: ignore[misc]
     # The lists are written last, so that an interrupted folder is not mistaken for a data set.
-    (dest / "test.list").write_text("".join(f"{name}\n" for name in names[cases:]))
-    (dest / "train.list").write_text("".join(f"{name}\n" for name in names[:cases]))
-    return Phantoms(names[:cases], names[cases:], easiest)
+    for split, listed in (("test", names[cases:]), ("train", names[:cases])):
+        made.append(dest / f"{split}.list")
+        write_text_atomically(made[-1], "".join(f"{name}\n" for name in listed))
+    return easiest
 
 
 def check_new(dest: Path, cases: int, test_cases: int) -> None:
@@ -107,7 +134,7 @@ def check_new(dest: Path, cases: int, test_cases: int) -> None:
     Raises:
         UserError: either.
     """
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+    if dest.exists() and (not dest.is_dir() or not is_empty(dest)):
         raise UserError(f"{dest} exists and is not an empty folder; choose another DEST or empty it.")
     if cases < 1 or test_cases < 1:
         raise UserError(f"{cases} training and {test_cases} test cases requested; expected at least 1 each.")

@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 import rplib
-from rplib.errors import UserError
+from rplib.errors import UserError, is_out_of_memory
 from rplib.reference import checkpoint
 from rplib.reference.config import Config
 from rplib.reference.datasets.nifti_writing import write_nifti
 from rplib.reference.devices import find_device
+from rplib.reference.files import output_path
 from rplib.reference.inference.components import largest_components
 from rplib.reference.inference.new_images import Input, Ready, find_inputs, group_channels, read
 from rplib.reference.inference.window_bar import window_bar
@@ -82,7 +83,7 @@ def predict(
     window_overlap(config.patch, steps)
     if spacing is not None and len(spacing) != len(config.patch):
         raise UserError(f"--spacing has {len(spacing)} numbers; expected one per axis of the image: {len(config.patch)}.")
-    paths = {item.name: out / f"{item.name}_prediction.nii.gz" for item in inputs}
+    paths = {item.name: output_path(out, f"{item.name}_prediction.nii.gz") for item in inputs}
     inputs = _without_existing(inputs, paths, existing)
     _try_folder(out)
     network = network.to(where)
@@ -106,7 +107,7 @@ def predict(
             save = partial(write_nifti, affine=ready.affine, millimetres=ready.placed, header=ready.header, description=origin)
             if write_score:  # first, so that an existing label map implies a complete case
                 score = ready.back(found.score).astype(np.float32)
-                save(out / f"{item.name}_score.nii.gz", score)
+                save(output_path(out, f"{item.name}_score.nii.gz"), score)
             save(paths[item.name], label)
             voxels = {k: int(np.count_nonzero(label == k)) for k in range(1, config.classes)}
             done.append(Done(item.name, paths[item.name], voxels, _millilitres(ready)))
@@ -131,7 +132,9 @@ def _segment(
     try:
         windows = batch or config.window_batch
         return segment_outputs(network, image, config.patch, stride, windows, where, (output,))[output]
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error)):
+            raise
         raise UserError(f"{where} ran out of memory; lower --batch (now {windows}), or use --device cpu.") from error
 
 

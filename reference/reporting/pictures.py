@@ -1,8 +1,10 @@
 """Picture sheets: image slices with outlines of masks and overlaid maps."""
 
+import contextlib
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
+
+from rplib.reference.files import write_atomically
 
 AXES = ("x", "y", "z")
 TRUTH, PREDICTION, OTHER = "#56B4E9", "#E69F00", "#CC79A7"  # Okabe-Ito palette, distinguishable with colour blindness
@@ -128,6 +132,26 @@ def write_sheet(
     """
     if not rows:
         raise ValueError("rows is empty; expected at least one")
+    with plain_text():
+        content = _png(_sheet(rows, title, legend, spacing, scales))
+    write_atomically(path, lambda file: file.write(content))
+
+
+@contextlib.contextmanager
+def plain_text() -> Iterator[None]:
+    """The one place where matplotlib learns that names are names: no `$` begins a formula, no missing glyph is warned of."""
+    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
+def _sheet(
+    rows: Sequence[tuple[str, Sequence[Panel]]],
+    title: str,
+    legend: Mapping[str, str],
+    spacing: Sequence[float] | None,
+    scales: Sequence[Scale],
+) -> Figure:
     columns = max(len(panels) for _, panels in rows)
     width = max(_BESIDE + _COLUMN * columns, _LEAST_WIDTH)
     lines = [part for line in title.split("\n") for part in textwrap.wrap(line, int(12.5 * width))]
@@ -169,7 +193,7 @@ def write_sheet(
         left = (beside_legend + (_BAR + 0.4) * place) / width
         box = figure.add_axes((left, 1 - (legend_end - 0.16) / height, _BAR / width, 0.1 / height))
         draw_scale(box, scale)
-    figure.savefig(path, pil_kwargs={"optimize": True})
+    return figure
 
 
 def panel_png(panel: Panel, zoom: float = 2.0) -> bytes:

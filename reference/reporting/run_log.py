@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 import rplib
-from rplib.errors import UserError
+from rplib.errors import UserError, reading
 from rplib.reference.files import write_text_atomically
 
 METRICS_FILE, ENVIRONMENT = "metrics.csv", "environment.json"
@@ -109,9 +109,10 @@ def read_metrics(path: Path) -> list[LogRow]:
     Raises:
         UserError: not a metrics.csv of `rplib train`.
     """
-    with open(path, newline="", encoding="utf-8") as file:
-        whole = [line for line in file if line.endswith("\n")]
-    header, *lines = list(csv.reader(whole)) or [[]]
+    with reading(path, "metrics.csv", "take it away; a resumption writes a new one"):
+        text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")  # a kill may leave a line of zeros
+        whole = text[: text.rfind("\n") + 1]
+        header, *lines = list(csv.reader(io.StringIO(whole, newline=""))) or [[]]
     if tuple(header) != LogRow._fields[: len(header)] or len(header) < 8:  # older runs have fewer columns
         raise UserError(f"{path} has the columns {', '.join(header) or 'none'}; expected {', '.join(LogRow._fields)}.")
     rows = []

@@ -25,13 +25,20 @@ TITLES = {
 
 def render(report: Report, per_case: bool = False) -> str:
     """The tables as text, 120 columns wide."""
-    console = Console(file=io.StringIO(), width=120, record=True, color_system=None, highlight=False)
     metrics = shown_metrics(report)
-    if per_case:
-        console.print(_case_table(report, metrics))
-    console.print(_mean_table(report, metrics))
-    for note in report.notes:
-        console.print(f"- {note}")
+    tables = [_case_table(report, metrics)] if per_case else []
+    return as_text(*tables, _mean_table(report, metrics), *(f"- {note}" for note in report.notes))
+
+
+def as_text(*parts: Table | str, width: int = 120) -> str:
+    """Tables and lines as text: the one place where rich draws them, and takes no name in them for markup or an emoji.
+
+    >>> print(as_text("recipe [/b], :smile:"), end="")
+    recipe [/b], :smile:
+    """
+    console = Console(file=io.StringIO(), width=width, record=True, color_system=None, highlight=False, markup=False, emoji=False)
+    for part in parts:
+        console.print(part)
     return console.export_text()
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from rplib.errors import UserError
-from rplib.reference.checkpoint import CONFIG
+from rplib.errors import Terminated, UserError, is_out_of_memory
+from rplib.reference.checkpoint import CONFIG, LAST
 from rplib.reference.config import Config, differences, load_config, load_recipe, parse
 from rplib.reference.devices import find_device
 from rplib.reference.reporting.run_log import read_sessions
@@ -46,16 +46,17 @@ def start(
             train(config, data, out, resume=resume, device=where, deterministic=deterministic or was_deterministic, ranks=ranks)
             if ranks.first and (told := beside_labelled_only(config, out, data, recipe)):
                 print(told)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             if ranks.first:
-                print(f"stopped; resume with: rplib train --resume --out {out}", file=sys.stderr)
+                kept = f" after {error}, saved in {out / LAST}" if isinstance(error, Terminated) and error.args else ""
+                print(f"stopped{kept}; resume with: rplib train --resume --out {out}", file=sys.stderr)
             raise
-        except torch.cuda.OutOfMemoryError as error:
-            raise UserError(
-                f"the GPU is out of memory with batch_size={config.batch_size}, patch={list(config.patch)}, "
-                f"filters={config.filters}; lower one of them, set cache=ram or amp=bfloat16."
-            ) from error
-        except RuntimeError as error:
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error):
+                raise UserError(
+                    f"the memory of {where} is full with batch_size={config.batch_size}, patch={list(config.patch)}, "
+                    f"filters={config.filters}; lower one of them{', set cache=ram or amp=bfloat16' * (where.type == 'cuda')}."
+                ) from error
             # For example a missing compiler; matched by name to avoid importing the modules.
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import rplib
-from rplib.errors import UserError
+from rplib.errors import Terminated, UserError, reading
 from rplib.reference import checkpoint
 from rplib.reference.checkpoint import BEST, CONFIG, LAST
 from rplib.reference.config import Config
@@ -84,10 +84,12 @@ def train(
             f"amp={config.amp} on a CPU: PyTorch's bfloat16 convolutions give wrong gradients on small volumes there; "
             "set amp=off."
         )
-    with ranks.together():
-        if ranks.first:
-            run_folder.prepare(out, resume, config)
-    with numerics(device, deterministic, config.tf32):
+    with contextlib.ExitStack() as held:
+        with ranks.together():
+            run_folder.check_memory(config, device)
+            if ranks.first:
+                held.enter_context(run_folder.prepared(out, resume, config))
+        held.enter_context(numerics(device, deterministic, config.tf32))
         trainer = Training(config, data, out, device, deterministic, resume, ranks)
         return trainer.run()
 
@@ -145,7 +147,8 @@ class Training:
         stepped = cast(nn.Module, torch.compile(self.network)) if config.compile else self.network
         self.model = distributed(stepped, ranks, device)
         if saved is not None:
-            self._restore(saved, batches)
+            with reading(out / LAST, "checkpoint", "use another one or train again"):
+                self._restore(saved, batches)
         self.batches, self.feed = batches, Feed(batches, device, memory_format)
 
         self.monitor = Monitor(_class_shares(labelled, config.classes), config.consistency, config.iterations)
@@ -175,7 +178,12 @@ class Training:
             mininterval=1.0,
             smoothing=0.05,
         )
-        with progress, contextlib.closing(self.feed), contextlib.closing(self.log) if self.log else contextlib.nullcontext():
+        with (
+            progress,
+            contextlib.closing(self.feed),
+            contextlib.closing(self.log) if self.log else contextlib.nullcontext(),
+            run_folder.termination() as terminated,
+        ):
             for t in progress:
                 batch = self.feed.next()
                 weight = self._consistency_weight(t)
@@ -186,8 +194,12 @@ class Training:
                 pending.append((t, weight, rate, batch.names, terms))
 
                 validating, saving = self._validates_at(t), t % config.checkpoint_every == 0 or t == config.iterations
-                if not (validating or saving or t % config.log_every == 0):
+                stopping = self.ranks.size == 1 and terminated()
+                if not (validating or saving or stopping or t % config.log_every == 0):
                     continue
+                if self.ranks.size > 1:  # one rank may hear of it a step before another: they stop together
+                    stopping = any(self.ranks.gather(terminated()))
+                saving = saving or stopping
                 rows = self._look_at(pending, window_began)
                 if validating or saving:
                     self._check_weights(t, batch.names)
@@ -197,6 +209,8 @@ class Training:
                 progress.set_postfix_str(f"dice {rows[-1].dice:.4f} mutual {rows[-1].mutual:.4f}", refresh=False)
                 if saving:
                     self._save(t)
+                if stopping and t < config.iterations:
+                    raise Terminated(f"iteration {t}")
                 pending.clear()
                 window_began = time.monotonic()
         return self._finish(time.monotonic() - began)
