@@ -111,6 +111,7 @@ class Config:
     )
     consistency: float = _key(1.0, "maximum weight of the mutual loss; 0: train on labels alone", least=0.0)
     warmup: int = _key(0, "iterations on labels alone before the ramp-up begins", least=0, most=_MOST_COUNT)
+    await_classes: bool = _key(False, "the ramp-up begins only once both decoders predict every labelled class")
     ramp_length: int = _key(40, "steps of the ramp-up of that weight; 0: maximum from the start", least=0, most=_MOST_COUNT)
     ramp_every: int = _key(150, "iterations per step", least=1, most=_MOST_COUNT)
     method: str = _key("both", "the paper's loss, an ablation or an alternative; see training/README.md", choices=METHODS)

@@ -176,3 +176,47 @@ def test_a_packed_convolution_takes_an_odd_size():
     wanted = layer(x)
     assert torch.equal(pack(layer)(x), wanted)
     assert torch.allclose(layer(x[:, :, :4]), torch.nn.functional.conv3d(x[:, :, :4], layer[0].weight, layer[0].bias, padding=1))
+
+
+# ------------------------------------------------------------------------------------------------------- await_classes
+
+
+def awaiting(data, run, monkeypatch, known_from, *overrides, resume=False, stop=None):
+    """A training whose decoders predict class 1 from that iteration on, by made-up statistics."""
+    genuine = trainer.training_step
+    calls = iter(range(1 if not resume else stop, 1000))
+
+    def step(*arguments):
+        t = next(calls)
+        if t == stop and not resume:
+            raise KeyboardInterrupt
+        shares = [[0.9, 0.1] if t >= known_from else [1.0, 0.0]] * 2
+        return *genuine(*arguments)[:3], *map(torch.tensor, ([0.5, 0.5], [1.0, 1.0], [0.1, 0.1], shares, 0.0))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "training_step", step)
+        return train(data, run, "await_classes=true", "iterations=60", "checkpoint_every=5", *overrides, resume=resume)
+
+
+def test_the_ramp_up_waits_until_every_class_is_predicted(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "_AWAIT_EVERY", 10)
+    last = awaiting(data, tmp_path / "run", monkeypatch, 21, "ramp_length=4")
+    assert last["ramp_from"] == 30  # the window 21..30 is the first in which the class is there
+    for row in read_metrics(tmp_path / "run" / "metrics.csv"):
+        assert row.consistency_weight == (0 if row.iteration <= 30 else ramp(row.iteration - 30, 4, 2))
+    never = awaiting(data, tmp_path / "never", monkeypatch, 1000)
+    assert never["ramp_from"] is None
+    assert {row.consistency_weight for row in read_metrics(tmp_path / "never" / "metrics.csv")} == {0.0}
+
+
+@pytest.mark.parametrize("stop", [26, 42])  # in the window that decides, and after it: the checkpoints are of 25 and 40
+def test_waiting_survives_an_interruption_to_the_bit(data, tmp_path, monkeypatch, stop):
+    monkeypatch.setattr(trainer, "_AWAIT_EVERY", 10)
+    whole = awaiting(data, tmp_path / "whole", monkeypatch, 21)
+    with pytest.raises(KeyboardInterrupt):
+        awaiting(data, tmp_path / "parts", monkeypatch, 21, stop=stop)
+    at = checkpoint.load(tmp_path / "parts" / "last.pt")["iteration"]
+    parts = awaiting(data, tmp_path / "parts", monkeypatch, 21, "log_every=7", resume=True, stop=at + 1)
+    assert parts["ramp_from"] == whole["ramp_from"] == 30
+    assert same(parts["network"], whole["network"])
+    assert same(parts["averaged"], whole["averaged"])

@@ -7,6 +7,7 @@ from rplib.reference.reporting.run_log import LogRow
 
 _RISE, _LEAST_RISE = 1.3, 0.1  # of the supervised loss over its lowest so far: factor, and absolute for both decoders together
 _GONE, _THERE = 0.02, 0.2  # share of a class among the pseudo-labels, as a fraction of its share among the labels
+_KNOWN = 0.5  # the same, from which on a class counts as known
 _RAMPED = 0.05  # part of the maximum weight from which on a class that never came is missed
 
 
@@ -51,6 +52,16 @@ class Monitor:
             if self._seen % self.window == 0:
                 found += self._at_the_end_of_a_window()
         return found
+
+    def knows_every_class(self) -> bool:
+        """Whether, over the last window, both decoders predict every class that the labels have at half its share or more."""
+        known = [row.pseudo_labels for row in self._rows if row.pseudo_labels]
+        if len(self._rows) < self.window or not known:
+            return False
+        classes = [k for k in range(1, len(self._shares)) if self._shares[k]]
+        return all(
+            sum(one[n][k] for one in known) / len(known) >= _KNOWN * self._shares[k] for k in classes for n in range(len(known[0]))
+        )
 
     def _at_the_end_of_a_window(self) -> list[str]:
         rows = list(self._rows)

@@ -41,6 +41,7 @@ PAPER_WARNING = (
     "protocol 'paper': weights are selected on the {} list, as in the published results. "
     "Scores of this run are optimistic; compare them only with scores selected in the same way."
 )
+_AWAIT_EVERY = 50  # iterations between looks whether every class is predicted, under await_classes
 _AVERAGE_EVERY = 10  # iterations between updates of the averaged weights, with the decay of that many iterations
 _DEVICE_SHARE = 0.2  # fraction of GPU memory for volumes under cache=auto
 
@@ -151,6 +152,8 @@ class Training:
                 self._restore(saved, batches)
         self.batches, self.feed = batches, Feed(batches, device, memory_format)
 
+        if saved is None:  # the iteration that the ramp-up counts from; None: not yet
+            self.ramp_from: int | None = None if config.await_classes and config.consistency else config.warmup
         self.monitor = Monitor(_class_shares(labelled, config.classes), config.consistency, config.iterations)
         self.log: RunLog | None = None
         if ranks.first:
@@ -195,12 +198,15 @@ class Training:
 
                 validating, saving = self._validates_at(t), t % config.checkpoint_every == 0 or t == config.iterations
                 stopping = self.ranks.size == 1 and terminated()
-                if not (validating or saving or stopping or t % config.log_every == 0):
+                deciding = self.ramp_from is None and t >= config.warmup and t % _AWAIT_EVERY == 0
+                if not (validating or saving or stopping or deciding or t % config.log_every == 0):
                     continue
                 if self.ranks.size > 1:  # one rank may hear of it a step before another: they stop together
                     stopping = any(self.ranks.gather(terminated()))
                 saving = saving or stopping
                 rows = self._look_at(pending, window_began)
+                if deciding and self.ranks.from_first(self.monitor.knows_every_class()):
+                    self.ramp_from = t
                 if validating or saving:
                     self._check_weights(t, batch.names)
                 if validating:
@@ -252,8 +258,10 @@ class Training:
         )
 
     def _consistency_weight(self, t: int) -> float:
-        config, ramped = self.config, t - self.config.warmup
-        return config.consistency * rplib.ramp(ramped, config.ramp_length, config.ramp_every) if ramped > 0 else 0.0
+        config = self.config
+        if self.ramp_from is None or t <= self.ramp_from:
+            return 0.0
+        return config.consistency * rplib.ramp(t - self.ramp_from, config.ramp_length, config.ramp_every)
 
     @property
     def scored(self) -> nn.Module:
@@ -307,6 +315,7 @@ class Training:
             "iteration": t,
             "best_score": self.best_score,
             "best_iteration": self.best_iteration,
+            "ramp_from": self.ramp_from,
             "cases": self.case_names,
             "config": self.config.to_toml(),
         }
@@ -323,6 +332,7 @@ class Training:
         batches.restore(saved["batches"])
         self.done = saved["iteration"]
         self.best_score, self.best_iteration = saved["best_score"], saved["best_iteration"]
+        self.ramp_from = saved.get("ramp_from", self.config.warmup)
         others = saved.get("other_ranks_random", [])
         if self.ranks.rank > len(others):  # more ranks than before
             torch.manual_seed(_seed(self.config.seed, self.ranks.rank, self.done))
