@@ -68,11 +68,13 @@ class Line:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `rplib compare`."""
-    from rplib.reference.inference.windows import OUTPUTS
+    from rplib.reference.inference.windows import LAST_WEIGHTS, OUTPUTS
 
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="evaluated run folders")
     parser.add_argument("--split", choices=("test", "train", "val"), default="test", help="list of cases (default: %(default)s)")
-    parser.add_argument("--output", choices=OUTPUTS, default=OUTPUTS[0], help="output of the network (default: %(default)s)")
+    parser.add_argument(
+        "--output", choices=(*OUTPUTS, LAST_WEIGHTS), default=OUTPUTS[0], help="output of the network (default: %(default)s)"
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the unrounded numbers to FILE")
 
 
