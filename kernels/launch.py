@@ -6,12 +6,13 @@ Nothing here copies, synchronises or looks at values.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+# The layouts of voxels.py, as numbers.
+ANY, ALIGNED, LAST, PACKED = range(4)
 _INT32_LIMIT = 2**31 - 1
 # Programs per multiprocessor that walk over the voxels; the reduction then reads kilobytes.
 _PROGRAMS_PER_MULTIPROCESSOR = 8
@@ -52,16 +53,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         kernel[grid](*arguments, **constants)
 
 
-class Strides(NamedTuple):
-    """Of a tensor (B, channels, *spatial), its spatial axes padded with ones to three."""
-
-    batch: int
-    channel: int
-    axis0: int
-    axis1: int
-    axis2: int
-
-
 def current_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
@@ -81,45 +72,58 @@ def channels(features: Sequence[Tensor] | None) -> tuple[int, int]:
     return (features[0].shape[1], features[1].shape[1]) if features else (0, 0)
 
 
-def strides(t: Tensor, flat: bool) -> Strides:
-    """Of (B, channels, *spatial)."""
+def strides(t: Tensor, flat: bool) -> tuple[int, int, int, int, int]:
+    """Of (B, channels, *spatial): batch, channel, three spatial axes; flat: the kernel uses the last axis alone."""
     batch, channel, *spatial = t.stride()
-    if flat:  # the kernel uses the last axis alone
-        return Strides(batch, channel, 0, 0, _flat_stride(t))
+    if flat:
+        return batch, channel, 0, 0, _flat_stride(t)
     axes = (0, 0, *spatial)[-3:]
-    return Strides(batch, channel, axes[0], axes[1], axes[2])
+    return batch, channel, axes[0], axes[1], axes[2]
 
 
 def _is_flat(t: Tensor) -> bool:
     """True where the spatial axes collapse into one axis of constant stride."""
-    axes = [(size, stride) for size, stride in zip(t.shape[2:], t.stride()[2:], strict=True) if size > 1]
-    return all(s == next_size * next_s for (_, s), (next_size, next_s) in pairwise(axes))
+    inner = None
+    for size, stride in zip(reversed(t.shape[2:]), reversed(t.stride()[2:]), strict=True):
+        if size > 1:
+            if inner is not None and stride != inner:
+                return False
+            inner = size * stride
+    return True
 
 
 def _flat_stride(t: Tensor) -> int:
-    axes = [stride for size, stride in zip(t.shape[2:], t.stride()[2:], strict=True) if size > 1]
-    return axes[-1] if axes else 1
+    for size, stride in zip(reversed(t.shape[2:]), reversed(t.stride()[2:]), strict=True):
+        if size > 1:
+            return stride
+    return 1
 
 
-def addressing(tensors: Sequence[Tensor], voxels: int) -> tuple[bool, bool]:
+def layout_of(tensors: Sequence[Tensor]) -> int:
+    """The layout of voxels.py that all of these tensors (B, channels, *spatial) have."""
+    kinds = {_kind(t) for t in tensors}
+    if len(kinds) == 1:
+        return kinds.pop()
+    return LAST if kinds == {LAST, PACKED} else ANY
+
+
+def _kind(t: Tensor) -> int:
+    sample, channel = t.stride()[:2]
+    one = t.shape[0] == 1  # then the sample's stride is never used
+    if channel == 1 and t.shape[1] > 1:
+        packed = _is_flat(t) and _flat_stride(t) == t.shape[1] and (one or sample % t.shape[1] == 0)
+        return PACKED if packed else LAST
+    aligned = channel % 16 == 0 and (one or sample % 16 == 0) and _flat_stride(t) == 1 and _is_flat(t)
+    return ALIGNED if aligned else ANY
+
+
+def addressing(tensors: Sequence[Tensor]) -> tuple[bool, bool]:
     """(all are flat, some sample spans more elements than int32 counts)."""
-    spans = (
-        sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in tensors
-    )
-    # A block may compute (never read) addresses up to a block beyond the last voxel.
-    return all(_is_flat(t) for t in tensors), any(2 * span > _INT32_LIMIT for span in spans)
-
-
-def aligned(tensors: Sequence[Tensor]) -> bool:
-    """True where every channel of every sample begins at a multiple of 16 elements, as the compiler wants for wide loads."""
-    return all(t.stride(0) % 16 == 0 and t.stride(1) % 16 == 0 for t in tensors)
-
-
-def packed(tensors: Sequence[Tensor]) -> bool:
-    """True where every tensor (B, C, *spatial) has its channels side by side, voxel after voxel: channels last."""
-    return all(
-        t.stride(1) == 1 and _is_flat(t) and _flat_stride(t) == t.shape[1] and t.stride(0) % t.shape[1] == 0 for t in tensors
-    )
+    wide = False
+    for t in tensors:
+        span = sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
+        wide = wide or 2 * span > _INT32_LIMIT  # a block may compute (never read) addresses up to a block beyond the last voxel
+    return all(_is_flat(t) for t in tensors), wide
 
 
 def split(voxels: int, block: int, batch: int, device: torch.device) -> tuple[int, int]:
