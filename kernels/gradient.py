@@ -24,6 +24,7 @@ from rplib.kernels.voxels import (
     store_logits,
     strides_of,
     voxel_offsets,
+    voxels_of,
 )
 
 
@@ -134,8 +135,10 @@ def _one_of_both(student, label, weight, coefficients, t, known, factor, o):
 @triton.jit
 def _both_networks(i, v, za_v, zb_v, valid, o, MASKED: tl.constexpr):
     """Gradients of both networks from both networks' logits."""
-    a = opinion(load_logits(i.za, za_v, i.za_strides.channel, valid, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED), o.CLASSES)
-    b = opinion(load_logits(i.zb, zb_v, i.zb_strides.channel, valid, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED), o.CLASSES)
+    za = load_logits(i.za, za_v, i.za_strides.channel, valid, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED)
+    zb = load_logits(i.zb, zb_v, i.zb_strides.channel, valid, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED)
+    a = opinion(za, o.CLASSES)
+    b = opinion(zb, o.CLASSES)
     if o.BOTH:
         w_a, w_b = _both_planes(i, v, valid, MASKED)
     else:
@@ -234,7 +237,7 @@ def gradient_kernel(
         strides_of(za_c, za_0, za_1, za_2, CLASSES, LAYOUT), strides_of(zb_c, zb_0, zb_1, zb_2, CLASSES, LAYOUT),
         strides_of(0, t_0, t_1, t_2, 1, 0),
         strides_of(ga_c, ga_0, ga_1, ga_2, CLASSES, LAYOUT), strides_of(gb_c, gb_0, gb_1, gb_2, CLASSES, LAYOUT),
-        sample < labelled, voxels, size1, size2, tl.load(upstream).to(tl.float32) + tl.load(sums), dice_a, dice_b,
+        sample < labelled, voxels_of(voxels, LAYOUT), size1, size2, tl.load(upstream).to(tl.float32) + tl.load(sums), dice_a, dice_b,
     )  # fmt: skip
     _whole_or_tail(
         start, tensors, Options(CLASSES, CLASSES_PAD, GROUPS, GROUP, BOTH, WITH_DICE, ON_LOGITS, LAYOUT, FLAT, WIDE)

@@ -113,8 +113,8 @@ def _kind(t: Tensor) -> int:
     if channel == 1 and t.shape[1] > 1:
         packed = _is_flat(t) and _flat_stride(t) == t.shape[1] and (one or sample % t.shape[1] == 0)
         return PACKED if packed else LAST
-    aligned = channel % 16 == 0 and (one or sample % 16 == 0) and _flat_stride(t) == 1 and _is_flat(t)
-    return ALIGNED if aligned else ANY
+    side_by_side = _flat_stride(t) == 1 and _is_flat(t) and t[0, 0].numel() % 16 == 0
+    return ALIGNED if side_by_side and channel % 16 == 0 and (one or sample % 16 == 0) else ANY
 
 
 def addressing(tensors: Sequence[Tensor]) -> tuple[bool, bool]:

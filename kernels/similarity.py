@@ -64,6 +64,59 @@ def products(
 
 
 @triton.jit
+def taken_products(
+    base_a, base_b, at_a, at_b, stride, prototypes_a, prototypes_b, take_b, wanted,
+    FEATURES: tl.constexpr, FEATURE_BLOCK: tl.constexpr, CLASSES: tl.constexpr, UNROLL: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """`Products` of network b where ``take_b``, of a elsewhere, where wanted: one load for both networks.
+
+    For features of one voxel side by side: a voxel's features are whole sectors, whichever network they belong to.
+    """
+    pointers = tl.where(take_b, base_b + at_b, base_a + at_a)
+    zero = tl.zeros(wanted.shape, tl.float32)
+    dots = ()
+    for _ in tl.static_range(CLASSES):
+        dots = dots + (zero,)
+    s = Products(zero, dots)
+    if UNROLL:
+        for first in tl.static_range(0, FEATURES, FEATURE_BLOCK):
+            s = _take_block(
+                s, pointers, stride, prototypes_a, prototypes_b, take_b, wanted, first, FEATURES, FEATURE_BLOCK, CLASSES, WIDE
+            )  # fmt: skip
+    else:
+        for first in range(0, FEATURES, FEATURE_BLOCK):
+            s = _take_block(
+                s, pointers, stride, prototypes_a, prototypes_b, take_b, wanted, first, FEATURES, FEATURE_BLOCK, CLASSES, WIDE
+            )  # fmt: skip
+    return s
+
+
+@triton.jit
+def _take_block(
+    s, pointers, stride, prototypes_a, prototypes_b, take_b, wanted, first,
+    FEATURES: tl.constexpr, FEATURE_BLOCK: tl.constexpr, CLASSES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    RAGGED: tl.constexpr = FEATURES % FEATURE_BLOCK != 0
+    f = first + tl.arange(0, FEATURE_BLOCK)
+    inside = f < FEATURES
+    mask = wanted[None, :, :]
+    if RAGGED:
+        mask = mask & inside[:, None, None]
+    x = tl.load(pointers[None, :, :] + channel_offset(f, stride, WIDE)[:, None, None], mask=mask, other=0.0).to(tl.float32)
+    of_b = take_b[None, :, :]
+    dots = ()
+    for c in tl.static_range(CLASSES):
+        if RAGGED:
+            mu_a = tl.load(prototypes_a + c * FEATURES + f, mask=inside, other=0.0)
+            mu_b = tl.load(prototypes_b + c * FEATURES + f, mask=inside, other=0.0)
+        else:
+            mu_a = tl.load(prototypes_a + c * FEATURES + f)
+            mu_b = tl.load(prototypes_b + c * FEATURES + f)
+        dots = dots + (s.dots[c] + tl.sum(x * tl.where(of_b, mu_b[:, None, None], mu_a[:, None, None]), axis=0),)
+    return Products(s.square + tl.sum(x * x, axis=0), dots)
+
+
+@triton.jit
 def where_products(mask, a, b, CLASSES: tl.constexpr):
     """The `Products` a where the mask is true, b elsewhere."""
     dots = ()
@@ -75,10 +128,10 @@ def where_products(mask, a, b, CLASSES: tl.constexpr):
 @triton.jit
 def reliability(of, p, CLASSES: tl.constexpr):
     """r of a teacher with these `Products` and probabilities p: (ROWS, VECTOR)."""
-    inverse = 1.0 / tl.maximum(tl.sqrt(of.square), 1e-8)
+    inverse = tl.rsqrt(tl.maximum(of.square, 1e-16))
     total = tl.zeros(of.square.shape, tl.float32)
     for c in tl.static_range(CLASSES):
         difference = of.dots[c] * inverse - p[c]
         total += difference * difference
     # square * 0: a feature whose square overflows float32 gives NaN, not a similarity of 0
-    return 1.0 - total / CLASSES + of.square * 0.0
+    return 1.0 - total * (1.0 / CLASSES) + of.square * 0.0

@@ -21,6 +21,7 @@ from rplib.kernels.voxels import (
     sample_offset,
     strides_of,
     voxel_offsets,
+    voxels_of,
 )
 
 
@@ -207,8 +208,8 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
     if o.WITH_DICE:
         t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
         t, known = load_target(i.target, t_v, i.labelled, valid, MASKED)
-        p_a = probabilities(a, CLASSES)
-        p_b = probabilities(b, CLASSES)
+        p_a = probabilities(a, CLASSES, True)
+        p_b = probabilities(b, CLASSES, True)
         overlap_a = _add_tiles(overlap_a, p_a, t, known, True, CLASSES)
         overlap_b = _add_tiles(overlap_b, p_b, t, known, True, CLASSES)
         soft_a = _add_tiles(soft_a, p_a, t, known, False, CLASSES)
@@ -331,7 +332,7 @@ def statistics_kernel(
         strides_of(za_c, za_0, za_1, za_2, CLASSES, Z_LAYOUT), strides_of(zb_c, zb_0, zb_1, zb_2, CLASSES, Z_LAYOUT),
         strides_of(fa_c, fa_0, fa_1, fa_2, FEATURES_A, F_LAYOUT), strides_of(fb_c, fb_0, fb_1, fb_2, FEATURES_B, F_LAYOUT),
         strides_of(0, t_0, t_1, t_2, 1, 0),
-        (sample < labelled) & (feature_block == 0), voxels, size1, size2, first_feature,
+        (sample < labelled) & (feature_block == 0), voxels_of(voxels, Z_LAYOUT), size1, size2, first_feature,
     )  # fmt: skip
     sums = _walk(
         inputs, program, programs, blocks_per_program,

@@ -63,10 +63,15 @@ def statistics_tiles(
     """
     pad = power_of_two(classes)
     widest = power_of_two(max(features, 1))
-    vector = 16 // itemsize if aligned and not channels_last else 1
     if classes <= 4:
+        # A thread keeps one number per class and feature of its row: at most 128 for both networks, or the features of a row are
+        # shared by two warps or more.
         feature_block = min(widest, 32)
-        rows = min(max(128 * 64 // (pad * feature_block), 32), 128)
+        rows = min(max(128 * 32 // (pad * feature_block), 32), 128)
+        vector = 1
+        if aligned and not channels_last:
+            vector = 4 if classes == 2 else 16 // itemsize
+            rows = 128 if pad * feature_block <= 32 else 64 if pad * feature_block <= 64 else 32
         return StatisticsTiles(rows * vector, pad, 16, feature_block, False, 4, vector)
     # Sums by a product: (pad, feature_block) per network; operands go through shared memory, of which gfx942 has 64 KB.
     feature_block = min(max(widest, 16), 128)
@@ -98,9 +103,9 @@ def weighting_tiles(
     pad = power_of_two(classes)
     widest = power_of_two(max(features, 1))
     if channels_last:
-        return WeightingTiles(128 // group, group, pad, min(widest, 16), classes <= 4, 4)
-    block = 2048 // itemsize if itemsize == 2 else 512
-    return WeightingTiles(block // group, group, pad, min(widest, 8), classes <= 4, 4)
+        return WeightingTiles(128 // group, group, pad, min(widest, 8 if itemsize == 4 else 16), classes <= 4, 4)
+    block = 2048 // itemsize if aligned else 256  # 16 bytes a thread: the features of a block lie in no other thread's registers
+    return WeightingTiles(block // group, group, pad, min(widest, 8 if classes <= 4 else 4), False, 4)
 
 
 def gradient_tiles(classes: int, itemsize: int, *, aligned: bool = True) -> GradientTiles:

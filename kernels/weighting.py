@@ -23,9 +23,13 @@ import triton
 import triton.language as tl
 
 from rplib.kernels.dice import dice_coefficients, dice_slope, load_target
-from rplib.kernels.similarity import products, reliability, where_products
+from rplib.kernels.similarity import products, reliability, taken_products, where_products
 from rplib.kernels.total import mutual_weight_of
 from rplib.kernels.voxels import (
+    ALIGNED,
+    ANY,
+    LAST,
+    PACKED,
     SIZES,
     cross_entropy,
     first_slope,
@@ -37,6 +41,7 @@ from rplib.kernels.voxels import (
     sectors,
     strides_of,
     voxel_offsets,
+    voxels_of,
     where,
 )
 
@@ -114,25 +119,45 @@ def _products(v, use_a, use_b, valid, i, o, MASKED: tl.constexpr):
     """`Products` of both networks, each read where it teaches."""
     fa_v = voxel_offsets(v, i.size1, i.size2, i.fa_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
     fb_v = voxel_offsets(v, i.size1, i.size2, i.fb_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
+    if o.F_LAYOUT == ANY or o.F_LAYOUT == ALIGNED:  # else the features of a voxel are whole sectors
+        use_a = sectors(use_a, valid, MASKED)
+        use_b = sectors(use_b, valid, MASKED)
     of_a = products(
-        i.fa, fa_v, i.fa_strides.channel, i.prototypes_a, sectors(use_a, valid, MASKED),
+        i.fa, fa_v, i.fa_strides.channel, i.prototypes_a, use_a,
         o.FEATURES_A, o.FEATURE_BLOCK, o.CLASSES, o.UNROLL, o.WIDE,
     )  # fmt: skip
     of_b = products(
-        i.fb, fb_v, i.fb_strides.channel, i.prototypes_b, sectors(use_b, valid, MASKED),
+        i.fb, fb_v, i.fb_strides.channel, i.prototypes_b, use_b,
         o.FEATURES_B, o.FEATURE_BLOCK, o.CLASSES, o.UNROLL, o.WIDE,
     )  # fmt: skip
     return of_a, of_b
 
 
 @triton.jit
-def _lesson(student, label, weight, ON_LOGITS: tl.constexpr, CLASSES: tl.constexpr):
-    """(weight * cross-entropy, record entry) of a student: the entry is weight * dCE/dz(0) for C = 2, else the weight."""
+def _teachers_products(v, m_ab, m_ba, valid, i, o, MASKED: tl.constexpr):
+    """`Products` of the teacher alone."""
+    SIDE_BY_SIDE: tl.constexpr = o.F_LAYOUT == LAST or o.F_LAYOUT == PACKED
+    if SIDE_BY_SIDE and o.FEATURES_A == o.FEATURES_B and i.fa.dtype == i.fb.dtype:
+        fa_v = voxel_offsets(v, i.size1, i.size2, i.fa_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
+        fb_v = voxel_offsets(v, i.size1, i.size2, i.fb_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
+        return taken_products(
+            i.fa, i.fb, fa_v, fb_v, 1, i.prototypes_a, i.prototypes_b, m_ab, m_ab | m_ba,
+            o.FEATURES_A, o.FEATURE_BLOCK, o.CLASSES, o.UNROLL, o.WIDE,
+        )  # fmt: skip
+    else:
+        of_a, of_b = _products(v, m_ba, m_ab, valid, i, o, MASKED)
+        return where_products(m_ab, of_b, of_a, o.CLASSES)
+
+
+@triton.jit
+def _lesson(student, label, ON_LOGITS: tl.constexpr, CLASSES: tl.constexpr):
+    """(cross-entropy, record entry) of a student, both still without the weight; the entry is dCE/dz(0) for C = 2, else 1."""
     ce = cross_entropy(student, label, ON_LOGITS, CLASSES)
-    entry = weight
     if CLASSES == 2:
-        entry = weight * first_slope(student, label, ON_LOGITS)
-    return weight * ce, entry
+        entry = first_slope(student, label, ON_LOGITS)
+    else:
+        entry = tl.full(ce.shape, 1.0, tl.float32)
+    return ce, entry
 
 
 @triton.jit
@@ -164,26 +189,25 @@ def _block(start, loss_ab, loss_ba, i, out, o, MASKED: tl.constexpr):
         w_ba = m_ba.to(tl.float32)
         if o.WITH_FEATURES:
             of_a, of_b = _products(v, m_ba, m_ab, valid, i, o, MASKED)
-            w_ab = tl.where(m_ab, reliability(of_b, probabilities(b, CLASSES), CLASSES), 0.0)
-            w_ba = tl.where(m_ba, reliability(of_a, probabilities(a, CLASSES), CLASSES), 0.0)
-        part_ab, entry_a = _lesson(a, b.label, w_ab, o.ON_LOGITS, CLASSES)
-        part_ba, entry_b = _lesson(b, a.label, w_ba, o.ON_LOGITS, CLASSES)
-        loss_ab += tl.sum(part_ab, axis=1)
-        loss_ba += tl.sum(part_ba, axis=1)
-        entry_a *= i.scale_ab
-        entry_b *= i.scale_ba
+            w_ab = tl.where(m_ab, reliability(of_b, probabilities(b, CLASSES, False), CLASSES), 0.0)
+            w_ba = tl.where(m_ba, reliability(of_a, probabilities(a, CLASSES, False), CLASSES), 0.0)
+        ce_ab, entry_a = _lesson(a, b.label, o.ON_LOGITS, CLASSES)
+        ce_ba, entry_b = _lesson(b, a.label, o.ON_LOGITS, CLASSES)
+        loss_ab += tl.sum(tl.where(m_ab, w_ab * ce_ab, 0.0), axis=1)
+        loss_ba += tl.sum(tl.where(m_ba, w_ba * ce_ba, 0.0), axis=1)
+        entry_a *= w_ab * i.scale_ab
+        entry_b *= w_ba * i.scale_ba
     else:  # at most one teaches: student and teacher are selected first
         student = where(m_ab, a, b, CLASSES)
         teacher = where(m_ab, b, a, CLASSES)
         learns = m_ab | m_ba
+        ce, entry = _lesson(student, teacher.label, o.ON_LOGITS, CLASSES)
         weight = learns.to(tl.float32)
         if o.WITH_FEATURES:
-            p = probabilities(teacher, CLASSES)
-            of_a, of_b = _products(v, m_ba, m_ab, valid, i, o, MASKED)
-            weight = tl.where(learns, reliability(where_products(m_ab, of_b, of_a, CLASSES), p, CLASSES), 0.0)
-        part, entry = _lesson(student, teacher.label, weight, o.ON_LOGITS, CLASSES)
-        part = tl.where(learns, part, 0.0)
-        entry = tl.where(learns, entry * tl.where(m_ab, i.scale_ab, i.scale_ba), 0.0)
+            p = probabilities(teacher, CLASSES, False)
+            weight = tl.where(learns, reliability(_teachers_products(v, m_ab, m_ba, valid, i, o, MASKED), p, CLASSES), 0.0)
+        part = tl.where(learns, weight * ce, 0.0)
+        entry = tl.where(learns, weight * entry * tl.where(m_ab, i.scale_ab, i.scale_ba), 0.0)
         loss_ab += tl.sum(tl.where(m_ab, part, 0.0), axis=1)
         loss_ba += tl.sum(tl.where(m_ab, 0.0, part), axis=1)
         w_ab = tl.where(m_ab, weight, 0.0)
@@ -285,7 +309,7 @@ def weighting_kernel(
         za, zb, fa, fb, target, prototypes_a, prototypes_b,
         strides_of(za_c, za_0, za_1, za_2, CLASSES, Z_LAYOUT), strides_of(zb_c, zb_0, zb_1, zb_2, CLASSES, Z_LAYOUT),
         strides_of(fa_c, fa_0, fa_1, fa_2, FEATURES_A, F_LAYOUT), strides_of(fb_c, fb_0, fb_1, fb_2, FEATURES_B, F_LAYOUT),
-        strides_of(0, t_0, t_1, t_2, 1, 0), sample < labelled, voxels, size1, size2, scale_ab, scale_ba, dice_a, dice_b,
+        strides_of(0, t_0, t_1, t_2, 1, 0), sample < labelled, voxels_of(voxels, Z_LAYOUT), size1, size2, scale_ab, scale_ba, dice_a, dice_b,
     )  # fmt: skip
     outputs = Outputs(
         record + row, record_stride, sample_offset(samples, record_stride, 1, 1), code + row,
