@@ -83,7 +83,7 @@ def dice_slope(of, coefficients, t, CLASSES: tl.constexpr):
         # p(0) p(1) = rest / (1 + rest)^2, whichever class is the larger
         return (of.rest / ((1.0 + of.rest) * (1.0 + of.rest)) * (u[0] - u[1]),)
     else:
-        p = probabilities(of, CLASSES, True)
+        p = probabilities(of, CLASSES, True, True)
         mean = tl.zeros(t.shape, tl.float32)
         for c in tl.static_range(CLASSES):
             mean += p[c] * u[c]

@@ -106,7 +106,7 @@ def _student_alone(i, v, za_v, zb_v, valid, o, MASKED: tl.constexpr):
     z = ()
     for c in tl.static_range(o.CLASSES):
         z = z + (tl.where(is_b, zb[c], za[c]),)
-    grad = slope(opinion(z, o.CLASSES), bits & 63, o.ON_LOGITS, o.CLASSES)
+    grad = slope(opinion(z, o.CLASSES, True), bits & 63, o.ON_LOGITS, o.CLASSES)
     weight *= i.factor
     grad_a = ()
     grad_b = ()
@@ -137,8 +137,8 @@ def _both_networks(i, v, za_v, zb_v, valid, o, MASKED: tl.constexpr):
     """Gradients of both networks from both networks' logits."""
     za = load_logits(i.za, za_v, i.za_strides.channel, valid, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED)
     zb = load_logits(i.zb, zb_v, i.zb_strides.channel, valid, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED)
-    a = opinion(za, o.CLASSES)
-    b = opinion(zb, o.CLASSES)
+    a = opinion(za, o.CLASSES, True)
+    b = opinion(zb, o.CLASSES, True)
     if o.BOTH:
         w_a, w_b = _both_planes(i, v, valid, MASKED)
     else:

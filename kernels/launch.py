@@ -55,7 +55,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 def current_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if tensor.device.type in ("cpu", "meta"):
+        return nullcontext()
+    context: AbstractContextManager[object] = torch.get_device_module(tensor.device).device(tensor.device)
+    return context
 
 
 def sizes(z: Tensor) -> tuple[int, int, int]:

@@ -134,4 +134,4 @@ def reliability(of, p, CLASSES: tl.constexpr):
         difference = of.dots[c] * inverse - p[c]
         total += difference * difference
     # square * 0: a feature whose square overflows float32 gives NaN, not a similarity of 0
-    return 1.0 - total * (1.0 / CLASSES) + of.square * 0.0
+    return (CLASSES - total) * (1.0 / CLASSES) + of.square * 0.0

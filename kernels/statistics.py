@@ -180,8 +180,8 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
     zb_v = voxel_offsets(v, i.size1, i.size2, i.zb_strides, o.Z_LAYOUT, o.FLAT, o.WIDE)
     za = load_logits(i.za, za_v, i.za_strides.channel, valid, CLASSES, o.CLASSES_PAD, o.Z_LAYOUT, o.WIDE, MASKED)
     zb = load_logits(i.zb, zb_v, i.zb_strides.channel, valid, CLASSES, o.CLASSES_PAD, o.Z_LAYOUT, o.WIDE, MASKED)
-    a = opinion(za, CLASSES)
-    b = opinion(zb, CLASSES)
+    a = opinion(za, CLASSES, False)
+    b = opinion(zb, CLASSES, False)
     m_ab, m_ba = more_doubt(a, b, o.EPS, CLASSES, o.COMPARE, o.BY_ENTROPY)
     if MASKED:
         m_ab = m_ab & valid
@@ -208,8 +208,8 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
     if o.WITH_DICE:
         t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
         t, known = load_target(i.target, t_v, i.labelled, valid, MASKED)
-        p_a = probabilities(a, CLASSES, True)
-        p_b = probabilities(b, CLASSES, True)
+        p_a = probabilities(a, CLASSES, True, True)
+        p_b = probabilities(b, CLASSES, True, True)
         overlap_a = _add_tiles(overlap_a, p_a, t, known, True, CLASSES)
         overlap_b = _add_tiles(overlap_b, p_b, t, known, True, CLASSES)
         soft_a = _add_tiles(soft_a, p_a, t, known, False, CLASSES)

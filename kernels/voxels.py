@@ -213,8 +213,11 @@ def sectors(wanted, valid, MASKED: tl.constexpr):
 
 
 @triton.jit
-def opinion(z, CLASSES: tl.constexpr):
-    """`Opinion` of a tuple of logits. A NaN or +inf among them makes top + rest not finite."""
+def opinion(z, CLASSES: tl.constexpr, FULL: tl.constexpr):
+    """`Opinion` of a tuple of logits. A NaN or +inf among them makes top + rest not finite.
+
+    FULL: exponentials down to denormal numbers also for C > 2. Both passes that compare confidences must say the same.
+    """
     if CLASSES == 2:
         difference = z[1] - z[0]
         gap = tl.abs(difference)
@@ -233,7 +236,7 @@ def opinion(z, CLASSES: tl.constexpr):
         rest = tl.zeros(top.shape, tl.float32)
         others = ()
         for c in tl.static_range(CLASSES - 1):
-            others = others + (exponential(lower[c] - top),)
+            others = others + (exponential(lower[c] - top, FULL),)
             rest += others[c]
         return Opinion(z, top, label, rest, inverse_of(1.0 + rest), rest, others)
 
@@ -251,8 +254,8 @@ def where(mask, a, b, CLASSES: tl.constexpr):
 
 
 @triton.jit
-def probabilities(of, CLASSES: tl.constexpr, EXACT: tl.constexpr):
-    """softmax(z), a tuple of tiles; EXACT: for sums over many voxels, and down to denormal numbers."""
+def probabilities(of, CLASSES: tl.constexpr, FULL: tl.constexpr, EXACT: tl.constexpr):
+    """softmax(z), a tuple of tiles; FULL: as in `opinion`; EXACT: a division's rounding, for sums over many voxels."""
     p = ()
     for c in tl.static_range(CLASSES):
         if EXACT:
@@ -264,7 +267,7 @@ def probabilities(of, CLASSES: tl.constexpr, EXACT: tl.constexpr):
         elif CLASSES == 2:
             p = p + (tl.where(of.label == c, of.inverse, of.rest * of.inverse),)
         else:
-            p = p + (exponential(of.z[c] - of.top) * of.inverse,)
+            p = p + (exponential(of.z[c] - of.top, FULL) * of.inverse,)
     return p
 
 
@@ -343,9 +346,12 @@ def log(x):
 
 
 @triton.jit
-def exponential(x):
-    """exp(x), 0 below 1e-38: two instructions. ``tl.exp`` keeps denormal numbers and takes five."""
-    return tl.exp2(x * 1.4426950408889634)
+def exponential(x, FULL: tl.constexpr):
+    """exp(x); unless FULL 0 below 1e-38 and off by |x| / 2 units in the last place, in two instructions instead of five."""
+    if FULL:
+        return tl.exp(x)
+    else:
+        return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
@@ -378,17 +384,17 @@ def cross_entropy(student, label, ON_LOGITS: tl.constexpr, CLASSES: tl.constexpr
             distance = student.top - pick(student.z, label, CLASSES)
         return log1p(student.rest, CLASSES) + distance
     else:
-        p = probabilities(student, CLASSES, False)
-        total = exponential(p[0])
+        p = probabilities(student, CLASSES, False, False)
+        total = exponential(p[0], False)
         for c in tl.static_range(1, CLASSES):
-            total += exponential(p[c])
+            total += exponential(p[c], False)
         return log(total) - pick(p, label, CLASSES)
 
 
 @triton.jit
 def slope(student, label, ON_LOGITS: tl.constexpr, CLASSES: tl.constexpr):
     """dCE/dz of a student against the teacher's label, a tuple of tiles."""
-    p = probabilities(student, CLASSES, False)
+    p = probabilities(student, CLASSES, True, False)
     result = ()
     if ON_LOGITS:
         # p - [c = own] without cancellation; then the one moves from own to the teacher's class.
@@ -401,7 +407,7 @@ def slope(student, label, ON_LOGITS: tl.constexpr, CLASSES: tl.constexpr):
         e = ()
         total = tl.zeros(label.shape, tl.float32)
         for c in tl.static_range(CLASSES):
-            e = e + (exponential(p[c]),)
+            e = e + (exponential(p[c], False),)
             total += e[c]
         inverse = inverse_of(total)
         d = ()

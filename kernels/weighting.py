@@ -178,8 +178,8 @@ def _block(start, loss_ab, loss_ba, i, out, o, MASKED: tl.constexpr):
     zb_v = voxel_offsets(v, i.size1, i.size2, i.zb_strides, o.Z_LAYOUT, o.FLAT, o.WIDE)
     za = load_logits(i.za, za_v, i.za_strides.channel, valid, CLASSES, o.CLASSES_PAD, o.Z_LAYOUT, o.WIDE, MASKED)
     zb = load_logits(i.zb, zb_v, i.zb_strides.channel, valid, CLASSES, o.CLASSES_PAD, o.Z_LAYOUT, o.WIDE, MASKED)
-    a = opinion(za, CLASSES)
-    b = opinion(zb, CLASSES)
+    a = opinion(za, CLASSES, False)
+    b = opinion(zb, CLASSES, False)
     m_ab, m_ba = more_doubt(a, b, o.EPS, CLASSES, o.COMPARE, o.BY_ENTROPY)
     if MASKED:
         m_ab = m_ab & valid
@@ -189,8 +189,8 @@ def _block(start, loss_ab, loss_ba, i, out, o, MASKED: tl.constexpr):
         w_ba = m_ba.to(tl.float32)
         if o.WITH_FEATURES:
             of_a, of_b = _products(v, m_ba, m_ab, valid, i, o, MASKED)
-            w_ab = tl.where(m_ab, reliability(of_b, probabilities(b, CLASSES, False), CLASSES), 0.0)
-            w_ba = tl.where(m_ba, reliability(of_a, probabilities(a, CLASSES, False), CLASSES), 0.0)
+            w_ab = tl.where(m_ab, reliability(of_b, probabilities(b, CLASSES, False, False), CLASSES), 0.0)
+            w_ba = tl.where(m_ba, reliability(of_a, probabilities(a, CLASSES, False, False), CLASSES), 0.0)
         ce_ab, entry_a = _lesson(a, b.label, o.ON_LOGITS, CLASSES)
         ce_ba, entry_b = _lesson(b, a.label, o.ON_LOGITS, CLASSES)
         loss_ab += tl.sum(tl.where(m_ab, w_ab * ce_ab, 0.0), axis=1)
@@ -204,7 +204,7 @@ def _block(start, loss_ab, loss_ba, i, out, o, MASKED: tl.constexpr):
         ce, entry = _lesson(student, teacher.label, o.ON_LOGITS, CLASSES)
         weight = learns.to(tl.float32)
         if o.WITH_FEATURES:
-            p = probabilities(teacher, CLASSES, False)
+            p = probabilities(teacher, CLASSES, False, False)
             weight = tl.where(learns, reliability(_teachers_products(v, m_ab, m_ba, valid, i, o, MASKED), p, CLASSES), 0.0)
         part = tl.where(learns, weight * ce, 0.0)
         entry = tl.where(learns, weight * entry * tl.where(m_ab, i.scale_ab, i.scale_ba), 0.0)
