@@ -12,14 +12,15 @@ from rplib.kernels.launch import (
     ANY,
     LAST,
     PACKED,
+    Geometry,
     addressing,
     channels,
     current_device,
+    geometry,
     launch,
     layout_of,
     sizes,
     split,
-    strides,
 )
 from rplib.kernels.statistics import prototypes_kernel, statistics_kernel
 from rplib.kernels.total import loss_kernel
@@ -94,10 +95,12 @@ def statistics(
     voxels, size1, size2 = sizes(za)
     labels = Terms(target).labels(za)
     labelled = 0 if labels is None else labels.shape[0]
-    flat, wide = addressing([*logits, *(features or []), *([] if labels is None else [labels])])
     f_a, f_b = channels(features)
     fa, fb = features if features else (za, zb)  # not read without features
-    z_layout, f_layout = layout_of(logits), layout_of(features or logits)
+    g_za, g_zb, g_fa, g_fb = geometries = [geometry(t) for t in (za, zb, fa, fb)]
+    g_labels = None if labels is None else geometry(labels)
+    flat, wide = addressing(geometries if g_labels is None else [*geometries, g_labels])
+    z_layout, f_layout = layout_of(geometries[:2]), layout_of(geometries[2:])
     tiles = tiling.statistics_tiles(
         classes, max(f_a, f_b), max(t.element_size() for t in (za, zb, fa, fb)),
         channels_last=f_layout in (LAST, PACKED), aligned=f_layout != ANY,
@@ -115,8 +118,8 @@ def statistics(
         launch(
             statistics_kernel, (programs * batch, feature_blocks),
             za, zb, fa, fb, za if labels is None else labels, sums_a, sums_b, members, dice, counts, poison,
-            labelled, voxels, size1, size2, *_label_strides(labels, flat),
-            *strides(za, flat), *strides(zb, flat), *strides(fa, flat), *strides(fb, flat), programs, per_program,
+            labelled, voxels, size1, size2, *_label_strides(g_labels, flat),
+            *g_za.axes(flat), *g_zb.axes(flat), *g_fa.axes(flat), *g_fb.axes(flat), programs, per_program,
             EPS=eps, CLASSES=classes, CLASSES_PAD=tiles.classes_pad, CLASSES_DOT=tiles.classes_dot,
             FEATURES_A=f_a, FEATURES_B=f_b, FEATURE_BLOCK=tiles.feature_block, BLOCK=tiles.block,
             VECTOR=tiles.vector, CONFIDENCE=confidence or "none", WITH_FEATURES=features is not None,
@@ -223,10 +226,12 @@ def _weight(
     voxels, size1, size2 = sizes(za)
     with_record = record is not None and record.values.numel() > 0
     labels = terms.labels(za) if with_record and classes == 2 else None  # for C > 2 the backward pass reads them
-    flat, wide = addressing([*logits, *(features or []), *([] if labels is None else [labels])])
     f_a, f_b = channels(features)
     fa, fb = features if features else (za, zb)
-    z_layout, f_layout = layout_of(logits), layout_of(features or logits)
+    g_za, g_zb, g_fa, g_fb = geometries = [geometry(t) for t in (za, zb, fa, fb)]
+    g_labels = None if labels is None else geometry(labels)
+    flat, wide = addressing(geometries if g_labels is None else [*geometries, g_labels])
+    z_layout, f_layout = layout_of(geometries[:2]), layout_of(geometries[2:])
     tiles = tiling.weighting_tiles(
         classes, max(f_a, f_b), max(fa.element_size(), fb.element_size()),
         channels_last=f_layout in (LAST, PACKED), aligned=f_layout != ANY,
@@ -244,8 +249,8 @@ def _weight(
             known.counts, known.sums, _weight_pointer(terms, known),
             numerators, values, code if code.numel() else numerators, weights, masks,
             terms.mutual_factor, terms.dice_weight, 0 if labels is None else labels.shape[0],
-            voxels, values.shape[1] if with_record else 0, size1, size2, *_label_strides(labels, flat),
-            *strides(za, flat), *strides(zb, flat), *strides(fa, flat), *strides(fb, flat), programs, per_program,
+            voxels, values.shape[1] if with_record else 0, size1, size2, *_label_strides(g_labels, flat),
+            *g_za.axes(flat), *g_zb.axes(flat), *g_fa.axes(flat), *g_fb.axes(flat), programs, per_program,
             EPS=eps, CLASSES=classes, CLASSES_PAD=tiles.classes_pad,
             FEATURES_A=f_a, FEATURES_B=f_b, FEATURE_BLOCK=tiles.feature_block,
             GROUPS=tiles.groups, GROUP=tiles.group, CONFIDENCE=confidence or "none",
@@ -272,8 +277,10 @@ def gradient(
     voxels, size1, size2 = sizes(za)
     labels = terms.labels(za)
     grads = torch.empty_like(za), torch.empty_like(zb)
-    flat, wide = addressing([*logits, *grads, *([] if labels is None else [labels])])
-    layout = layout_of([*logits, *grads])
+    g_za, g_zb, g_ga, g_gb = geometries = [geometry(t) for t in (za, zb, *grads)]
+    g_labels = None if labels is None else geometry(labels)
+    flat, wide = addressing(geometries if g_labels is None else [*geometries, g_labels])
+    layout = layout_of(geometries)
     tiles = tiling.gradient_tiles(classes, max(za.element_size(), zb.element_size()), aligned=layout != ANY)
     with current_device(za):
         launch(
@@ -281,8 +288,8 @@ def gradient(
             upstream, sums, record.values, record.code if record.code.numel() else record.values, za, zb,
             za if labels is None else labels, *grads,
             terms.dice_weight, 0 if labels is None else labels.shape[0],
-            voxels, record.values.shape[1], size1, size2, *_label_strides(labels, flat),
-            *strides(za, flat), *strides(zb, flat), *strides(grads[0], flat), *strides(grads[1], flat),
+            voxels, record.values.shape[1], size1, size2, *_label_strides(g_labels, flat),
+            *g_za.axes(flat), *g_zb.axes(flat), *g_ga.axes(flat), *g_gb.axes(flat),
             CLASSES=classes, CLASSES_PAD=tiles.classes_pad, GROUPS=tiles.groups, GROUP=tiles.group,
             BOTH=confidence is None, WITH_DICE=labels is not None, **terms.chosen(), ON_LOGITS=on_logits,
             LAYOUT=layout, FLAT=flat, WIDE=wide, num_warps=tiles.warps,
@@ -290,12 +297,12 @@ def gradient(
     return grads
 
 
-def _label_strides(labels: Tensor | None, flat: bool) -> tuple[int, ...]:
+def _label_strides(labels: Geometry | None, flat: bool) -> tuple[int, ...]:
     """Batch and spatial strides; zeros without labels."""
     if labels is None:
         return 0, 0, 0, 0
-    batch, _, *axes = strides(labels, flat)
-    return batch, axes[0], axes[1], axes[2]
+    batch, _, *axes = labels.axes(flat)
+    return (batch, *axes)
 
 
 def _weight_pointer(terms: Terms, known: Statistics) -> Any:

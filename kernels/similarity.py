@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from rplib.kernels.voxels import channel_offset, sectors
+from rplib.kernels.voxels import channel_offset
 
 
 class Products(NamedTuple):
