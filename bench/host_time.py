@@ -2,9 +2,10 @@
 
     python -m rplib.bench.host_time [--rounds 30] [--calls 100]
 
-A driver that launches nothing stands in for the GPU's: Triton looks up and compiles kernels as for sm_90, and drops the launch at the
-last step. What remains is what the host does for one forward and backward pass. Two ``F.cross_entropy`` on the same logits, on
-tensors of one voxel so that their own computation is nothing, are timed in the same turns for comparison.
+A driver that launches nothing stands in for the GPU's: Triton looks up and compiles kernels as for sm_90, and drops the launch at
+the last step. What remains is what the host does for one forward and backward pass. Two ``F.cross_entropy``, on tensors of one
+voxel so that their own computation is nothing, are timed in the same turns for comparison. Times are of the processor
+(``time.process_time``): a busy machine disturbs them less than a clock on the wall.
 """
 
 import argparse

@@ -237,7 +237,8 @@ def gradient_kernel(
         strides_of(za_c, za_0, za_1, za_2, CLASSES, LAYOUT), strides_of(zb_c, zb_0, zb_1, zb_2, CLASSES, LAYOUT),
         strides_of(0, t_0, t_1, t_2, 1, 0),
         strides_of(ga_c, ga_0, ga_1, ga_2, CLASSES, LAYOUT), strides_of(gb_c, gb_0, gb_1, gb_2, CLASSES, LAYOUT),
-        sample < labelled, voxels_of(voxels, LAYOUT), size1, size2, tl.load(upstream).to(tl.float32) + tl.load(sums), dice_a, dice_b,
+        sample < labelled, voxels_of(voxels, LAYOUT), size1, size2,
+        tl.load(upstream).to(tl.float32) + tl.load(sums), dice_a, dice_b,
     )  # fmt: skip
     _whole_or_tail(
         start, tensors, Options(CLASSES, CLASSES_PAD, GROUPS, GROUP, BOTH, WITH_DICE, ON_LOGITS, LAYOUT, FLAT, WIDE)

@@ -136,7 +136,7 @@ def geometry(t: Tensor) -> Geometry:
 
 @lru_cache(maxsize=4096)
 def _geometry(shape: tuple[int, ...], stride: tuple[int, ...]) -> Geometry:
-    batch, channels, *sizes = shape
+    sizes = shape[2:]
     sample, channel, *axes = stride
     flat, inner, flat_stride = True, 0, 1
     for size, step in zip(reversed(sizes), reversed(axes), strict=True):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from rplib.kernels.voxels import channel_offset
+from rplib.kernels.voxels import channel_offset, widened
 
 
 class Products(NamedTuple):
@@ -32,7 +32,7 @@ def _add_block(
     if RAGGED:
         mask = mask & inside[:, None, None]
     pointers = base + channel_offset(f, stride, WIDE)[:, None, None] + at[None, :, :]
-    x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)  # (FEATURE_BLOCK, ROWS, VECTOR)
+    x = widened(tl.load(pointers, mask=mask, other=0.0))  # (FEATURE_BLOCK, ROWS, VECTOR)
     dots = ()
     for c in tl.static_range(CLASSES):
         if RAGGED:
@@ -102,7 +102,7 @@ def _take_block(
     mask = wanted[None, :, :]
     if RAGGED:
         mask = mask & inside[:, None, None]
-    x = tl.load(pointers[None, :, :] + channel_offset(f, stride, WIDE)[:, None, None], mask=mask, other=0.0).to(tl.float32)
+    x = widened(tl.load(pointers[None, :, :] + channel_offset(f, stride, WIDE)[:, None, None], mask=mask, other=0.0))
     of_b = take_b[None, :, :]
     dots = ()
     for c in tl.static_range(CLASSES):

@@ -18,7 +18,7 @@ import triton.language as tl
 # How the channels and voxels of a tensor lie in memory (see launch.layout_of). A layout is a constant of the kernel: strides
 # are arguments that the compiler knows nothing about, and the constants here tell it how wide it may load.
 ANY = tl.constexpr(0)
-ALIGNED = tl.constexpr(1)  # neighbouring voxels side by side, a multiple of 16 of them, as are the strides of channels and samples
+ALIGNED = tl.constexpr(1)  # neighbouring voxels side by side, in multiples of 16, as the strides of channels and samples
 LAST = tl.constexpr(2)  # the channels of a voxel side by side
 PACKED = tl.constexpr(3)  # and voxel after voxel, sample by sample: channels last
 
@@ -117,7 +117,17 @@ def load(pointers, mask, MASKED: tl.constexpr):
         x = tl.load(pointers, mask=mask, other=0.0)
     else:
         x = tl.load(pointers)
-    return x.to(tl.float32)
+    return widened(x)
+
+
+@triton.jit
+def widened(x):
+    """x as float32. Of bfloat16 by its bits: the compiler would else compare and select in packed halves, which are taken apart
+    again for everything else."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
@@ -223,7 +233,7 @@ def opinion(z, CLASSES: tl.constexpr, FULL: tl.constexpr):
         gap = tl.abs(difference)
         top = tl.maximum(z[0], z[1], propagate_nan=tl.PropagateNan.ALL)
         rest = tl.exp(-gap)
-        return Opinion(z, top, (difference > 0).to(tl.int32), rest, inverse_of(1.0 + rest), gap, ())
+        return Opinion(z, top, (difference.to(tl.int32, bitcast=True) > 0).to(tl.int32), rest, inverse_of(1.0 + rest), gap, ())
     else:
         top = z[0]
         label = tl.zeros(top.shape, tl.int32)

@@ -309,7 +309,8 @@ def weighting_kernel(
         za, zb, fa, fb, target, prototypes_a, prototypes_b,
         strides_of(za_c, za_0, za_1, za_2, CLASSES, Z_LAYOUT), strides_of(zb_c, zb_0, zb_1, zb_2, CLASSES, Z_LAYOUT),
         strides_of(fa_c, fa_0, fa_1, fa_2, FEATURES_A, F_LAYOUT), strides_of(fb_c, fb_0, fb_1, fb_2, FEATURES_B, F_LAYOUT),
-        strides_of(0, t_0, t_1, t_2, 1, 0), sample < labelled, voxels_of(voxels, Z_LAYOUT), size1, size2, scale_ab, scale_ba, dice_a, dice_b,
+        strides_of(0, t_0, t_1, t_2, 1, 0), sample < labelled,
+        voxels_of(voxels, Z_LAYOUT), size1, size2, scale_ab, scale_ba, dice_a, dice_b,
     )  # fmt: skip
     outputs = Outputs(
         record + row, record_stride, sample_offset(samples, record_stride, 1, 1), code + row,
