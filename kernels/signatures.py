@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rplib.kernels import launch, passes
+from rplib.kernels.voxels import SIZES
 
 _TYPES = {
     torch.float16: "*fp16",
@@ -120,7 +121,7 @@ def spec(recorded: launch.Launch) -> KernelSpec:
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:  # no integer is specialised, see voxels.SIZES
-            assert kernel.params[position].do_not_specialize, f"{kernel.fn.__name__}: {name} is not in SIZES"
+            assert name in SIZES, f"{kernel.fn.__name__}: {name} is not in voxels.SIZES"
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
     for name, value in recorded.constants.items():
         if name not in _OPTIONS:
