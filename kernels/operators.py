@@ -69,9 +69,7 @@ def _run(
         weight = torch.full((), consistency_weight, dtype=torch.float32, device=logits[0].device)
     else:
         factor = float(consistency_weight)
-    wanted = torch.is_grad_enabled() and (
-        any(z.requires_grad for z in logits) or (weight is not None and weight.requires_grad)
-    )
+    wanted = torch.is_grad_enabled() and (any(z.requires_grad for z in logits) or (weight is not None and weight.requires_grad))
     value: Tensor
     terms: Tensor
     value, terms, _, _ = weighting(

@@ -231,9 +231,7 @@ class Training:
         for (t, weight, rate, names, _), (total, dice, mutual, *statistics) in zip(pending, losses, strict=True):
             if not all(map(math.isfinite, (total, dice, mutual))):
                 self._write_rows(rows)
-                self._not_finite(
-                    f"the loss is not finite at iteration {t} (total {total}, dice {dice}, mutual {mutual}", names
-                )
+                self._not_finite(f"the loss is not finite at iteration {t} (total {total}, dice {dice}, mutual {mutual}", names)
             row = LogRow(t, total, dice, mutual, weight, rate, seconds)
             rows.append(_with_statistics(row, statistics, self.config.classes) if statistics else row)
         for warning in self.monitor.look(rows):
