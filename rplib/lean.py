@@ -21,7 +21,17 @@ from torch import Tensor
 
 from rplib import ranks
 from rplib.inputs import valid_only
-from rplib.lean_voxels import class_factor, compute_dtype, cross_entropy, doubt, network_at, pieces, reliability, slope, teaches
+from rplib.lean_voxels import (
+    class_factor,
+    compute_dtype,
+    cross_entropy,
+    network_at,
+    pieces,
+    reliability,
+    slope,
+    teaches,
+    uncertainty,
+)
 from rplib.maps import Reliability, ordered_pairs
 from rplib.options import Options
 from rplib.similarity import by_matrix_product, similarity
@@ -40,13 +50,13 @@ def loss_and_statistics(
     features = features if options.weighting else None
     group = options.process_group
     known = statistics(logits, features, options, valid, detailed=detailed)
-    poison = ranks.total(known.poison, group)
+    nonfinite = ranks.total(known.nonfinite, group)
     counts = ranks.total(known.counts, group)
-    normaliser = counts.to(poison.dtype) + options.eps + poison  # n_ij: (pairs,)
+    normaliser = counts.to(nonfinite.dtype) + options.eps + nonfinite  # n_ij: (pairs,)
     if options.reduction == "sum":
-        normaliser = torch.ones_like(normaliser) + poison
+        normaliser = torch.ones_like(normaliser) + nonfinite
     value, numerators, weights = _LeanLoss.apply(  # type: ignore[no-untyped-call]
-        options, len(logits), detailed, valid, poison, normaliser, *(known.prototypes or []), *logits, *(features or [])
+        options, len(logits), detailed, valid, nonfinite, normaliser, *(known.prototypes or []), *logits, *(features or [])
     )
     result = ranks.as_one_process(value, ranks.total(value, group), group)
     if not detailed:
@@ -63,7 +73,7 @@ def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options, 
     keep = None if valid is None else valid.flatten(1).unsqueeze(1)  # (B, 1, V)
     z = [valid_only(t.detach().flatten(2).to(dtype), keep) for t in logits]  # (B, C, V)
     networks = [network_at(t) for t in z]
-    doubts = [doubt(t, n, options) for t, n in zip(z, networks, strict=True)]
+    uncertainties = [uncertainty(t, n, options) for t, n in zip(z, networks, strict=True)]
     known: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * len(z)
     if options.weighting is not None and features is not None:
         prototypes = statistics(logits, features, options, valid).prototypes
@@ -73,7 +83,7 @@ def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options, 
             known[k] = (mu, s.unflatten(2, spatial), reliability(s, z[k], n, options))
     result = []
     for i, j in ordered_pairs(len(z), options.students):
-        mask = teaches(doubts[i], doubts[j], networks[j], options, keep)
+        mask = teaches(uncertainties[i], uncertainties[j], networks[j], options, keep)
         label = networks[j].label.squeeze(1).unflatten(1, spatial)
         teacher = known[j]
         weight = mask.to(dtype) if teacher is None else torch.where(mask, teacher[2], torch.zeros_like(teacher[2]))
@@ -97,13 +107,13 @@ class Statistics(NamedTuple):
     """What must be known of all voxels before one can be weighted.
 
     counts: (pairs,) int64, reliable voxels per ordered pair; prototypes: per network (B, C, F) of unit length or zero;
-    poison: 0-dim, 0 where every value read was finite, NaN otherwise. For logging, None unless asked for: members (K, C) int64,
-    voxels per pseudo-label; differing: 0-dim int64, voxels whose labels differ, over unordered pairs; voxels: 0-dim int64.
+    nonfinite: 0-dim, 0 where every value read was finite, NaN otherwise. For logging, None unless asked for: members (K, C)
+    int64, voxels per pseudo-label; differing: 0-dim int64, voxels whose labels differ, over unordered pairs; voxels: 0-dim int64.
     """
 
     counts: Tensor
     prototypes: list[Tensor] | None
-    poison: Tensor
+    nonfinite: Tensor
     members: Tensor | None = None
     differing: Tensor | None = None
     voxels: Tensor | None = None
@@ -126,7 +136,7 @@ def statistics(
     batch, classes, voxels = logits[0].shape
     pairs = ordered_pairs(len(logits), options.students)
     counts = torch.zeros(len(pairs), dtype=torch.int64, device=device)
-    poison = torch.zeros((), dtype=dtype, device=device)
+    nonfinite = torch.zeros((), dtype=dtype, device=device)
     sums: list[list[Tensor]] = [[] for _ in features]  # per network and sample (group): (b, C, F)
     members: list[list[Tensor]] = [[] for _ in features]  # likewise (b, C)
     labelled = torch.zeros(len(logits), classes, dtype=torch.int64, device=device) if detailed else None
@@ -136,9 +146,11 @@ def statistics(
             inside = None if keep is None else keep[b, :, v]  # (b, 1, v)
             z = [valid_only(t[b, :, v].to(dtype), inside) for t in logits]
             networks = [network_at(t) for t in z]
-            doubts = [doubt(t, n, options) for t, n in zip(z, networks, strict=True)]
-            counts = counts + torch.stack([teaches(doubts[i], doubts[j], networks[j], options, inside).sum() for i, j in pairs])
-            poison = poison + sum(n.top.sum() for n in networks) * 0
+            uncertainties = [uncertainty(t, n, options) for t, n in zip(z, networks, strict=True)]
+            counts = counts + torch.stack(
+                [teaches(uncertainties[i], uncertainties[j], networks[j], options, inside).sum() for i, j in pairs]
+            )
+            nonfinite = nonfinite + sum(n.top.sum() for n in networks) * 0
             of_class = [_members(n.label, classes, inside) for n in networks] if features or detailed else []
             for k, f in enumerate(features):
                 values = valid_only(f[b, :, v].to(dtype), inside)
@@ -162,11 +174,11 @@ def statistics(
     if detailed:
         counted = valid.sum() if valid is not None else torch.full((), batch * voxels, dtype=torch.int64, device=device)
     if not features:
-        return Statistics(counts, None, poison, labelled, differing, counted)
+        return Statistics(counts, None, nonfinite, labelled, differing, counted)
     prototypes = []
     for network_sums, network_members in zip(sums, members, strict=True):
         total = torch.cat(network_sums)  # (B, C, F)
-        poison = poison + total.sum() * 0
+        nonfinite = nonfinite + total.sum() * 0
         number = torch.cat(network_members)  # (B, C)
         if options.prototypes == "batch":
             total = ranks.total(total.sum(dim=0, keepdim=True), options.process_group).expand(batch, -1, -1)
@@ -174,7 +186,7 @@ def statistics(
         mean = total / (number.to(dtype).unsqueeze(2) + options.eps)
         length = mean.square().sum(dim=2, keepdim=True).sqrt()
         prototypes.append(mean / length.clamp_min(1e-12))
-    return Statistics(counts, prototypes, poison, labelled, differing, counted)
+    return Statistics(counts, prototypes, nonfinite, labelled, differing, counted)
 
 
 def _members(label: Tensor, classes: int, inside: Tensor | None) -> Tensor:
@@ -191,7 +203,7 @@ class _LeanLoss(torch.autograd.Function):
         networks: int,
         detailed: bool,
         valid: Tensor | None,
-        poison: Tensor,
+        nonfinite: Tensor,
         normaliser: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,18 +213,18 @@ class _LeanLoss(torch.autograd.Function):
         first = 6 + (networks if prototypes else 0)  # where the logits begin among the arguments
         wanted = [k for k in range(networks) if ctx.needs_input_grad[first + k]]
         second = _weighting(logits, features, prototypes, normaliser, options, valid, wanted, detailed)
-        ctx.save_for_backward(poison, *second.gradients, *(logits[k] for k in wanted))
+        ctx.save_for_backward(nonfinite, *second.gradients, *(logits[k] for k in wanted))
         ctx.wanted = [first + k for k in wanted]
         ctx.arguments = 6 + len(tensors)
-        return second.value + poison, second.numerators, second.weights
+        return second.value + nonfinite, second.numerators, second.weights
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        poison, *saved = ctx.saved_tensors
+        nonfinite, *saved = ctx.saved_tensors
         result: list[Tensor | None] = [None] * ctx.arguments
         n = len(ctx.wanted)
         for at, g, z in zip(ctx.wanted, saved[:n], saved[n:], strict=True):
-            result[at] = _LeanGradient.apply(upstream, poison, g, z)  # type: ignore[no-untyped-call]
+            result[at] = _LeanGradient.apply(upstream, nonfinite, g, z)  # type: ignore[no-untyped-call]
         return tuple(result)
 
 
@@ -220,8 +232,8 @@ class _LeanGradient(torch.autograd.Function):
     """The gradient for one network's logits z, which it takes only to say that it cannot be differentiated again."""
 
     @staticmethod
-    def forward(ctx: Any, upstream: Tensor, poison: Tensor, g: Tensor, z: Tensor) -> Tensor:
-        scaled = g * (upstream + poison)  # float32 or better, before the cast
+    def forward(ctx: Any, upstream: Tensor, nonfinite: Tensor, g: Tensor, z: Tensor) -> Tensor:
+        scaled = g * (upstream + nonfinite)  # float32 or better, before the cast
         if g.shape[1] != z.shape[1]:  # C = 2: only class 0 was kept, class 1 is its negative
             scaled = torch.cat([scaled, -scaled], dim=1)
         return scaled.to(z.dtype).view(z.shape)
@@ -274,7 +286,7 @@ def _weighting(
             inside = None if keep is None else keep[b, :, v]
             z = [valid_only(t[b, :, v].to(dtype), inside) for t in logits]
             networks = [network_at(t) for t in z]
-            doubts = [doubt(t, n, options) for t, n in zip(z, networks, strict=True)]
+            uncertainties = [uncertainty(t, n, options) for t, n in zip(z, networks, strict=True)]
             reliable: list[Tensor] = []  # r_j: (b, 1, v)
             if features is not None and prototypes is not None:
                 for own, n, f, mu in zip(z, networks, features, prototypes, strict=True):
@@ -284,7 +296,7 @@ def _weighting(
             totals: dict[int, Tensor] = {}
             pair_values, pair_weights = [], []
             for pair, (i, j) in enumerate(pairs):
-                mask = teaches(doubts[i], doubts[j], networks[j], options, inside)
+                mask = teaches(uncertainties[i], uncertainties[j], networks[j], options, inside)
                 share = 1 / normaliser[pair]
                 share = reliable[j] * share if reliable else share
                 factor = class_factor(networks[j].label, options, dtype)

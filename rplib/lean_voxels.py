@@ -29,7 +29,7 @@ class Network(NamedTuple):
     p: Tensor  # (b, C, v) probabilities
 
 
-Doubt = tuple[Tensor, Tensor | None]  # each (b, 1, v)
+Uncertainty = tuple[Tensor, Tensor | None]  # each (b, 1, v)
 
 
 def network_at(z: Tensor) -> Network:
@@ -40,7 +40,7 @@ def network_at(z: Tensor) -> Network:
     return Network(top, label, rest, e / (1 + rest))
 
 
-def doubt(z: Tensor, network: Network, options: Options) -> Doubt:
+def uncertainty(z: Tensor, network: Network, options: Options) -> Uncertainty:
     """A number that grows as the network's confidence falls, and for C = 2 the rounding error of that number."""
     if z.shape[1] == 2:
         # Knuth's two-sum of z_1 + (-z_0): margin + error is exact.
@@ -54,7 +54,9 @@ def doubt(z: Tensor, network: Network, options: Options) -> Doubt:
     return -(network.p * torch.log(network.p + options.eps)).sum(dim=1, keepdim=True), None
 
 
-def teaches(student: Doubt, teacher: Doubt, teaching: Network, options: Options, valid: Tensor | None = None) -> Tensor:
+def teaches(
+    student: Uncertainty, teacher: Uncertainty, teaching: Network, options: Options, valid: Tensor | None = None
+) -> Tensor:
     """m_ij: (b, 1, v) bool; False outside ``valid``, (b, 1, v)."""
     mask = _more_confident(student, teacher, options)
     if options.minimum_confidence is not None:
@@ -75,14 +77,14 @@ def class_factor(label: Tensor, options: Options, dtype: torch.dtype) -> Tensor 
     return torch.tensor(options.class_weights, dtype=dtype, device=label.device)[label]
 
 
-def _more_confident(student: Doubt, teacher: Doubt, options: Options) -> Tensor:
-    (student_doubt, student_error), (teacher_doubt, teacher_error) = student, teacher
+def _more_confident(student: Uncertainty, teacher: Uncertainty, options: Options) -> Tensor:
+    (student_uncertainty, student_error), (teacher_uncertainty, teacher_error) = student, teacher
     if options.confidence is None:
-        return torch.ones_like(student_doubt, dtype=torch.bool)
-    more = student_doubt > teacher_doubt
+        return torch.ones_like(student_uncertainty, dtype=torch.bool)
+    more = student_uncertainty > teacher_uncertainty
     if student_error is None or teacher_error is None:
         return more
-    return more | ((student_doubt == teacher_doubt) & (student_error > teacher_error))
+    return more | ((student_uncertainty == teacher_uncertainty) & (student_error > teacher_error))
 
 
 def cross_entropy(z: Tensor, network: Network, label: Tensor, options: Options) -> Tensor:
