@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.ready
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint gpu clean
+.PHONY: help setup demo test test-all test-torch lint docs gpu clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -42,9 +42,27 @@ test: $(STAMP)  ## the test suite, without the tests marked slow
 test-all: $(STAMP)  ## the test suite and the tests marked slow
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
-lint: $(STAMP)  ## ruff and mypy
+# An environment of its own, below build/; the development pins of torch and Triton do not hold in it.
+# The interpreter of Triton 3.4, which comes with torch 2.8, does not work with NumPy 2.4.
+TORCH     ?= torch
+TORCH_ENV := build/torch-env
+test-torch: $(STAMP)  ## the loss and the trainer with another torch: make test-torch TORCH="torch==2.8.0 numpy<2.4"
+	@rm -rf $(TORCH_ENV)
+	@$(BIN)/python -m venv $(TORCH_ENV)
+	@$(TORCH_ENV)/bin/python -m pip install -qq --disable-pip-version-check -e '.[reference]' $(TORCH:%='%') \
+	  expecttest hypothesis pytest pytest-timeout pytest-xdist setuptools
+	@$(TORCH_ENV)/bin/python -c "import torch; print('torch', torch.__version__)"
+	@OMP_NUM_THREADS=1 $(TORCH_ENV)/bin/python -m pytest -n auto --maxprocesses 4 -m "not slow" $(PYTEST_ARGS) \
+	  tests/test_loss_*.py tests/test_reference_*.py tests/test_package_network.py
+
+lint: $(STAMP)  ## ruff (rules and format), mypy, pyright
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(STAMP)  ## the API pages, from the docstrings: build/docs/index.html
+	@$(BIN)/python -W error -m pdoc --docformat google --no-show-source --output-directory build/docs rplib
 
 # GPU_ARGS="--data DATA --minutes 30" also trains; what succeeded is not run again.
 gpu: $(STAMP)  ## everything that needs a CUDA GPU (with a torch built for it): tests, checks, benchmarks

@@ -1,4 +1,4 @@
-"""Instruments that measure the kernels; import them as ``rplib.bench``."""
+"""Benchmarks and measurements of the kernels; import as ``rplib.bench``."""
 
 import sys
 

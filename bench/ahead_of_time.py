@@ -1,9 +1,9 @@
-"""Compile every kernel of the loss for four architectures, without a GPU, and report what the machine code costs.
+"""Compile every kernel of the loss for four architectures, without a GPU, and report the resources that it uses.
 
     python -m rplib.bench.ahead_of_time [--csv FILE] [--targets sm_90,gfx942] [--jobs 2]
 
-Exit code 1 if a kernel spills registers. All of it takes a core half an hour; Triton keeps what it compiled, so that an
-interrupted run goes on quickly.
+Exit code 1 if a kernel spills registers. A full run takes half an hour on one core; Triton caches compiled
+kernels, so an interrupted run resumes quickly.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from rplib.errors import UserError
 SHAPES = ((2, 16), (4, 16), (14, 32))  # (C, F)
 DTYPES = ("float32", "bfloat16")
 LAYOUTS = ("contiguous", "channels_last")
-# What changes the code besides: the loss alone, the whole objective with half the samples labelled, odd sizes on every axis.
+# Variants of the code: the loss, the whole objective with half the samples labelled, odd sizes on every axis.
 VARIANTS: dict[str, dict[str, Any]] = {
     "loss": {"labelled": 0, "spatial": (112, 112, 80)},
     "objective": {"labelled": 2, "spatial": (112, 112, 80)},
@@ -49,8 +49,8 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One kernel at one point of the matrix; figures as `rplib.bench.compiled_code.Resources`."""
+class CompiledKernel:
+    """One kernel at one point of the matrix; fields as in `rplib.bench.compiled_code.Resources`."""
 
     target: str
     variant: str
@@ -78,7 +78,7 @@ def matrix(
     targets: Iterable[str] = tuple(TARGETS),
     variants: Iterable[str] = ("loss",),
 ) -> list[Case]:
-    """Every combination; targets innermost, so that neighbouring cases share what does not depend on the target.
+    """Every combination; targets innermost, so that consecutive cases share target-independent work.
 
     >>> len(matrix())
     48
@@ -87,11 +87,11 @@ def matrix(
     return [Case(c, f, d, layout, t, variant) for (c, f), d, layout, variant, t in points]
 
 
-def report(case: Case) -> list[Row]:
+def report(case: Case) -> list[CompiledKernel]:
     """Compile the kernels of one forward and backward pass.
 
     Raises:
-        UserError: Triton's interpreter is switched on in this process.
+        UserError: Triton's interpreter is enabled in this process.
     """
     import torch
 
@@ -106,8 +106,8 @@ def report(case: Case) -> list[Row]:
     return rows
 
 
-def report_all(cases: Sequence[Case], jobs: int = 1, progress: bool = False) -> list[Row]:
-    """`report` for every case, in order, over ``jobs`` processes; ``progress``: count them on stderr."""
+def report_all(cases: Sequence[Case], jobs: int = 1, progress: bool = False) -> list[CompiledKernel]:
+    """`report` for every case, in order, over ``jobs`` processes; ``progress``: report progress on stderr."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) if jobs > 1 else nullcontext() as pool:
         results = map(report, cases) if pool is None else pool.map(report, cases, chunksize=4)
         rows = []
@@ -118,9 +118,9 @@ def report_all(cases: Sequence[Case], jobs: int = 1, progress: bool = False) -> 
         return rows
 
 
-def _row(case: Case, kernel: str, warps: int, found: Resources) -> Row:
+def _row(case: Case, kernel: str, warps: int, found: Resources) -> CompiledKernel:
     share = found.wide_load_share
-    return Row(
+    return CompiledKernel(
         target=case.target,
         variant=case.variant,
         classes=case.classes,
@@ -146,18 +146,18 @@ def _widths(counts: Mapping[int, int]) -> str:
     return " ".join(f"{n}x{bits}" for bits, n in sorted(counts.items(), reverse=True))
 
 
-def write_csv(rows: Iterable[Row], path: Path) -> None:
-    """One line a row, after a heading and the versions that the figures hold for."""
+def write_csv(rows: Iterable[CompiledKernel], path: Path) -> None:
+    """Write one line per row, with a header and the versions that the figures apply to."""
     import torch
     import triton
 
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*(field.name for field in fields(Row)), "triton", "torch"])
+        writer.writerow([*(field.name for field in fields(CompiledKernel)), "triton", "torch"])
         writer.writerows([*astuple(row), triton.__version__, torch.__version__] for row in rows)
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[CompiledKernel]) -> str:
     """Fixed-width text."""
     heads = ["target", "variant", "C", "F", "dtype", "layout", "kernel", "regs", "spills"]
     heads += ["shared", "loads", "128-bit %", "load widths"]
@@ -184,9 +184,9 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write every figure there as well")
-    parser.add_argument("--targets", default=",".join(TARGETS), help="of %(default)s")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="of %(default)s")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write all figures to FILE")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default %(default)s)")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default %(default)s)")
 
 
@@ -195,11 +195,11 @@ def run(args: argparse.Namespace) -> int:
     for what, asked, known in (("target", targets, TARGETS), ("variant", variants, VARIANTS)):
         unknown = [name for name in asked if name not in known]
         if unknown:
-            raise UserError(f"unknown {what} {unknown[0]!r}; expected some of {', '.join(known)}.")
+            raise UserError(f"unknown {what} {unknown[0]!r}; expected one or more of {', '.join(known)}.")
     if args.jobs < 1:
         raise UserError(f"--jobs is {args.jobs}; expected a number of processes, at least 1.")
     if args.csv and not args.csv.parent.is_dir():
-        raise UserError(f"--csv: there is no folder {args.csv.parent}; make it first.")
+        raise UserError(f"--csv: there is no folder {args.csv.parent}; create it first.")
     rows = report_all(matrix(targets=targets, variants=variants), args.jobs, progress=True)
     print(table(rows))
     spilling = [row for row in rows if row.spills]

@@ -1,4 +1,4 @@
-"""What ``python -m rplib.bench.<module>`` has in common: words in, exit code out, a user's mistake as one line."""
+"""Common entry point of ``python -m rplib.bench.<module>``: parses options, prints user errors as one line."""
 
 import argparse
 import sys
@@ -13,10 +13,10 @@ def main(
     add_arguments: Callable[[argparse.ArgumentParser], None],
     run: Callable[[argparse.Namespace], int],
 ) -> int:
-    """Read the process's words and run; a `UserError` is one line on stderr and exit code 2.
+    """Parse the process's arguments and run; a `UserError` is printed as one line on stderr, with exit code 2.
 
     Args:
-        module: its name below rplib.bench. summary: its docstring, of which the first line is shown.
+        module: its name in rplib.bench. summary: its docstring, of which the first line is shown.
     """
     parser = argparse.ArgumentParser(prog=f"python -m rplib.bench.{module}", description=summary.split("\n")[0])
     add_arguments(parser)

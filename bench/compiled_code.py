@@ -1,7 +1,7 @@
-"""Compile a Triton kernel for a GPU that is not there, and read what it will cost from the machine code.
+"""Compile a Triton kernel without its target GPU, and read its resource usage from the machine code.
 
-Works for any ``@triton.jit`` function. NVIDIA code is disassembled with the tools inside Triton's own package; AMD code
-carries its resources as metadata in the assembly text.
+Works for any ``@triton.jit`` function. NVIDIA code is disassembled with the tools in the Triton package; AMD assembly
+has resource usage as metadata.
 """
 
 import os
@@ -19,7 +19,7 @@ WIDE_BITS = 128
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU architecture, by the name that its maker gives it."""
+    """A GPU architecture, by the vendor's name."""
 
     name: str
     backend: str
@@ -40,7 +40,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel needs.
+    """Resource usage of one compiled kernel.
 
     registers: per thread (AMD: vector and accumulation registers together). spills: to memory; NVIDIA: loads and stores of the
     stack in the code; AMD: spilled vector registers. scalar_spills: AMD's scalar registers kept in lanes of a vector register
@@ -63,7 +63,7 @@ class Resources:
 
     @property
     def wide_load_share(self) -> float | None:
-        """Share of global load instructions that are at least 128 bits wide; None where there is no load."""
+        """Fraction of global load instructions that are at least 128 bits wide; None without loads."""
         if not self.load_count:
             return None
         return sum(n for bits, n in self.loads.items() if bits >= WIDE_BITS) / self.load_count
@@ -84,15 +84,15 @@ def compile_for(
         kernel: a function decorated with ``@triton.jit``.
         signature: argument -> type as Triton writes it (``"*fp32"``, ``"i32"``, ``"constexpr"``).
         constexprs: argument -> value of the constants.
-        attrs: ``{(position,): [["tt.divisibility", 16]]}`` for arguments known to be divisible: alignment reaches the
-            compiler this way alone, and without it no load is 128 bits wide.
+        attrs: ``{(position,): [["tt.divisibility", 16]]}`` for arguments known to be divisible; the only way to pass
+            alignment to the compiler, without which no load is 128 bits wide.
         **options: of the compilation, such as ``num_warps=4`` or ``maxnreg=32``.
 
     Raises:
         UserError: this process runs Triton's interpreter, which replaces the compiler.
     """
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y"):
-        raise UserError("TRITON_INTERPRET is set, so there is no compiler in this process; unset it and start again.")
+        raise UserError("TRITON_INTERPRET is set, so there is no compiler in this process; unset it and restart.")
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -107,7 +107,7 @@ def compile_for(
 
 
 def read_cubin(cubin: bytes, shared_bytes: int = 0) -> Resources:
-    """Resources of NVIDIA machine code; dynamic shared memory is not in there, so the caller says how much."""
+    """Resources of NVIDIA machine code; dynamic shared memory is not recorded there and is passed by the caller."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -1,10 +1,10 @@
-"""Is an implementation's loss and gradient right on one input? Without a yes no speed is printed.
+"""Verify the loss and gradient of an implementation on one input; only verified implementations are timed.
 
-The truth is the formula in float64, sample by sample, so that it fits into memory at the paper's shape: weights from
+The reference is the formula in float64, sample by sample, to fit into memory at the paper's shape: weights from
 `rplib.naive`, the gradient by the closed formula dL/dz_i(c, v) = w_ij(v) / n_ij (p_i(c, v) - [c = y_j(v)]).
 
-Where the two networks are equally confident to the rounding of float32 (near-ties) an implementation may choose either:
-there the truth takes its choice, read from its gradient, and such voxels are counted.
+Where both networks are equally confident up to float32 rounding (near-ties), an implementation may choose either
+teacher: the reference adopts its choice, inferred from its gradient, and counts such voxels.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from rplib.options import Options
 
 _EVERY_VOXEL = Options(confidence=None)  # mask 1: the weight is r_j itself
 _EPS = Options().eps
-# Entropies below this difference cannot be told apart by formulas in float32.
+# Entropy differences below this cannot be resolved in float32.
 _FLOAT32_ENTROPY = 2e-6
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Relative errors of loss and gradient (2-norm), near-ties, and whether all is within bounds."""
+    """Relative errors of loss and gradient (2-norm), near-ties, and whether the errors are within bounds."""
 
     loss_error: float
     gradient_error: float
@@ -45,7 +45,7 @@ class _Sample:
 
 
 class Truth:
-    """The formula in float64 at one input; computed once, asked for every implementation.
+    """The formula in float64 at one input; computed once for all implementations.
 
     Args:
         logits: two tensors (B, C, *spatial), any dtype.
@@ -65,7 +65,7 @@ class Truth:
         Args:
             loss: 0-dim.
             gradients: of ``loss`` with respect to the logits, two tensors (B, C, *spatial).
-            exact_order: its order of confidences is owed also where both networks are almost certain.
+            exact_order: its confidence order must be exact even where both networks are almost certain.
         """
         classes = self._logits[0].shape[1]
         slack = 1e-12 if exact_order and classes == 2 else _FLOAT32_ENTROPY

@@ -1,4 +1,4 @@
-"""Count the bytes and operations of eager PyTorch code: what runs operation by operation, each reading and writing memory.
+"""Count the bytes and operations of eager PyTorch code, where every operation reads and writes memory.
 
     with eager_traffic() as traffic:
         loss = f(x)
@@ -6,18 +6,18 @@
     traffic.bytes, traffic.operations
     traffic.by_operation["aten.mul.Tensor"]        # Operation(calls, bytes)
 
-The rule: an operation counts the bytes of every tensor among its operands and of every tensor among its results, elements x
-size of an element, an expanded tensor as large as its shape says, a tensor that is written in place once as operand and once as
-result. So ``a + b`` of n float32 is 12 n bytes, and so is ``a += b``. What does not count, neither as operation nor in
-bytes: views (results that share an operand's storage and change nothing: select, expand, view, detach, ...) and pure
-allocations (``torch.empty`` and its kin). What ``zeros`` or ``full`` write counts.
+Rule: an operation counts the bytes of all operand and result tensors, elements x element size; an expanded tensor counts
+its full shape, and a tensor written in place counts once as operand and once as result. So ``a + b`` of n float32 is 12 n
+bytes, and so is ``a += b``. Not counted, neither as operations nor in bytes: views (results that share an operand's storage
+and change nothing: select, expand, view, detach, ...) and pure allocations (``torch.empty`` and the like). Writes by
+``zeros`` or ``full`` count.
 
-It is the traffic of memory as far as operands do not stay in a cache, which tensors of tens of megabytes do not. Limits:
+This equals memory traffic if operands do not stay in a cache, as with tensors of tens of megabytes. Limits:
 
-- An operator is one call, whatever its kernel does inside: a custom operator (``torch.library``) counts its operands and results
-  once. ``custom_operators`` names those that were met; for Triton kernels ``traffic.py`` sees what they really touch.
-- A dispatch mode cannot look into code made by ``torch.compile`` (and a compiled function called under one falls back to eager
-  for good): calling such a function inside, or the backward pass of one called outside, raises UserError. Count the function
+- An operator is one call, regardless of its internals: a custom operator (``torch.library``) counts its operands and results
+  once. ``custom_operators`` lists those that ran; for Triton kernels, ``traffic.py`` counts the actual accesses.
+- A dispatch mode cannot see into code from ``torch.compile`` (and a compiled function called under one falls back to eager
+  permanently): calling such a function inside, or the backward pass of one called outside, raises UserError. Count the function
   before compilation; that is the traffic of the eager form, not of the compiled one. ``inductor_traffic.py`` has the compiler's
   own estimate.
 """
@@ -50,7 +50,7 @@ class Operation(NamedTuple):
 
 
 class EagerTraffic:
-    """What ran inside ``eager_traffic``, by operation in order of first call; see the module for what counts."""
+    """Operations inside ``eager_traffic`` in order of first call; the module docstring defines the counts."""
 
     def __init__(self) -> None:
         self.by_operation: dict[str, Operation] = {}
@@ -81,7 +81,7 @@ class _Counting(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # Under inference_mode an operation like linear or cross_entropy arrives whole; elsewhere in its parts.
+        # Under inference_mode, operations like linear or cross_entropy are not decomposed.
         with self:
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
@@ -96,7 +96,7 @@ class _Counting(TorchDispatchMode):
 
 @contextmanager
 def eager_traffic() -> Iterator[EagerTraffic]:
-    """Count every PyTorch operation that runs inside, forward and backward.
+    """Count every PyTorch operation inside the context, forward and backward.
 
     >>> a, b = torch.ones(1000), torch.ones(1000)
     >>> with eager_traffic() as traffic:
@@ -114,7 +114,7 @@ def eager_traffic() -> Iterator[EagerTraffic]:
 
 @contextmanager
 def _compiled_functions_refused() -> Iterator[None]:
-    """Compiled code would run unseen, or uncompiled under a compiled function's name."""
+    """Reject compiled functions: they would run uncounted, or uncompiled."""
     import torch._dynamo.eval_frame as eval_frame
     from torch.autograd.function import BackwardCFunction
 
@@ -123,8 +123,7 @@ def _compiled_functions_refused() -> Iterator[None]:
         applies = {name: getattr(BackwardCFunction, name) for name in _BACKWARD if name in vars(BackwardCFunction)}
     except AttributeError as error:
         raise UserError(
-            f"eager_traffic cannot tell compiled functions from others in torch {torch.__version__} ({error}); it was made for "
-            "torch 2.13."
+            f"eager_traffic cannot recognise compiled functions in torch {torch.__version__} ({error}); it supports torch 2.13."
         ) from None
 
     def refused_call(callback: Any) -> Any:
@@ -156,7 +155,7 @@ def _size(tensor: Tensor) -> int:
 
 
 def _is_view(function: Any, operands: Sequence[Tensor], results: Sequence[Tensor]) -> bool:
-    """Judged by what happened, since some views do not say so (``aten._unsafe_view``)."""
+    """Detected by the result, since some views are not marked as such (``aten._unsafe_view``)."""
     if function._schema.is_mutable or not results:
         return False
     storages = {tensor.untyped_storage()._cdata for tensor in operands}

@@ -1,15 +1,15 @@
-"""The fewest bytes per voxel that the mutual loss of two networks can move, forward and backward.
+"""Lower bound on the bytes per voxel that the mutual loss of two networks moves, forward and backward.
 
-Every weight needs a prototype, and a prototype needs the features of all voxels: so there are two passes.
+Every weight needs a prototype, and a prototype needs the features of all voxels, so two passes are needed.
 
     statistics               reads  2 (C + F) s    both networks' logits and features
     weights and gradients    reads  2 C s + F s    logits again, and the features of the one network that teaches
                              writes 2 C s          the gradients
 
-with C classes, F feature channels and elements of s bytes. Partial sums are left out: they do not grow with the voxels.
+with C classes, F feature channels and elements of s bytes. Partial sums are ignored: they do not grow with the number of voxels.
 """
 
-# Autograd hands down its factor when the forward pass is over. A 4-byte record per voxel, written and read, bridges the two.
+# The upstream gradient is known only after the forward pass; a 4-byte record per voxel, written and read, connects the two.
 RECORD_BYTES = 8
 
 
@@ -26,7 +26,7 @@ def floor_bytes(classes: int, features: int, itemsize: int) -> int:
 
 
 def gradient_bytes(classes: int, itemsize: int) -> int:
-    """Bytes per voxel of both networks' gradients: the extra memory that no implementation can do without.
+    """Bytes per voxel of both networks' gradients: the minimum extra memory of any implementation.
 
     >>> gradient_bytes(2, 4) * 4014080 / 1e6  # the paper's shape, MB
     64.22528

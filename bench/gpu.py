@@ -1,11 +1,11 @@
-"""Everything that has to be shown on a GPU, in one command that can be stopped and started again.
+"""All GPU checks and measurements in one resumable command.
 
-    make gpu                                                    all parts that need no data
+    make gpu                                                    all parts that need no data set
     python -m rplib.bench.gpu --out DIR [--parts A,B] [--data LEFT_ATRIUM] [--minutes N] [--again]
 
-Every part runs in a process of its own and leaves DIR/<part>.log; DIR/parts.csv says what came of it, with seconds, versions,
-GPU, commit and date. A part that succeeded is not run again, unless --again; one that failed is. With --minutes no part runs past
-the limit: what was stopped goes on at the next start (a training from its last checkpoint). Exit code 1 if a part failed.
+Every part runs in its own process and writes DIR/<part>.log; DIR/parts.csv records its result, time, versions, GPU, commit and
+date. Parts that succeeded are skipped unless --again is given; failed parts are rerun. --minutes sets a time limit: stopped
+parts resume at the next start (trainings from their last checkpoint). Exit code 1 if a part failed.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rplib.bench.command import main
+from rplib.bench.machine.prediction import gpu_named, predicted
+from rplib.bench.machine.report import read_csv
 from rplib.bench.shapes import SHAPES
 from rplib.errors import UserError
 
@@ -39,8 +41,8 @@ _PROFILES = {
     "channels-last": ("amp=bfloat16", "channels_last=true"),
     "compile": ("amp=bfloat16", "channels_last=true", "compile=true"),
 }
-# name -> recipe and settings of a training of 15,000 iterations, in the order of their worth; `paper`: best.pt is chosen as the
-# published numbers were, last.pt holds the last iteration's weights
+# name -> recipe and settings of a training of 15,000 iterations, most important first; `paper`: best.pt is selected as for the
+# published numbers, last.pt holds the last iteration's weights
 _FAST = ("protocol=paper", "amp=bfloat16", "channels_last=true")
 _TRAININGS = {
     "la-8": ("la-8", _FAST),
@@ -55,7 +57,7 @@ _TRAININGS = {
 
 @dataclass(frozen=True)
 class Part:
-    """One process: its command, what it needs on PATH, and whether it needs the data."""
+    """One process: its command, the program it needs on PATH, and whether it needs the data set."""
 
     name: str
     summary: str
@@ -66,14 +68,19 @@ class Part:
 
 
 def parts(out: Path, data: Path | None) -> list[Part]:
-    """In the order of their worth."""
+    """All parts, most important first."""
     bench = [*_RPLIB, "bench", "--device", "cuda"]
     found = [
         Part("check", "implementations against float64", [*_RPLIB, "check"]),
         Part("tests", "the test suite with the kernels compiled, not interpreted", [_PYTHON, "-m", "pytest", "-q", "-n", "8"]),
-        Part("identical", "200 runs, the same bits", [_PYTHON, "-m", "rplib.bench.gpu_checks", "identical"]),
+        Part("identical", "200 runs, bitwise equal", [_PYTHON, "-m", "rplib.bench.gpu_checks", "identical"]),
         Part("large", "a tensor past 2^31 elements", [_PYTHON, "-m", "rplib.bench.gpu_checks", "large"]),
         Part("bench", "the benchmark table", [*bench, "--csv", str(out / "bench.csv"), "--plot", str(out / "bench.png")]),
+        Part(
+            "kernels",
+            "the time of each kernel beside the predicted one",
+            [_PYTHON, "-m", "rplib.bench.machine.beside_gpu", "--csv", str(out / "kernels.csv")],
+        ),
         *(
             Part(
                 tool,
@@ -86,7 +93,7 @@ def parts(out: Path, data: Path | None) -> list[Part]:
         ),
         Part(
             "ncu",
-            "bytes that the memory moved, per kernel",
+            "DRAM traffic per kernel",
             ["ncu", "--clock-control", "none", "--csv", "--metrics", _METRICS, "-k", _KERNELS,
              _PYTHON, "-m", "rplib.bench.gpu_checks", "paper"],
             needs="ncu",
@@ -96,7 +103,7 @@ def parts(out: Path, data: Path | None) -> list[Part]:
     train = [*_RPLIB, "train"]
     for name, settings in _PROFILES.items():
         command = [*train, "--recipe", "la-8", "--data", str(data), "--profile", "--set", *settings]
-        found.append(Part(f"profile-{name}", f"where a training step's time goes: {' '.join(settings)}", command, data=True))
+        found.append(Part(f"profile-{name}", f"profile of a training step: {' '.join(settings)}", command, data=True))
     for name, (recipe, settings) in _TRAININGS.items():
         run = out / name
         start = ["--resume"] if (run / "last.pt").is_file() else ["--recipe", recipe, "--data", str(data), "--set", *settings]
@@ -109,7 +116,7 @@ def parts(out: Path, data: Path | None) -> list[Part]:
 
 
 def run_part(part: Part, out: Path, seconds: float | None) -> str:
-    """Run one part with its output in a log; "good", "failed" or "stopped" (at the limit)."""
+    """Run one part with its output in a log; returns "good", "failed" or "stopped" (time limit)."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | part.environment
     with (out / f"{part.name}.log").open("w") as log:
         log.write(" ".join(part.command) + "\n\n")
@@ -168,10 +175,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("gpu-results"), metavar="DIR", help="logs and results (default %(default)s)"
     )
-    parser.add_argument("--parts", metavar="A,B", help="some of them, in this order (default: all that can run)")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="Left Atrium data, for the parts that train")
-    parser.add_argument("--minutes", type=float, metavar="N", help="stop after this long")
-    parser.add_argument("--again", action="store_true", help="also what succeeded before")
+    parser.add_argument("--parts", metavar="A,B", help="parts to run, in this order (default: all that can run)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="Left Atrium data, for the training parts")
+    parser.add_argument("--minutes", type=float, metavar="N", help="stop after N minutes")
+    parser.add_argument("--again", action="store_true", help="rerun parts that succeeded")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -179,12 +186,12 @@ def run(args: argparse.Namespace) -> int:
     names = args.parts.split(",") if args.parts else [n for n, p in known.items() if args.data or not p.data]
     for name in names:
         if name not in known:
-            raise UserError(f"unknown part {name!r}; expected some of {', '.join(known)}.")
+            raise UserError(f"unknown part {name!r}; expected one or more of {', '.join(known)}.")
         if known[name].data and not args.data:
             raise UserError(f"part {name!r} needs --data DIR, the Left Atrium data.")
     versions = _versions()
     if not versions["gpu"]:
-        raise UserError("torch finds no CUDA GPU here, and every part needs one.")
+        raise UserError("torch finds no CUDA GPU, and every part needs one.")
     args.out.mkdir(parents=True, exist_ok=True)
     table = args.out / "parts.csv"
     done = _succeeded(table)
@@ -193,10 +200,10 @@ def run(args: argparse.Namespace) -> int:
     for name in names:
         part = parts_now(name, args)
         if name in done and not args.again:
-            print(f"{name}: done before ({args.out / name}.log)", flush=True)
+            print(f"{name}: done already ({args.out / name}.log)", flush=True)
             continue
         if part.needs and shutil.which(part.needs) is None:
-            print(f"{name}: left out, {part.needs} is not installed", flush=True)
+            print(f"{name}: skipped, {part.needs} is not installed", flush=True)
             _note(table, part, "left out", 0.0, versions)
             continue
         left = None if until is None else until - time.monotonic()
@@ -209,22 +216,31 @@ def run(args: argparse.Namespace) -> int:
         _note(table, part, result, time.monotonic() - begin, versions)
         print(f"{name}: {result}, {time.monotonic() - begin:.0f} s", flush=True)
         if name == "ncu" and result == "good":
-            _print_bytes((args.out / "ncu.log").read_text())
+            _print_bytes((args.out / "ncu.log").read_text(), versions["gpu"])
+        if name == "kernels" and result == "good":
+            print("".join(f"  {line}\n" for line in (args.out / "kernels.log").read_text().splitlines()[2:]), end="", flush=True)
         results.append(result)
     return 1 if "failed" in results else 0
 
 
 def parts_now(name: str, args: argparse.Namespace) -> Part:
-    """A part as the results so far make it: a training that was begun is resumed."""
+    """The part given the results so far: an interrupted training is resumed."""
     return {part.name: part for part in parts(args.out, args.data)}[name]
 
 
-def _print_bytes(log: str) -> None:
-    voxels = SHAPES["left-atrium"].voxels
+def _print_bytes(log: str, gpu_name: str) -> None:
+    """Bytes and time of each kernel as the profiler saw them, beside the counted bytes and the predicted time."""
+    voxels, gpu = SHAPES["left-atrium"].voxels, gpu_named(gpu_name)
+    counted = {row.kernel: row for row in read_csv() if row.case == (2, 16, "float32", "contiguous")}
     for kernel, metrics in bytes_per_kernel(log).items():
         moved = metrics.get("dram__bytes_read.sum", 0.0) + metrics.get("dram__bytes_write.sum", 0.0)
         seconds = metrics.get("gpu__time_duration.sum", 0.0)
-        print(f"  {kernel}: {moved / voxels:.2f} B/voxel of the memory, {1e6 * seconds:.1f} us", flush=True)
+        expected = ""
+        if kernel in counted:
+            needs = counted[kernel].needs
+            time = f", {1e6 * voxels * predicted(needs, gpu):.1f} us" if gpu else ""
+            expected = f" (the machine: {needs.bytes:.2f} B/voxel{time})"
+        print(f"  {kernel}: {moved / voxels:.2f} B/voxel of DRAM traffic, {1e6 * seconds:.1f} us{expected}", flush=True)
 
 
 def _succeeded(table: Path) -> set[str]:

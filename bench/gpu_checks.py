@@ -1,7 +1,7 @@
-"""What only a GPU can show about the kernels: the same bits on every run, tensors past 2^31 elements, one clean pass.
+"""GPU checks of the kernels: reproducible results, tensors with more than 2^31 elements, memory errors.
 
-    python -m rplib.bench.gpu_checks identical     200 runs of loss and gradient, bit by bit
-    python -m rplib.bench.gpu_checks large         features of more than 2^31 elements against a small volume repeated
+    python -m rplib.bench.gpu_checks identical     200 runs of loss and gradient, compared bitwise
+    python -m rplib.bench.gpu_checks large         features with more than 2^31 elements against a repeated small volume
     python -m rplib.bench.gpu_checks once          every variant once on small odd volumes: for compute-sanitizer
     python -m rplib.bench.gpu_checks paper         one forward and backward pass at the paper's shape: for ncu
 
@@ -75,7 +75,7 @@ def identical(
     spatial: tuple[int, ...] = (96, 96, 81),
     channels: tuple[tuple[int, int], ...] = ((2, 16), (4, 16), (14, 32)),
 ) -> bool:
-    """Whether the same inputs give the same bits on every run."""
+    """Check that the same inputs give bitwise equal results on every run."""
     good = True
     for name, evaluate in variants(channels, spatial, device):
         first = evaluate()
@@ -88,7 +88,7 @@ def identical(
 
 
 def large(device: torch.device, spatial: tuple[int, ...] = SMALL_SPATIAL, repeats: int = REPEATS) -> bool:
-    """A volume repeated many times has the loss of the volume, and its gradient divided by the number of repeats."""
+    """Check that a repeated volume has the loss of the volume, and its gradient divided by the number of repeats."""
     good = True
     for channels_last in (False, True):
         logits, features = networks(1, 2, 16, spatial, torch.bfloat16, device)
@@ -122,7 +122,7 @@ def once(
     spatial: tuple[int, ...] = (13, 11, 9),
     channels: tuple[tuple[int, int], ...] = ((2, 16), (3, 5), (4, 16), (14, 32)),
 ) -> bool:
-    """Every variant on a volume that no block divides; finite results."""
+    """Run every variant on a volume that no block size divides; check that results are finite."""
     good = True
     for name, evaluate in variants(channels, spatial, device):
         finite = all(bool(t.isfinite().all()) for t in evaluate())
@@ -132,7 +132,7 @@ def once(
 
 
 def paper(device: torch.device, spatial: tuple[int, ...] = (112, 112, 80)) -> bool:
-    """One pass after one for the compiler."""
+    """One pass, after a warm-up pass that compiles."""
     logits, values = networks(4, 2, 16, spatial, torch.float32, device)
     loss_fn = rplib.ReliableMutualLoss(impl="triton")
     return all(all(bool(t.isfinite().all()) for t in gradients(loss_fn, logits, values)) for _ in range(2))
@@ -147,9 +147,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """1 if the check fails."""
+    """Returns 1 if the check fails."""
     if not torch.cuda.is_available():
-        raise UserError("torch finds no CUDA GPU here, and these checks need one.")
+        raise UserError("torch finds no CUDA GPU, and these checks need one.")
     return 0 if CHECKS[args.check](torch.device("cuda")) else 1
 
 

@@ -1,12 +1,12 @@
-"""What is compared: name -> loss of two networks, and where it can run.
+"""The implementations to compare: name -> loss of two networks, and where it can run.
 
-    naive            the authors' formulation, line by line (`rplib.naive`): the baseline
-    vectorised       the same formulas as an engineer writes them in plain PyTorch: one-hot products instead of loops over
-                     samples and classes, weights without a graph
-    vectorised-c     that, under torch.compile
-    torch            rplib's lean PyTorch form
-    torch-c          that, under torch.compile
-    triton           rplib's kernels
+naive            the authors' formulation, line by line (`rplib.naive`); the baseline
+vectorised       the same formulas in idiomatic PyTorch: one-hot products instead of loops over
+                 samples and classes, weights without a graph
+vectorised-c     the same under torch.compile
+torch            rplib's lean PyTorch form
+torch-c          the same under torch.compile
+triton           rplib's kernels
 """
 
 import shutil
@@ -30,8 +30,8 @@ class Implementation:
     Attributes:
         name: as on the command line.
         make: builds the loss; a compiled one compiles at its first call on each kind of input.
-        form: "eager", "compiled" or "triton": which instruments can count its bytes.
-        exact_order: its masks are exact outside near-ties also where both networks are almost certain; plain float32
+        form: "eager", "compiled" or "triton"; decides how its bytes are counted.
+        exact_order: its masks are exact outside near-ties even where both networks are almost certain; plain float32
             formulas lose the order there, by 2e-6 in entropy.
     """
 
@@ -41,7 +41,7 @@ class Implementation:
     exact_order: bool
 
     def obstacle(self, device: torch.device) -> str | None:
-        """Why it cannot be timed on this device, or None."""
+        """The reason why it cannot be timed on this device, or None."""
         if self.form == "triton":
             return dispatch.device_obstacle(device)
         if self.form == "compiled" and device.type == "cpu" and not _has_compiler():

@@ -1,11 +1,11 @@
-"""The compiler's own estimate of the bytes that a compiled function moves: every buffer that a kernel of its reads or writes.
+"""Inductor's estimate of the bytes that a compiled function moves: all buffers that its kernels read or write.
 
-    with inductor_estimate() as estimate:              # compiles afresh: caches are off inside
+    with inductor_estimate() as estimate:              # recompiles: caches are off inside
         loss = torch.compile(f)(x)
         loss.backward()
     estimate.bytes, estimate.kernels                   # forward and backward graph together
 
-An estimate, not a measurement: label it so. A kernel that reads a buffer twice counts it once; an operation that inductor hands
+This is an estimate, not a measurement. A kernel that reads a buffer twice counts it once; an operation that inductor delegates
 to a library (a matrix product, a sort) counts operands and result. Every graph counts once, however often it runs, so call the
 function once inside, and on a function that torch.compile has not seen before.
 """
@@ -33,7 +33,7 @@ class InductorEstimate:
 
     @property
     def bytes(self) -> int:
-        """Raises UserError where inductor compiled nothing."""
+        """Raises UserError if inductor compiled nothing."""
         if self.graphs == 0:
             raise UserError(
                 "inductor compiled nothing inside inductor_estimate: the function is not compiled, or was compiled "
@@ -44,7 +44,7 @@ class InductorEstimate:
 
 @contextmanager
 def inductor_estimate() -> Iterator[InductorEstimate]:
-    """Add up what inductor expects the graphs compiled inside to move.
+    """Sum inductor's estimates for the graphs compiled inside the context.
 
     Raises:
         UserError: this version of torch has no such estimate, or, on reading ``bytes``, nothing was compiled.
@@ -57,7 +57,7 @@ def inductor_estimate() -> Iterator[InductorEstimate]:
         compile_graph, count_bytes = GraphLowering.compile_to_module, GraphLowering.count_bytes
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"inductor's estimate is not where it was in torch 2.13; this is torch {torch.__version__} ({error})."
+            f"inductor's estimate was not found; it supports torch 2.13, and this is torch {torch.__version__} ({error})."
         ) from None
     estimate = InductorEstimate()
 

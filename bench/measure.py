@@ -1,4 +1,4 @@
-"""Measure every implementation on one input: first whether it is right, then memory, bytes and launches, then time by turns."""
+"""Measure every implementation on one input: correctness first, then memory, bytes and launches, then interleaved times."""
 
 import gc
 import time
@@ -15,12 +15,12 @@ from rplib.bench.correctness import Truth
 from rplib.bench.eager_traffic import EagerTraffic, eager_traffic
 from rplib.bench.implementations import BASELINE, Implementation, Loss
 from rplib.bench.inductor_traffic import InductorEstimate, inductor_estimate
-from rplib.bench.memory import peak_memory
 from rplib.bench.metered import Metered, MeterFailedError
-from rplib.bench.rows import Row
+from rplib.bench.rows import Measurement
 from rplib.bench.shapes import Case, clear_gradients, make_inputs
 from rplib.bench.timer import DeviceCopy, as_cuda_graph, copy_size, interleaved
 from rplib.errors import UserError
+from rplib.memory import peak_memory
 
 Say = Callable[[str], None]
 Meter = Callable[[], Metered | None]
@@ -34,15 +34,15 @@ def measure(
     repeats: int,
     meter: Meter,
     say: Say,
-    save: Callable[[list[Row]], None],
-) -> list[Row]:
+    save: Callable[[list[Measurement]], None],
+) -> list[Measurement]:
     """One row per implementation, in their order.
 
     Args:
-        meter: counts the Triton form's bytes on (a smaller volume of) this input; None: not known yet, see `fill_in`;
+        meter: counts the Triton form's bytes on (a smaller volume of) this input; None: unknown yet, see `fill_in`;
             raises MeterFailedError.
-        say: told what is being done.
-        save: given the rows whenever there is more in them, so that a kill loses little.
+        say: called with progress messages.
+        save: called with the rows after every step, so that an interruption loses little.
     """
     rows = {i.name: r.new_row(case, i.name) for i in implementations}
     running = [i for i in implementations if _can_run(i, rows[i.name], device)]
@@ -51,10 +51,10 @@ def measure(
             say(f"{implementation.name}: bytes, by the interpreter")
             fill_in(rows[implementation.name], meter)
     if running:
-        torch.compiler.reset()  # its caches keep a few shapes only, and then refuse
+        torch.compiler.reset()  # its caches hold only a few shapes
         try:
             _Measurement(case, rows, device, say).run(running, repeats, save)
-        except Exception as error:  # one input's failure must not cost the others' figures
+        except Exception as error:  # a failure on one input must not affect the others
             for implementation in running:
                 row = rows[implementation.name]
                 if row.seconds is None and row.status in (r.FAILED, r.MEASURED):
@@ -64,15 +64,15 @@ def measure(
     return list(rows.values())
 
 
-def _can_run(implementation: Implementation, row: Row, device: torch.device) -> bool:
+def _can_run(implementation: Implementation, row: Measurement, device: torch.device) -> bool:
     obstacle = implementation.obstacle(device)
     if obstacle:
         row.status, row.detail = r.LEFT_OUT, obstacle
     return obstacle is None
 
 
-def fill_in(row: Row, meter: Meter) -> None:
-    """Bytes and launches of the Triton form, once counted; on a machine that cannot time it, also whether it is right."""
+def fill_in(row: Measurement, meter: Meter) -> None:
+    """Add bytes and launches of the Triton form; if the machine cannot time it, also its correctness."""
     try:
         found = meter()
     except MeterFailedError as error:
@@ -93,23 +93,23 @@ def fill_in(row: Row, meter: Meter) -> None:
 
 
 class _Measurement:
-    def __init__(self, case: Case, rows: dict[str, Row], device: torch.device, say: Say) -> None:
+    def __init__(self, case: Case, rows: dict[str, Measurement], device: torch.device, say: Say) -> None:
         self.rows = rows
         self.device = device
         self.say = say
         self.voxels = case.shape.voxels
         self.logits, self.features = make_inputs(case, device)
-        self.losses: dict[str, Loss] = {}  # those that are right
+        self.losses: dict[str, Loss] = {}  # verified implementations
 
-    def run(self, implementations: Sequence[Implementation], repeats: int, save: Callable[[list[Row]], None]) -> None:
-        self.say("the truth in float64")
+    def run(self, implementations: Sequence[Implementation], repeats: int, save: Callable[[list[Measurement]], None]) -> None:
+        self.say("reference in float64")
         truth = Truth(self.logits, self.features)
         for implementation in implementations:
             row = self.rows[implementation.name]
             self.say(f"{implementation.name}: first call" + (", compiling" if implementation.form == "compiled" else ""))
             try:
                 self._examine(implementation, row, truth)
-            except Exception as error:  # one implementation's failure must not cost the others' figures
+            except Exception as error:  # a failure of one implementation must not affect the others
                 row.status = r.OUT_OF_MEMORY if _is_out_of_memory(error) else r.FAILED
                 row.detail = _one_line(error)
                 self.losses.pop(implementation.name, None)
@@ -128,7 +128,7 @@ class _Measurement:
             except Exception as error:
                 self.say(f"no CUDA graphs: {_one_line(error)}")
 
-    def _examine(self, implementation: Implementation, row: Row, truth: Truth) -> None:
+    def _examine(self, implementation: Implementation, row: Measurement, truth: Truth) -> None:
         loss_fn = implementation.make()
         begin = time.perf_counter()
         with _instrument(implementation.form) as traffic:
@@ -164,7 +164,7 @@ class _Measurement:
     def _time(self, repeats: int) -> None:
         copy = DeviceCopy(self.device, copy_size(self.device))
         calls = {name: self._call(loss_fn) for name, loss_fn in self.losses.items()}
-        warmup = 0 if self.device.type == "cpu" else 2  # a GPU's allocator was emptied; on a CPU nothing is kept between calls
+        warmup = 0 if self.device.type == "cpu" else 2  # refills the GPU's allocator; a CPU has no such cache
         timings = interleaved({**calls, _COPY: copy}, self.device, repeats, warmup=warmup, before=self._clear)
         bandwidth = copy.bandwidth(timings[_COPY])
         for name in self.losses:
@@ -182,7 +182,7 @@ class _Measurement:
         for name, loss_fn in self.losses.items():
             try:
                 graphs[name] = as_cuda_graph(self._call_anew(loss_fn))
-            except Exception as error:  # a form that cannot be captured has no such figure
+            except Exception as error:  # forms that cannot be captured have no such figure
                 self.say(f"{name}: no CUDA graph, {_one_line(error)}")
         if graphs:
             for name, timing in interleaved(graphs, self.device, repeats).items():
@@ -192,7 +192,7 @@ class _Measurement:
         return lambda: loss_fn(self.logits, self.features).backward()
 
     def _call_anew(self, loss_fn: Loss) -> Callable[[], None]:
-        """With gradients that are allocated, not added to, also within a captured graph."""
+        """Forward and backward with newly allocated gradients, also within a captured graph."""
 
         def call() -> None:
             self._clear()
@@ -215,20 +215,20 @@ class _Measurement:
 
 @contextmanager
 def _instrument(form: str) -> Iterator[EagerTraffic | InductorEstimate | None]:
-    """What counts bytes while a form is called for the first time; the Triton form is counted by `metered`."""
+    """The byte counter for the first call of a form; the Triton form is counted by `metered`."""
     with ExitStack() as stack:
         if form == "eager":
             yield stack.enter_context(eager_traffic())
             return
         estimate = None
         if form == "compiled":
-            with suppress(UserError):  # a torch without such an estimate: then there is no figure
+            with suppress(UserError):  # no figure if this torch has no estimate
                 estimate = stack.enter_context(inductor_estimate())
         yield estimate
 
 
 def cuda_launches(call: Callable[[], object]) -> int | None:
-    """Kernels, memsets and copies that ``call`` puts on the GPU; None where the profiler does not see them."""
+    """Kernels, memsets and copies that ``call`` puts on the GPU; None if the profiler does not see them."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as found:
         call()

@@ -1,8 +1,8 @@
-"""What the Triton form moves, counted in Triton's interpreter, in a process of its own and on any machine.
+"""Bytes moved by the Triton form, counted in Triton's interpreter, in a separate process, on any machine.
 
-The interpreter must be chosen before Triton is imported, so that a process which times kernels on a GPU cannot count them:
-`metered` starts another one. It takes a smaller volume of the same shape, because the interpreter needs about a millisecond
-per block; bytes per voxel hardly depend on it.
+The interpreter must be enabled before Triton is imported, so a process that times kernels on a GPU cannot count their bytes:
+`metered` starts another one. It uses a smaller volume, because the interpreter needs about a millisecond per block; bytes per
+voxel hardly depend on the size.
 """
 
 import json
@@ -23,7 +23,7 @@ class Metered:
     """Figures of one forward and backward pass.
 
     Attributes:
-        volume: what was counted on, as B x spatial.
+        volume: the size that was counted, as B x spatial.
         lane_bytes, sector_bytes: per voxel, loads and stores together (see `rplib.bench.traffic`).
         launches: of kernels.
         right, verdict: whether loss and gradient agree with the formula in float64, and the errors.
@@ -38,11 +38,11 @@ class Metered:
 
 
 class MeterFailedError(Exception):
-    """The other process gave no figures; the text says why, in one line."""
+    """The subprocess gave no figures; the message is the reason, in one line."""
 
 
 def reduced(case: Case) -> Case:
-    """One sample, of 32^3 or 128^2 voxels if it is larger. Shapes that differ in size alone become one.
+    """One sample, reduced to 32^3 or 128^2 voxels. Shapes that differ only in size become equal.
 
     >>> from rplib.bench.shapes import SHAPES
     >>> str(reduced(Case(SHAPES["left-atrium"])).shape)
@@ -55,7 +55,7 @@ def reduced(case: Case) -> Case:
 
 
 def metered(case: Case) -> Metered:
-    """Count ``case`` as it is: see `reduced`.
+    """Count the bytes of ``case`` (see `reduced`).
 
     Raises:
         MeterFailedError: Triton is missing, a kernel failed, or it took too long.
@@ -101,9 +101,9 @@ def count(case: Case) -> Metered:
 
 
 def main() -> int:
-    words = json.loads(sys.argv[1])
-    shape = words.pop("shape")
-    case = Case(Shape(**{**shape, "spatial": tuple(shape["spatial"])}), **words)
+    fields = json.loads(sys.argv[1])
+    shape = fields.pop("shape")
+    case = Case(Shape(**{**shape, "spatial": tuple(shape["spatial"])}), **fields)
     print(json.dumps(asdict(count(case))))
     return 0
 

@@ -1,6 +1,6 @@
-"""Draw what `rplib bench` kept: time, bytes and memory per voxel over the shapes, with the floor as a line.
+"""Plot the results of `rplib bench`: time, bytes and memory per voxel over the shapes, with the floor as a line.
 
-    python -m rplib.bench.plot RESULTS.csv PICTURE.png
+python -m rplib.bench.plot RESULTS.csv PICTURE.png
 """
 
 import argparse
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from rplib.bench import rows as r
 from rplib.bench.floor import gradient_bytes
-from rplib.bench.rows import Row
+from rplib.bench.rows import Measurement
 from rplib.bench.shapes import DTYPES, SHAPES, Shape
 from rplib.errors import UserError
 
@@ -36,15 +36,15 @@ _PANELS = (_Panel("time", "ns per voxel"), _Panel("bytes moved", "bytes per voxe
 
 
 def check_format(path: Path) -> None:
-    """Raises UserError for a name that says no picture format, and ModuleNotFoundError without matplotlib."""
+    """Raises UserError for an unknown picture format, and ModuleNotFoundError without matplotlib."""
     import matplotlib  # noqa: F401
 
     if path.suffix.lstrip(".").lower() not in _FORMATS:
         raise UserError(f"{path.name}: unknown picture format {path.suffix!r}; expected .{', .'.join(_FORMATS)}.")
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """One row of panels per dtype and layout, logarithmic; the first pattern of teachers that the rows hold."""
+def draw(rows: Sequence[Measurement], path: Path) -> None:
+    """One row of panels per dtype and layout, logarithmic; only the first teacher pattern in the rows."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -54,11 +54,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     teachers = rows[0].teachers if rows else ""
     shown = [row for row in rows if row.teachers == teachers and row.status in (r.MEASURED, r.COUNTED)]
     if not shown:
-        raise UserError("there is nothing to draw: no implementation was measured.")
+        raise UserError("there is nothing to plot: no implementation was measured.")
     settings = list(dict.fromkeys((row.dtype, row.layout) for row in shown))
-    figure, axes = plt.subplots(
-        len(settings), 3, figsize=(15, 0.8 + 3.6 * len(settings)), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(len(settings), 3, figsize=(15, 0.8 + 3.6 * len(settings)), squeeze=False, layout="constrained")
     for line, (dtype, layout) in zip(axes, settings, strict=True):
         here = [row for row in shown if (row.dtype, row.layout) == (dtype, layout)]
         for axis, panel in zip(line, _PANELS, strict=True):
@@ -73,7 +71,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     part.replace(path)
 
 
-def _draw_panel(axis: Any, panel: _Panel, rows: Sequence[Row]) -> None:
+def _draw_panel(axis: Any, panel: _Panel, rows: Sequence[Measurement]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     shapes = list(dict.fromkeys((row.shape, row.size) for row in rows))
@@ -116,7 +114,7 @@ def _tick(name: str, size: str) -> str:
     return name if shape is None or str(shape) != size else f"{name}\nC={shape.classes} F={shape.features}"
 
 
-def _value(panel: _Panel, row: Row) -> float | None:
+def _value(panel: _Panel, row: Measurement) -> float | None:
     voxels = _voxels(row)
     if panel.title == "time":
         return None if row.seconds is None else row.seconds / voxels * 1e9
@@ -125,7 +123,7 @@ def _value(panel: _Panel, row: Row) -> float | None:
     return None if row.peak_bytes is None else row.peak_bytes / voxels
 
 
-def _floor(panel: _Panel, row: Row) -> float | None:
+def _floor(panel: _Panel, row: Measurement) -> float | None:
     """Of time: the floor's bytes at the bandwidth of a copy; of memory: the gradients."""
     if panel.title == "time":
         if row.copy_bandwidth is None or row.floor_bytes_per_voxel is None:
@@ -136,12 +134,12 @@ def _floor(panel: _Panel, row: Row) -> float | None:
     return gradient_bytes(_shape(row).classes, DTYPES[row.dtype].itemsize)
 
 
-def _shape(row: Row) -> Shape:
+def _shape(row: Measurement) -> Shape:
     batch, classes, features, *spatial = map(int, row.size.split("x"))
     return Shape(row.shape, batch, classes, features, tuple(spatial))
 
 
-def _voxels(row: Row) -> int:
+def _voxels(row: Measurement) -> int:
     return _shape(row).voxels
 
 

@@ -1,4 +1,4 @@
-"""One measured line, the CSV file that keeps them all, and the table that people read."""
+"""Rows of measurements, their CSV file, and the printed table."""
 
 import csv
 import os
@@ -16,37 +16,37 @@ import rplib
 from rplib.bench.floor import floor_bytes
 from rplib.bench.shapes import DTYPES, Case
 
-# What can become of an implementation on an input. Only a MEASURED one has times.
+# Results of an implementation on an input. Only MEASURED ones have times.
 MEASURED = "measured"
-COUNTED = "counted"  # right, and its bytes are known, on a machine that cannot time it
+COUNTED = "counted"  # correct, with known bytes, but the machine cannot time it
 WRONG = "WRONG"
 FAILED = "failed"
 OUT_OF_MEMORY = "out of memory"
 LEFT_OUT = "left out"
 
-# Where bytes of PyTorch forms come from.
+# Source of the bytes of PyTorch forms.
 OPERATIONS = "operands and results of every operation"
 ESTIMATE = "inductor's estimate"
 
 
 @dataclass
-class Row:
-    """One implementation on one input; None: not known. Bytes are per voxel where the name says so, else per call.
+class Measurement:
+    """One implementation on one input; None: unknown. Bytes are per voxel if the name says so, else per call.
 
     Attributes:
         size: logits' and features' sizes, batch x classes x features x spatial.
-        status: one of the words above; ``detail`` says more.
+        status: one of the constants above; ``detail`` gives the reason.
         loss_error, gradient_error: relative, against the formula in float64.
-        seconds .. seconds_third_quartile: forward and backward, over ``repeats`` runs by turns with the other implementations;
+        seconds .. seconds_third_quartile: forward and backward, over ``repeats`` runs interleaved with the other implementations;
             seconds is the median.
-        times_faster: median of the naive form / own median, of the same turns.
-        graph_seconds: median of the same kernels replayed as a CUDA graph, by turns.
-        first_call_seconds: of a compiled form, the compiler's time included.
+        times_faster: median of the naive form / own median, in the same rounds.
+        graph_seconds: median of the same kernels replayed as a CUDA graph, interleaved.
+        first_call_seconds: includes compilation for compiled forms.
         launches: kernels on a GPU; on a CPU operations of an eager form, fused groups of operations of a compiled one.
         forward_bytes, backward_bytes: peak of live memory beyond the inputs during each pass.
         lane_bytes_per_voxel, sector_bytes_per_voxel: loads and stores of the Triton form; of eager forms operands and results of
-            every operation; of compiled ones an estimate: ``bytes_from`` says.
-        copy_fraction: floor's bytes / seconds, as a fraction of ``copy_bandwidth`` (bytes per second, same turns).
+            every operation; an estimate for compiled forms; see ``bytes_from``.
+        copy_fraction: floor's bytes / seconds, as a fraction of ``copy_bandwidth`` (bytes per second, same rounds).
     """
 
     shape: str
@@ -87,20 +87,20 @@ class Row:
 
     @property
     def case(self) -> tuple[str, str, str, str, str]:
-        """What rows of one table have in common."""
+        """The key shared by the rows of one table."""
         return self.shape, self.size, self.dtype, self.layout, self.teachers
 
 
-def new_row(case: Case, implementation: str) -> Row:
+def new_row(case: Case, implementation: str) -> Measurement:
     shape = case.shape
     floor = floor_bytes(shape.classes, shape.features, DTYPES[case.dtype].itemsize)
-    return Row(
+    return Measurement(
         shape.name, str(shape), case.dtype, case.layout, case.teachers, implementation, floor_bytes_per_voxel=floor
     )
 
 
-def compare_with(baseline: Row, rows: Iterable[Row]) -> None:
-    """Fill in the ratios to ``baseline``, measured on the same input in the same turns."""
+def compare_with(baseline: Measurement, rows: Iterable[Measurement]) -> None:
+    """Fill in the ratios to ``baseline``, measured on the same input in the same rounds."""
     for row in rows:
         if row.seconds and baseline.seconds:
             row.times_faster = baseline.seconds / row.seconds
@@ -109,7 +109,7 @@ def compare_with(baseline: Row, rows: Iterable[Row]) -> None:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What a figure holds for: date, device, versions, commit."""
+    """Provenance of the figures: date, device, versions, commit."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "device": device_name(device),
@@ -137,12 +137,12 @@ def device_name(device: torch.device) -> str:
     return f"{named[0] if named else model}, {os.cpu_count()} cores"
 
 
-def write_csv(path: Path, rows: Iterable[Row], about: dict[str, str]) -> None:
-    """The whole file at once: whoever reads it finds either the old lines or the new ones."""
+def write_csv(path: Path, rows: Iterable[Measurement], about: dict[str, str]) -> None:
+    """Write the file atomically: readers see either the old or the new rows."""
     part = path.with_name(path.name + ".part")
     with part.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*about, *(field.name for field in fields(Row))])
+        writer.writerow([*about, *(field.name for field in fields(Measurement))])
         for row in rows:
             writer.writerow([*about.values(), *(_cell(value) for value in asdict(row).values())])
         file.flush()
@@ -150,13 +150,13 @@ def write_csv(path: Path, rows: Iterable[Row], about: dict[str, str]) -> None:
     part.replace(path)
 
 
-def read_csv(path: Path) -> list[Row]:
-    """The rows of `write_csv`; columns that are not of a row (date, versions) are passed over."""
+def read_csv(path: Path) -> list[Measurement]:
+    """The rows of `write_csv`; other columns (date, versions) are ignored."""
     with path.open(newline="") as file:
         return [_row(line) for line in csv.DictReader(file)]
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Measurement]) -> str:
     """Fixed-width text for the rows of one input."""
     heads = ["", "ms", "quartiles", "x naive", "graph ms", "launches"]
     heads += ["MB fwd", "MB bwd", "x less", "B/voxel", "sectors", "x floor", "of copy"]
@@ -171,8 +171,8 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("  ".join([*line, note]).rstrip() for line, note in zip(padded, notes, strict=True))
 
 
-def heading(row: Row) -> str:
-    """What the rows of one table have in common, in a line."""
+def heading(row: Measurement) -> str:
+    """One line about the input of a table."""
     copy = "" if row.copy_bandwidth is None else f", copy {row.copy_bandwidth / 1e9:.1f} GB/s"
     return (
         f"{row.shape} {row.size} {row.dtype} {row.layout}, teacher: {row.teachers}; "
@@ -180,7 +180,7 @@ def heading(row: Row) -> str:
     )
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Measurement) -> list[str]:
     milliseconds = row.status if row.status != MEASURED else _number(row.seconds, 1e3)
     if row.status == COUNTED:
         milliseconds = "-"
@@ -206,7 +206,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _number(value: float | None, factor: float = 1) -> str:
-    """Three significant digits, and all digits before the point.
+    """Three significant digits, and all integer digits.
 
     >>> _number(4742.3), _number(17.26), _number(0.2564, 1e3), _number(0.00123), _number(None)
     ('4742', '17.3', '256', '0.00123', '-')
@@ -223,9 +223,9 @@ def _cell(value: object) -> object:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def _row(line: dict[str, str]) -> Row:
+def _row(line: dict[str, str]) -> Measurement:
     values: dict[str, object] = {}
-    for field in fields(Row):
+    for field in fields(Measurement):
         text = line[field.name]
         kind = str(field.type)
         if "int" in kind:
@@ -234,7 +234,7 @@ def _row(line: dict[str, str]) -> Row:
             values[field.name] = float(text) if text else None
         else:
             values[field.name] = text
-    return Row(**values)  # type: ignore[arg-type]
+    return Measurement(**values)  # type: ignore[arg-type]
 
 
 def _version(package: str) -> str:
@@ -245,11 +245,11 @@ def _version(package: str) -> str:
 
 
 def current_commit() -> str:
-    """Of the checkout that this file lies in, with a plus sign where files were changed since; "" outside of one."""
+    """Commit of this checkout, with a plus sign if files have changed; "" outside a checkout."""
     folder = Path(__file__).resolve().parent
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout.strip()
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")

@@ -1,4 +1,4 @@
-"""Inputs to measure on: shapes of real trainings, memory layouts, and who teaches where."""
+"""Inputs for measurements: shapes of real trainings, memory layouts, and teacher patterns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-CUBE = 16  # voxels along an edge of the cubes in which the teacher alternates
+CUBE = 16  # edge of the cubes in which the teacher alternates, in voxels
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Shape:
 
     @property
     def voxels(self) -> int:
-        """Of the whole batch.
+        """Number of voxels in the batch.
 
         >>> SHAPES["left-atrium"].voxels
         4014080
@@ -41,7 +41,7 @@ SHAPES = {
         Shape("organs-14", 1, 14, 32, (96, 96, 96)),  # 13 organs; one sample: the naive form needs 7 GB beyond its inputs
         Shape("cardiac-2d", 24, 4, 16, (256, 256)),  # short-axis slices, three structures and background
         Shape("small", 2, 2, 16, (32, 32, 32)),
-        Shape("odd", 2, 3, 5, (37, 41, 29)),  # nothing divides anything
+        Shape("odd", 2, 3, 5, (37, 41, 29)),  # no block size divides any axis
     )
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -96,7 +96,7 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> tuple[list[T
 
 
 def clear_gradients(tensors: Sequence[Tensor]) -> None:
-    """As ``optimizer.zero_grad(set_to_none=True)``."""
+    """Like ``optimizer.zero_grad(set_to_none=True)``."""
     for tensor in tensors:
         tensor.grad = None
 
@@ -105,9 +105,7 @@ def _first_teaches(case: Case, generator: torch.Generator) -> Tensor:
     spatial = case.shape.spatial
     if case.teachers == "random":
         return torch.rand(case.shape.batch, *spatial, generator=generator) < 0.5
-    cube = sum(
-        (torch.arange(size) // CUBE).view(-1, *[1] * (len(spatial) - 1 - axis)) for axis, size in enumerate(spatial)
-    )
+    cube = sum((torch.arange(size) // CUBE).view(-1, *[1] * (len(spatial) - 1 - axis)) for axis, size in enumerate(spatial))
     assert isinstance(cube, Tensor)
     return (cube % 2 == 0).unsqueeze(0)
 

@@ -1,9 +1,9 @@
-"""Time each kernel with other block sizes on this GPU: where the arithmetic of rplib.kernels.tiling could be better.
+"""Time each kernel with other block sizes on this GPU, to tune the rules in rplib.kernels.tiling.
 
     python -m rplib.bench.sweep [--dtypes float32,bfloat16] [--formats contiguous,channels_last] [--csv FILE]
 
-At the paper's shape, by turns with a device copy; every candidate's loss and gradient are compared with those of the present
-tiles first. Nothing is changed: the table says what the present tiles would gain.
+At the paper's shape, interleaved with a device copy; every candidate's loss and gradient are first compared with those of the
+current tiles. Nothing is changed: the table shows the possible gain.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _ROUNDS = 15
 
 @contextmanager
 def tiles(function: str, chosen: Any) -> Iterator[None]:
-    """Let ``rplib.kernels.tiling.<function>`` answer ``chosen``."""
+    """Make ``rplib.kernels.tiling.<function>`` return ``chosen``."""
     from rplib.kernels import tiling
 
     before = getattr(tiling, function)
@@ -42,7 +42,7 @@ def tiles(function: str, chosen: Any) -> Iterator[None]:
 
 
 def candidates(itemsize: int, channels_last: bool) -> Iterator[tuple[str, Any]]:
-    """(name of the function in tiling.py, what it shall answer) for two classes."""
+    """(function name in tiling.py, value to return), for two classes."""
     from rplib.kernels.tiling import SECTOR, GradientTiles, StatisticsTiles, WeightingTiles
 
     for block, warps in ((64, 2), (64, 4), (128, 2), (128, 4), (128, 8), (256, 4), (256, 8)):
@@ -56,7 +56,7 @@ def candidates(itemsize: int, channels_last: bool) -> Iterator[tuple[str, Any]]:
 
 
 def sweep(dtype: torch.dtype, channels_last: bool, device: torch.device, rounds: int = _ROUNDS) -> Iterator[dict[str, Any]]:
-    """One row per candidate: its tiles, median milliseconds, and the present tiles' in the same turns."""
+    """One row per candidate: its tiles, median milliseconds, and the current tiles' in the same rounds."""
     batch, classes, channels, spatial = SHAPE
     logits, features = networks(batch, classes, channels, spatial, dtype, device)
     if channels_last:
@@ -79,7 +79,7 @@ def sweep(dtype: torch.dtype, channels_last: bool, device: torch.device, rounds:
 
         try:
             right = all(torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-7) for a, b in zip(changed(), truth, strict=True))
-        except Exception as error:  # the compiler's: out of shared memory, for one
+        except Exception as error:  # from the compiler, for example out of shared memory
             yield row | {"result": f"failed: {type(error).__name__}"}
             continue
         if not right:
@@ -99,19 +99,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--dtypes", default="float32,bfloat16", help="default %(default)s")
     parser.add_argument("--formats", default="contiguous,channels_last", help="default %(default)s")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="keep every row as it comes")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="append every row to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Time all candidates; prints a row as soon as it is known."""
-    for option, words, known in (("dtypes", args.dtypes, DTYPES), ("formats", args.formats, LAYOUTS)):
-        unknown = [word for word in words.split(",") if word not in known]
+    """Time all candidates; prints each row when it is finished."""
+    for option, names, known in (("dtypes", args.dtypes, DTYPES), ("formats", args.formats, LAYOUTS)):
+        unknown = [name for name in names.split(",") if name not in known]
         if unknown:
-            raise UserError(f"--{option}: unknown {unknown[0]!r}; expected some of {', '.join(known)}.")
+            raise UserError(f"--{option}: unknown {unknown[0]!r}; expected one or more of {', '.join(known)}.")
     if args.csv and not args.csv.parent.is_dir():
-        raise UserError(f"--csv: there is no folder {args.csv.parent}; make it first.")
+        raise UserError(f"--csv: there is no folder {args.csv.parent}; create it first.")
     if not torch.cuda.is_available():
-        raise UserError("torch finds no CUDA GPU here, and block sizes are timed on one.")
+        raise UserError("torch finds no CUDA GPU, which is needed to time block sizes.")
     columns = ["dtype", "channels_last", "function", "tiles", "result", "present", "copy_gb_s"]
     if args.csv:
         with args.csv.open("w", newline="") as file:

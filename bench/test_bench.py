@@ -1,6 +1,6 @@
-"""`pytest bench`: time every implementation that runs on this machine, on inputs of seconds, grouped by input (pytest-benchmark).
+"""`pytest bench`: time every implementation that runs on this machine, on small inputs, grouped by input (pytest-benchmark).
 
-The table with memory, bytes and the floor is `rplib bench`; this is for watching one change: `--benchmark-autosave`,
+For memory, bytes and the floor use `rplib bench`; this is for checking the effect of a change: `--benchmark-autosave`,
 then `--benchmark-compare`.
 """
 
@@ -52,7 +52,7 @@ def test_forward_and_backward(prepared: Any, name: str, benchmark: Any) -> None:
 
     clear()
     verdict = truth.judge(call(), [z.grad for z in logits], exact_order=implementation.exact_order)
-    assert verdict.right, f"wrong, so its speed means nothing: {verdict}"
+    assert verdict.right, f"wrong result, so not timed: {verdict}"
     benchmark.group = str(case)
     benchmark.extra_info["device"] = str(DEVICE)
     benchmark.pedantic(call, setup=clear, rounds=7, warmup_rounds=1)

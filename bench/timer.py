@@ -1,7 +1,7 @@
-"""Time several callables by turns on one device: median and spread, with a plain copy as the ceiling.
+"""Interleaved timing of several callables on one device: median and spread, with a device copy as the upper bound.
 
-Turns, because a machine's speed drifts: a ratio of two medians means something only if both were measured in the same minutes.
-Every round calls each of them once, and each round begins with another one.
+Interleaved because a machine's speed drifts: a ratio of two medians is meaningful only if both were measured over the same
+period. Every round calls each of them once, starting with a different one.
 """
 
 import statistics
@@ -14,13 +14,13 @@ import torch
 
 Call = Callable[[], object]
 
-# Written between two calls on a GPU, so that none finds its inputs in the L2 cache: several times the largest L2.
+# Written between calls on a GPU to flush the L2 cache: several times the largest L2.
 _FLUSH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each run, in the order they were made.
+    """Seconds of each run, in order.
 
     >>> t = Timing((3.0, 1.0, 2.0, 5.0, 4.0))
     >>> t.median, t.minimum, t.quartiles
@@ -39,7 +39,7 @@ class Timing:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """First and third; of a single run that run."""
+        """First and third quartile; for a single run, that run."""
         if len(self.seconds) == 1:
             return self.seconds[0], self.seconds[0]
         first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
@@ -47,7 +47,7 @@ class Timing:
 
 
 class Clock(Protocol):
-    """Seconds that one call takes on a device, waited for."""
+    """Seconds of one synchronised call on a device."""
 
     def __call__(self, call: Call) -> float: ...
 
@@ -64,14 +64,14 @@ def clock_for(device: torch.device) -> Clock:
 def interleaved(
     calls: Mapping[str, Call], device: torch.device, repeats: int, *, warmup: int = 1, before: Call | None = None
 ) -> dict[str, Timing]:
-    """Time every call ``repeats`` times, by turns.
+    """Time every call ``repeats`` times, interleaved.
 
     Args:
         calls: name -> what to time.
-        device: where the calls work.
-        repeats: rounds; a ratio wants at least 5.
-        warmup: rounds that are not counted (compilers, caches, allocators).
-        before: called before every single run, outside the time.
+        device: where the calls run.
+        repeats: number of rounds; use at least 5 for ratios.
+        warmup: untimed rounds (compilers, caches, allocators).
+        before: called before every run, outside the timing.
 
     Raises:
         ValueError: nothing to time.
@@ -99,7 +99,7 @@ def interleaved(
 
 
 class DeviceCopy:
-    """A copy of ``size`` bytes within the device's memory: what the memory can do. Time it by turns with the others.
+    """A copy of ``size`` bytes in device memory, to measure its bandwidth. Time it interleaved with the others.
 
     >>> import torch
     >>> copy = DeviceCopy(torch.device("cpu"), 1 << 20)
@@ -117,20 +117,20 @@ class DeviceCopy:
         self._target.copy_(self._source)
 
     def bandwidth(self, timing: Timing) -> float:
-        """Bytes per second, by the median: reads and writes together."""
+        """Bytes per second of the median run, reads and writes together."""
         return self.moved / timing.median
 
 
 def copy_size(device: torch.device) -> int:
-    """Bytes that no cache holds, and that leave room for the rest: 1 GiB on a GPU, 256 MiB on a CPU."""
+    """A size beyond all caches that leaves memory for the rest: 1 GiB on a GPU, 256 MiB on a CPU."""
     return 1 << 30 if device.type == "cuda" else 1 << 28
 
 
 def as_cuda_graph(call: Call) -> Call:
-    """Capture ``call`` on the current CUDA device and return its replay: the same kernels without the launches' own time.
+    """Capture ``call`` on the current CUDA device and return its replay: the same kernels without launch overhead.
 
     Raises:
-        RuntimeError: the call cannot be captured, for example because it waits for the device.
+        RuntimeError: the call cannot be captured, for example because it synchronises the device.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -160,7 +160,7 @@ class _CudaClock:
         with torch.cuda.device(self._device):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
-            # The device is busy with the flush while the host prepares the first launches, so that they are not waited for.
+            # The flush keeps the device busy while the host prepares the first launches, which hides their latency.
             self._flush.zero_()
             begin.record()
             call()

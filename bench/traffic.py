@@ -1,6 +1,6 @@
-"""Count the bytes that Triton kernels load and store, on any machine, while Triton's interpreter runs them.
+"""Count the bytes that Triton kernels load and store, on any machine, using Triton's interpreter.
 
-For any ``@triton.jit`` kernel; nothing here knows what the kernel computes:
+Works for any ``@triton.jit`` kernel:
 
     with kernel_traffic(tensors={"input": x}) as traffic:      # in a process started with TRITON_INTERPRET=1
         kernel[grid](x, y, n, BLOCK=1024)
@@ -9,16 +9,16 @@ For any ``@triton.jit`` kernel; nothing here knows what the kernel computes:
     traffic.kernels["kernel"].by_argument["x"].lane_bytes      # by argument of that kernel
     traffic.by_tensor["input"].sector_bytes                    # by tensor, over all kernels
 
-Two figures, both exact for the given inputs and the same on every run:
+Two figures, both exact and reproducible for the given inputs:
 
-lane bytes     unmasked lanes x size of an element: what the kernel asks for. A scalar counts once; a tile in which many lanes
-               hold one address counts every lane.
-sector bytes   distinct sectors (32 bytes: what a GPU's memory moves at least) that one load or store touches in one program,
-               x 32: what memory has to move if nothing stays in a cache between two instructions. More than the lane bytes where
-               accesses are strided or masked within a sector; less where lanes share an address.
+lane bytes     unmasked lanes x element size: the bytes requested. A scalar counts once; a tile in which many lanes
+               share one address counts every lane.
+sector bytes   distinct sectors (32 bytes, the smallest memory transfer of a GPU) that one load or store touches in one program,
+               x 32: the memory traffic if nothing stays in a cache between two instructions. More than the lane bytes if
+               accesses are strided or masked within a sector; less if lanes share an address.
 
-Not seen: caches (a sector that two instructions or two programs touch counts twice; a GPU's L2 may serve the second), registers
-and shared memory, time. Whether an access becomes a wide instruction is the compiler's affair: see ``compiled_code.py``. An
+Not modelled: caches (a sector that two instructions or two programs touch counts twice; a GPU's L2 may serve the second),
+registers, shared memory, time. Whether an access becomes a wide instruction depends on the compiler: see ``compiled_code.py``. An
 atomic operation counts as a load and a store of its lanes.
 """
 
@@ -68,9 +68,9 @@ class Bytes:
 
 @dataclass
 class KernelTraffic(Bytes):
-    """One kernel, all its launches together.
+    """All launches of one kernel.
 
-    by_argument: pointer arguments by name ("other": an address within none of them, which is a kernel's mistake unless pointers
+    by_argument: pointer arguments by name ("other": an address within none of them, which is a bug in the kernel unless pointers
     come from elsewhere). Arguments that share memory count under the first of them.
     """
 
@@ -80,7 +80,7 @@ class KernelTraffic(Bytes):
 
 
 class Traffic(Bytes):
-    """What the kernels inside ``kernel_traffic`` moved.
+    """Bytes moved by the kernels inside ``kernel_traffic``.
 
     kernels: by name, in order of first launch. by_tensor: for each name given to ``kernel_traffic``, and "other". Figures grow
     while the kernels run and stay after the context is left.
@@ -99,7 +99,7 @@ class Traffic(Bytes):
 
     @property
     def launches(self) -> int:
-        """Of all kernels."""
+        """Total of all kernels."""
         return sum(kernel.launches for kernel in self.kernels.values())
 
     def _launched(self, function: Any, arguments: Sequence["_Argument"]) -> None:
@@ -174,7 +174,7 @@ class _Argument(NamedTuple):
 
 @contextmanager
 def kernel_traffic(*, sector_bytes: int = SECTOR_BYTES, tensors: Mapping[str, Any] | None = None) -> Iterator[Traffic]:
-    """Count what every Triton kernel launched inside loads and stores. Contexts may be nested; each counts everything inside.
+    """Count loads and stores of every Triton kernel launched inside. Contexts may be nested; each counts everything inside.
 
     Args:
         sector_bytes: a power of two; 32 on NVIDIA GPUs.
@@ -182,8 +182,8 @@ def kernel_traffic(*, sector_bytes: int = SECTOR_BYTES, tensors: Mapping[str, An
             is "other". Tensors of different names must not lie within each other's range of memory.
 
     Raises:
-        UserError: TRITON_INTERPRET is not set, a kernel was made before it was set, Triton's interpreter has changed beyond
-            recognition, or tensors of different names overlap.
+        UserError: TRITON_INTERPRET is not set, a kernel was defined before it was set, Triton's interpreter is not
+            supported, or tensors of different names overlap.
     """
     if sector_bytes < 1 or sector_bytes & (sector_bytes - 1):
         raise UserError(f"sector_bytes must be a power of two, got {sector_bytes}.")
@@ -199,7 +199,7 @@ def _triton() -> tuple[Any, Any]:
     try:
         import triton
     except ImportError:
-        raise UserError("the traffic meter runs kernels in Triton's interpreter, and Triton is not installed here.") from None
+        raise UserError("the traffic meter runs kernels in Triton's interpreter, and Triton is not installed.") from None
     if not triton.knobs.runtime.interpret:
         raise UserError(
             "the traffic meter needs Triton's interpreter; start the process with TRITON_INTERPRET=1 in its environment."
@@ -212,7 +212,7 @@ def _triton() -> tuple[Any, Any]:
 
 @contextmanager
 def _hooked(interpreter: Any, jit: Any, traffic: Traffic) -> Iterator[None]:
-    """Watch the interpreter's memory operations and launches; everything is put back afterwards."""
+    """Patch the interpreter's memory operations and launches; restored afterwards."""
     try:
         builder = interpreter.interpreter_builder
         executor = interpreter.GridExecutor
@@ -222,7 +222,7 @@ def _hooked(interpreter: Any, jit: Any, traffic: Traffic) -> Iterator[None]:
     except AttributeError as error:
         version = importlib.metadata.version("triton")
         raise UserError(
-            f"the traffic meter does not know the interpreter of Triton {version} ({error}); it was made for Triton 3.7.1."
+            f"the traffic meter does not support the interpreter of Triton {version} ({error}); it supports Triton 3.7.1."
         ) from None
 
     def counted_load(pointers: Any, mask: Any, *rest: Any, **keywords: Any) -> Any:
@@ -257,7 +257,7 @@ def _hooked(interpreter: Any, jit: Any, traffic: Traffic) -> Iterator[None]:
 
     def refused(self: Any, *_: Any, **__: Any) -> Any:
         raise UserError(
-            f"kernel {self.fn.__name__} was made before TRITON_INTERPRET was set, so it would run uncounted; "
+            f"kernel {self.fn.__name__} was defined before TRITON_INTERPRET was set, so it would run uncounted; "
             "set TRITON_INTERPRET=1 before the process starts."
         )
 
@@ -277,7 +277,7 @@ def _hooked(interpreter: Any, jit: Any, traffic: Traffic) -> Iterator[None]:
 
 @contextmanager
 def replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
-    """Hang ``replacement`` on the object or class itself, above what it inherits."""
+    """Set ``replacement`` on the object or class itself, overriding inherited attributes."""
     missing = object()
     before = vars(owner).get(name, missing)
     setattr(owner, name, replacement)

@@ -1,4 +1,4 @@
-"""A wide network, 32 classes and 256 feature channels: do the kernels still fit into registers, and how much do they move?
+"""Check a wide network, 32 classes and 256 feature channels: register usage and bytes moved by the kernels.
 
     python -m rplib.bench.wide
 
@@ -23,7 +23,7 @@ MOST_BYTES = 1.3  # of the floor
 
 
 def bytes_moved(case: Case) -> tuple[str, bool]:
-    """One line about a case, and whether it is as it should be."""
+    """One line about a case, and whether it passed."""
     shape = case.shape
     floor = floor_bytes(shape.classes, shape.features, DTYPES[case.dtype].itemsize)
     try:
@@ -40,7 +40,7 @@ def bytes_moved(case: Case) -> tuple[str, bool]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print both reports; 1 where something is not as it should be."""
+    """Print both reports; returns 1 if a check failed."""
     if args.edge < 1 or args.jobs < 1:
         raise UserError(f"--edge is {args.edge} and --jobs {args.jobs}; expected at least 1.")
     rows = report_all(matrix(shapes=[(CLASSES, FEATURES)], targets=TARGETS), args.jobs, progress=True)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         line, good = bytes_moved(Case(Shape("wide", 1, CLASSES, FEATURES, (args.edge, args.edge, 2 * args.edge)), dtype, layout))
         print(line, flush=True)
         bad += not good
-    print("OK" if not bad else f"{bad} of {len(rows)} kernels and {len(DTYPES) * len(LAYOUTS)} counts are not as they should be.")
+    print("OK" if not bad else f"{bad} of {len(rows)} kernels and {len(DTYPES) * len(LAYOUTS)} counts failed.")
     return 1 if bad else 0
 
 

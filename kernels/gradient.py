@@ -240,6 +240,4 @@ def gradient_kernel(
         sample < labelled, voxels_of(voxels, LAYOUT), size1, size2,
         tl.load(upstream).to(tl.float32) + tl.load(sums), dice_a, dice_b,
     )  # fmt: skip
-    _whole_or_tail(
-        start, tensors, Options(CLASSES, CLASSES_PAD, GROUPS, GROUP, BOTH, WITH_DICE, ON_LOGITS, LAYOUT, FLAT, WIDE)
-    )
+    _whole_or_tail(start, tensors, Options(CLASSES, CLASSES_PAD, GROUPS, GROUP, BOTH, WITH_DICE, ON_LOGITS, LAYOUT, FLAT, WIDE))

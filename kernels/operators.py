@@ -15,9 +15,9 @@ from torch.autograd import forward_ad
 from rplib import ranks
 from rplib.kernels import passes
 from rplib.kernels.passes import Record, Statistics, Terms
-from rplib.lean import similarity
 from rplib.maps import Reliability, ordered_pairs
 from rplib.options import Options
+from rplib.similarity import similarity
 
 
 def loss(logits: list[Tensor], features: list[Tensor] | None, options: Options) -> Tensor:
@@ -69,9 +69,7 @@ def _run(
         weight = torch.full((), consistency_weight, dtype=torch.float32, device=logits[0].device)
     else:
         factor = float(consistency_weight)
-    wanted = torch.is_grad_enabled() and (
-        any(z.requires_grad for z in logits) or (weight is not None and weight.requires_grad)
-    )
+    wanted = torch.is_grad_enabled() and (any(z.requires_grad for z in logits) or (weight is not None and weight.requires_grad))
     value: Tensor
     terms: Tensor
     value, terms, _, _ = weighting(

@@ -370,7 +370,6 @@ def statistics_kernel(
                 _store_per_class(dice + 4 * mine + 3 * CLASSES, sums.soft_b, CLASSES, CLASSES_PAD)
 
 
-
 @triton.jit
 def _prototype(
     sums, members, prototypes, row, programs,

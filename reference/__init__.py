@@ -1,6 +1,6 @@
 """The reference trainer: a two-decoder V-Net, the paper's recipes, training and evaluation.
 
-Everything here uses the public interface of `rplib` alone. The folder lies at the top of the repository and is
+Everything here uses the public interface of `rplib` alone. The folder is at the top of the repository and is
 imported as `rplib.reference`, installed or not.
 """
 

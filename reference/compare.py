@@ -1,11 +1,11 @@
-"""Several evaluated runs side by side: seeds of one recipe together, recipes compared case by case.
+"""Compare evaluated runs: seeds of one recipe are averaged, recipes are compared case by case.
 
 examples:
   rplib compare runs/la-8-seed* runs/la-8-supervised-seed*
   rplib compare RUN... --output "mean of both" --csv table.csv
 
-Runs whose settings differ in the seed alone are one line; the first is what the others are compared with. All must have been
-evaluated (`rplib evaluate RUN --data DIR`) on the same cases.
+Runs that differ only in the seed form one row; the first recipe is the baseline. All runs must have been evaluated on the same
+cases (`rplib evaluate RUN --data DIR`).
 """
 
 import argparse
@@ -13,43 +13,45 @@ import csv
 import io
 import math
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rplib.errors import UserError
+from rplib.errors import UserError, reading
 
-# Besides the seed: settings that change no number of the training and none of the evaluation.
+# Settings that may differ besides the seed: they affect neither training nor evaluation results.
 _SAME = {"seed", "cache", "checkpoint_every", "log_every", "window_batch"}
 
-Scores = dict[str, dict[tuple[str, str], float]]  # metric -> (case, class) -> value; NaN where there is none
+Scores = dict[str, dict[tuple[str, str], float]]  # metric -> (case, class) -> value; NaN where missing
 
 
 @dataclass(frozen=True)
 class Run:
-    """One evaluated run: its recipe's title, all of its settings, its scores."""
+    """One evaluated run: the title of its recipe, its settings, its scores."""
 
     title: str
     settings: dict[str, object]
     scores: Scores
+    table: Path | None = None  # the scores.csv
 
     def mean(self, metric: str) -> float:
-        """Over the cases and classes that have the score."""
+        """Mean over the cases and classes that have the score."""
         return _mean(self.scores[metric].values())
 
 
 @dataclass(frozen=True)
 class Line:
-    """One metric of some runs of one recipe, and how it stands to the first recipe.
+    """One metric of the runs of one recipe, compared with the first recipe.
 
     Attributes:
-        runs: how many.
-        mean, deviation: of the runs' means. Deviations are those of a sample (n - 1) and NaN for one run.
+        runs: number of runs.
+        mean, deviation: of the runs' means. Deviations are sample deviations (n - 1), NaN for a single run.
         missing: cases without the score, over all runs.
-        difference: mean minus that of the first recipe. difference_deviation: of the differences seed by seed, where both
+        difference: mean minus that of the first recipe. difference_deviation: of the differences paired by seed, if both
             recipes were run with the same seeds.
-        better, cases: the number of cases (times classes) in which the mean over runs is better than the first recipe's, and
-            the number in which both have one.
+        better, cases: number of cases (times classes) in which the mean over runs is better than the first recipe's, and
+            number of those in which both have the score.
     """
 
     recipe: str
@@ -65,29 +67,31 @@ class Line:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The words of `rplib compare`."""
-    from rplib.reference.inference import OUTPUTS
+    """The options of `rplib compare`."""
+    from rplib.reference.inference.windows import LAST_WEIGHTS, OUTPUTS
 
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders of `rplib train`, evaluated")
-    parser.add_argument("--split", choices=("test", "train", "val"), default="test", help="of which list (default: %(default)s)")
-    parser.add_argument("--output", choices=OUTPUTS, default=OUTPUTS[0], help="of the network (default: %(default)s)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the numbers, unrounded")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="evaluated run folders")
+    parser.add_argument("--split", choices=("test", "train", "val"), default="test", help="list of cases (default: %(default)s)")
+    parser.add_argument(
+        "--output", choices=(*OUTPUTS, LAST_WEIGHTS), default=OUTPUTS[0], help="output of the network (default: %(default)s)"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the unrounded numbers to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table; mistakes raise `rplib.errors.UserError`."""
-    from rplib.reference.checkpoint import write_text_atomically
-    from rplib.reference.evaluation import BOX
+    """Prints the table; user errors raise `rplib.errors.UserError`."""
+    from rplib.reference.evaluation.scoring import BOX
+    from rplib.reference.files import write_text_atomically
 
     if args.csv and not args.csv.parent.is_dir():
-        raise UserError(f"--csv: there is no folder {args.csv.parent}; make it first.")
+        raise UserError(f"--csv: there is no folder {args.csv.parent}; create it first.")
     twice = [folder for k, folder in enumerate(args.runs) if folder.resolve() in [f.resolve() for f in args.runs[:k]]]
     if twice:
-        raise UserError(f"{twice[0]} is given twice; each run counts once.")
+        raise UserError(f"{twice[0]} is given twice; name each run once.")
     recipes = by_recipe([read_run(folder, args.split, args.output) for folder in args.runs])
     boxes = [read_run(folder, args.split, BOX).scores for folder in args.runs]
     if boxes[0] and all(box.get("dice") == boxes[0]["dice"] for box in boxes):  # one box, fitted to the same labelled cases
-        recipes[BOX] = [Run(BOX, {}, boxes[0])]
+        recipes[BOX] = [Run(BOX, {}, boxes[0], args.runs[0] / f"evaluation-{args.split}" / "scores.csv")]
     lines = compare(recipes)
     print(render(lines), end="")
     if args.csv:
@@ -100,10 +104,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_run(folder: Path, split: str, method: str) -> Run:
-    """Settings of a run, and the scores of one method (an output of the network, or the fixed box) where it was scored.
+    """Settings of a run and the scores of one method: an output of the network, or the fixed box.
 
     Raises:
-        UserError: no run folder, or not evaluated.
+        UserError: not a run folder, or not evaluated yet.
     """
     from rplib.reference.checkpoint import CONFIG
     from rplib.reference.config import load_config
@@ -114,17 +118,42 @@ def read_run(folder: Path, split: str, method: str) -> Run:
     path = folder / f"evaluation-{split}" / "scores.csv"
     if not path.is_file():
         raise UserError(f"{folder} has no {path.relative_to(folder)}; run `rplib evaluate {folder} --data DIR --split {split}`.")
+    return Run(config.title, asdict(config), read_scores(path, method), path)
+
+
+def read_scores(path: Path, method: str) -> Scores:
+    """The scores of one method in a scores.csv.
+
+    Raises:
+        UserError: other columns, a line cut short, a score that is no number or cannot be one, a case twice.
+    """
+    from rplib.reference.evaluation.scoring import METRICS
+
+    expected = ["case", "method", "class", *METRICS]
     scores: Scores = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["method"] == method:
-                for metric in set(row) - {"case", "method", "class"}:
-                    scores.setdefault(metric, {})[row["case"], row["class"]] = float(row[metric] or "nan")
-    return Run(config.title, asdict(config), scores)
+    with reading(path, "table of scores", "run `rplib evaluate` again"), path.open(newline="", encoding="utf-8") as file:
+        lines = csv.reader(file, strict=True)
+        if (header := next(lines, [])) != expected:
+            raise ValueError(f"its columns are {', '.join(header)[:80] or 'none'}; expected {', '.join(expected)}")
+        for number, line in enumerate(lines, 2):
+            if len(line) != len(expected):
+                raise ValueError(f"line {number} has {len(line)} fields; expected {len(expected)}")
+            case, by, klass, *values = line
+            if by != method:
+                continue
+            for metric, text in zip(METRICS, values, strict=True):
+                value = float(text or "nan")
+                most = 1.0 if metric in ("dice", "jaccard") else sys.float_info.max
+                if text and not 0 <= value <= most:
+                    raise ValueError(f"line {number}: {metric} is {text[:40]}")
+                if (case, klass) in scores.setdefault(metric, {}):
+                    raise ValueError(f"line {number}: case {case[:80]}, class {klass[:20]} comes twice")
+                scores[metric][case, klass] = value
+    return scores
 
 
 def by_recipe(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in the seed alone together, under the recipe's title and what sets it apart from the others."""
+    """Group runs that differ only in the seed, by the recipe's title and the settings that set it apart."""
     groups: list[list[Run]] = []
     for one in runs:
         group = next((group for group in groups if not _differing(group[0], one)), None)
@@ -136,28 +165,30 @@ def by_recipe(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for group in groups:
         others = [other[0] for other in groups if other is not group and other[0].title == group[0].title]
         apart = sorted({key for other in others for key in _differing(group[0], other)})
-        names[", ".join([group[0].title, *(f"{key}={_word(group[0].settings[key])}" for key in apart)])] = group
+        names[", ".join([group[0].title, *(f"{key}={_text(group[0].settings[key])}" for key in apart)])] = group
     return names
 
 
 def compare(recipes: dict[str, list[Run]]) -> list[Line]:
-    """Every metric that all runs have, of every recipe; differences are to the first.
+    """Every metric that the runs have, for every recipe; differences are relative to the first.
 
     Raises:
         UserError: the runs were scored on different cases.
     """
-    from rplib.reference.evaluation import METRICS
+    from rplib.reference.evaluation.scoring import METRICS
 
     runs = [one for group in recipes.values() for one in group]
     if not runs[0].scores:
-        raise UserError(f"{runs[0].title}: the evaluation scored no case by this output; run `rplib evaluate` again.")
+        where = f" in {runs[0].table}" if runs[0].table else ""
+        raise UserError(f"{runs[0].title}{where}: the evaluation has no scores for this output; run `rplib evaluate` again.")
     cases = set(runs[0].scores["dice"])
     for name, group in recipes.items():
         for one in group:
             if set(one.scores.get("dice", ())) != cases:
                 odd = sorted(set(one.scores.get("dice", ())) ^ cases)[0]
+                where = f" in {one.table}" if one.table else ""
                 raise UserError(
-                    f"{name}: not scored on the same cases as {runs[0].title} (case {odd[0]}, class {odd[1]}, for one)."
+                    f"{name}{where}: not scored on the same cases as {runs[0].title} (for example case {odd[0]}, class {odd[1]})."
                 )
     first = next(iter(recipes.values()))
     return [
@@ -173,7 +204,7 @@ def _line(name: str, group: Sequence[Run], first: Sequence[Run], metric: str) ->
     cases = group[0].scores[metric]
     pairs = [[_mean(one.scores[metric][case] for one in runs) for runs in (group, first)] for case in cases]
     pairs = [pair for pair in pairs if not any(map(_is_nan, pair))]
-    sign = 1 if metric in ("dice", "jaccard") else -1  # of what is better
+    sign = 1 if metric in ("dice", "jaccard") else -1  # 1: higher is better
     alone = group is first
     return Line(
         recipe=name,
@@ -191,13 +222,12 @@ def _line(name: str, group: Sequence[Run], first: Sequence[Run], metric: str) ->
 
 def render(lines: Sequence[Line]) -> str:
     """The table as text."""
-    from rich.console import Console
     from rich.table import Table
 
-    from rplib.reference.tables import TITLES, shown
+    from rplib.reference.reporting.tables import TITLES, as_text, shown
 
     first = lines[0].recipe
-    table = Table(title="mean of the runs \u00b1 standard deviation over them", title_justify="left")
+    table = Table(title="mean of the runs \u00b1 standard deviation over the runs", title_justify="left")
     for column in ("metric", "recipe", "runs", "mean", f"minus {first}", "better in", "missing"):
         table.add_column(column, justify="left" if column in ("metric", "recipe") else "right")
     for line in lines:
@@ -211,18 +241,16 @@ def render(lines: Sequence[Line]) -> str:
             "" if none else f"{line.better} of {line.cases}",
             str(line.missing) if line.missing else "",
         )
-    console = Console(file=io.StringIO(), width=120, record=True, color_system=None, highlight=False)
-    console.print(table)
-    return console.export_text()
+    return as_text(table)
 
 
 def _differing(a: Run, b: Run) -> list[str]:
-    """Settings that are not the same."""
+    """Names of the settings that differ."""
     return [key for key in a.settings if key not in _SAME and a.settings[key] != b.settings[key]]
 
 
 def _differences(group: Sequence[Run], first: Sequence[Run], metric: str) -> list[float]:
-    """Seed by seed, where the seeds are the same ones."""
+    """Paired by seed, if both have the same seeds."""
     theirs = {one.settings.get("seed"): one.mean(metric) for one in first}
     ours = {one.settings.get("seed"): one.mean(metric) for one in group}
     return [ours[seed] - theirs[seed] for seed in ours] if set(ours) == set(theirs) else []
@@ -238,12 +266,12 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def _plus_minus(deviation: float, metric: str) -> str:
-    from rplib.reference.tables import shown
+    from rplib.reference.reporting.tables import shown
 
     return "" if _is_nan(deviation) else f" \u00b1 {shown(deviation, metric)}"
 
 
-def _word(value: object) -> str:
+def _text(value: object) -> str:
     if isinstance(value, tuple | list):
         return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)

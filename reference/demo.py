@@ -1,7 +1,7 @@
-"""The whole job on generated data in a minute or two: train labelled-only and mutual under one budget, score, picture.
+"""Demo on generated data, in one to two minutes: train labelled-only and mutual with one budget, evaluate, draw.
 
-The organ of the generated volumes cannot be found by its intensity: no threshold reaches a Dice of 0.6. Both trainings
-go through the code of `rplib train`, with the same number of iterations, the same labelled crops and the same seed.
+The organ cannot be found by intensity alone: no threshold reaches a Dice of 0.6. Both trainings run the code of
+`rplib train`, with the same number of iterations, labelled crops and seed.
 """
 
 import argparse
@@ -10,21 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ITERATIONS = 300
-MARK = ".rplib-demo"  # a folder with this file is the demo's own, and may be written anew
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The words of `rplib demo`."""
-    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1337, help="of the volumes and of both trainings (default: %(default)s)")
+    """The options of `rplib demo`."""
+    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="output folder (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1337, help="for the volumes and both trainings (default: %(default)s)")
     parser.add_argument(
-        "--iterations", type=int, default=ITERATIONS, metavar="N", help="budget of each training (default: %(default)s)"
+        "--iterations", type=int, default=ITERATIONS, metavar="N", help="iterations of each training (default: %(default)s)"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the demo and returns the exit code; mistakes raise `rplib.errors.UserError`."""
+    """Runs the demo and returns the exit code; user errors raise `rplib.errors.UserError`."""
     from rplib.reference.demonstration import demonstrate
 
     result = demonstrate(args.out, args.seed, args.iterations, args.device)
@@ -32,15 +31,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """`rplib demo` with these words (default: the process's own)."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`rplib demo` with these arguments (default: those of the process)."""
     from rplib.cli import main as rplib
 
-    return rplib(["demo", *(sys.argv[1:] if words is None else words)])
+    return rplib(["demo", *(sys.argv[1:] if arguments is None else arguments)])
 
 
 if __name__ == "__main__":
-    # `python reference/demo.py` finds rplib in the checkout that it lies in, installed or not.
+    # `python reference/demo.py` uses the checkout that contains it, installed or not.
     root = Path(__file__).resolve().parent.parent
     if (root / "rplib" / "__init__.py").is_file():
         sys.path[0] = str(root)

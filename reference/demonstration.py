@@ -1,4 +1,4 @@
-"""What `rplib demo` does: generated data, two trainings under one budget, one table, one picture."""
+"""The demo behind `rplib demo`: generated data, two trainings with one budget, one table, one picture."""
 
 import contextlib
 import io
@@ -16,17 +16,17 @@ from rich.console import Console
 from rich.table import Table
 
 from rplib.errors import UserError
-from rplib.reference.checkpoint import write_text_atomically
 from rplib.reference.config import Config, load_recipe
-from rplib.reference.demo import MARK
+from rplib.reference.datasets.cases import Case
+from rplib.reference.datasets.phantom import MOST_THRESHOLD_DICE, best_threshold_dice, write_phantoms
 from rplib.reference.devices import find_device
-from rplib.reference.evaluation import BOX, Report, evaluate
-from rplib.reference.inference import DECODER_1
-from rplib.reference.metrics import Scores
-from rplib.reference.phantom import MOST_THRESHOLD_DICE, best_threshold_dice, write_phantoms
-from rplib.reference.pictures import PREDICTION, TRUTH, Panel, largest_slice, truth_and_prediction, write_sheet
-from rplib.reference.tables import shown
-from rplib.reference.trainer import train
+from rplib.reference.evaluation.metrics import Scores
+from rplib.reference.evaluation.scoring import BOX, Report, evaluate
+from rplib.reference.files import write_text_atomically
+from rplib.reference.inference.windows import DECODER_1
+from rplib.reference.reporting.pictures import PREDICTION, TRUTH, Panel, largest_slice, truth_and_prediction, write_sheet
+from rplib.reference.reporting.tables import shown
+from rplib.reference.training.trainer import train
 
 TRAINING_CASES, TEST_CASES, SIZE = 24, 6, (48, 48, 40)
 SETTINGS = (
@@ -38,16 +38,17 @@ SETTINGS = (
     "dropout=0",
     "amp=off",
     "channels_last=true",
-    "checkpoint_every=1000000",  # a run of a minute is not worth resuming
+    "checkpoint_every=1000000",  # a one-minute run needs no resumption
     "window_batch=8",
 )
 LABELLED_ONLY, MUTUAL, THRESHOLD = "labelled-only", "mutual", "best threshold"
+MARK = ".rplib-demo"  # marks a folder that a demo may overwrite
 PICTURE, TABLE = "demo.png", "demo.txt"
 _SHOWN_CASES = 3
 
 
 class Demonstration(NamedTuple):
-    """What was measured: evaluations by name, the best thresholds' mean Dice on the test cases, all of it as text."""
+    """Results: evaluations by name, mean Dice of the best thresholds on the test cases, and the text."""
 
     reports: dict[str, Report]
     threshold_dice: float
@@ -55,14 +56,14 @@ class Demonstration(NamedTuple):
 
 
 def demonstrate(out: Path, seed: int, iterations: int, device: str | None = None) -> Demonstration:
-    """Draws phantoms, trains labelled-only and mutual, evaluates both, writes `out`/demo.txt and `out`/demo.png.
+    """Generates phantoms, trains labelled-only and mutual, evaluates both, writes `out`/demo.txt and `out`/demo.png.
 
     Raises:
-        UserError: the folder holds something else, or a number does not fit.
+        UserError: the folder holds other files, or an invalid number.
     """
     began = time.monotonic()
     if seed < 0 or iterations < 1:
-        raise UserError(f"--seed {seed} --iterations {iterations}: expected a seed of at least 0, at least 1 iteration.")
+        raise UserError(f"--seed {seed} --iterations {iterations}: expected a seed of at least 0 and at least 1 iteration.")
     where = find_device(device)
     configs = demo_configs(seed, iterations)
     _clear(out)
@@ -73,7 +74,7 @@ def demonstrate(out: Path, seed: int, iterations: int, device: str | None = None
     for name, config in configs.items():
         print(f"training {name} ({iterations} iterations)", file=sys.stderr)
         start = time.monotonic()
-        # The trainer's closing words are for a lone training.
+        # The trainer's closing lines are meant for a single training.
         with contextlib.redirect_stdout(io.StringIO()), _one_thread():
             train(config, out / "data", out / name, device=where)
         seconds[name] = time.monotonic() - start
@@ -82,7 +83,7 @@ def demonstrate(out: Path, seed: int, iterations: int, device: str | None = None
     dataset = reports[MUTUAL].dataset
     cases = [dataset.load(name, needs_label=True) for name in phantoms.test]
     threshold = statistics.fmean(best_threshold_dice(case.image, case.label) for case in cases if case.label is not None)
-    _draw(out / PICTURE, reports)
+    _draw(out / PICTURE, reports, cases)
     table = _table(reports, threshold, seconds, configs, time.monotonic() - began)
     table += f"written: {out / PICTURE}, {out / TABLE}\n"
     write_text_atomically(out / TABLE, table)
@@ -91,7 +92,7 @@ def demonstrate(out: Path, seed: int, iterations: int, device: str | None = None
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Tensors this small gain little from a second thread, and lose much where another program wants the core."""
+    """Tensors this small gain little from more threads, and suffer when other programs need the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -101,16 +102,16 @@ def _one_thread() -> Iterator[None]:
 
 
 def demo_configs(seed: int, iterations: int) -> dict[str, Config]:
-    """Settings of the two trainings: the recipes la-8-supervised and la-8, scaled down alike."""
-    # The ramp-up of 40 steps takes the whole of so short a training: pseudo-labels of its first minute are not worth learning.
+    """Settings of the two trainings: the recipes la-8-supervised and la-8, scaled down equally."""
+    # The ramp-up spans the whole of this short training: early pseudo-labels are unreliable.
     every = max(1, round(iterations / 40))
-    words = [*SETTINGS, f"seed={seed}", f"iterations={iterations}", f"ramp_every={every}"]
+    overrides = [*SETTINGS, f"seed={seed}", f"iterations={iterations}", f"ramp_every={every}"]
     recipes = {LABELLED_ONLY: "la-8-supervised", MUTUAL: "la-8"}
-    return {name: load_recipe(recipe, [*words, f"name={name}"]) for name, recipe in recipes.items()}
+    return {name: load_recipe(recipe, [*overrides, f"name={name}"]) for name, recipe in recipes.items()}
 
 
 def _clear(out: Path) -> None:
-    """Makes `out` an empty folder of the demo's own; refuses to empty anything else."""
+    """Creates or empties the output folder; never empties a folder that no demo wrote."""
     if out.exists():
         if not out.is_dir() or (any(out.iterdir()) and not (out / MARK).is_file()):
             raise UserError(f"--out {out} exists and is not a folder of an earlier demo; choose another.")
@@ -135,7 +136,7 @@ def _table(
 
     def cells(report: Report, method: str) -> list[str]:
         found = [(metric, report.mean(method, metric)) for metric in metrics]
-        return [shown(m.mean, metric) + (f" (n={m.missing})" if m.missing else "") for metric, m in found]
+        return [shown(m.mean, metric) + (f" ({m.missing} missing)" if m.missing else "") for metric, m in found]
 
     for name, report in reports.items():
         table.add_row(name, *cells(report, DECODER_1), f"{seconds[name]:.0f}")
@@ -146,15 +147,15 @@ def _table(
     console.print(_verdict(mutual, alone))
     for note in (
         f"Same network, seed, labelled crops and {configs[MUTUAL].iterations} iterations; decoder 1, last weights.",
-        "Fixed box: fitted on the labelled training cases. Best threshold: chosen case by case with the truth in hand.",
-        f"{total:.0f} s in all.",
+        "Fixed box: fitted to the labelled training cases. Best threshold: chosen per case using the ground truth.",
+        f"{total:.0f} s in total.",
     ):
         console.print(f"- {note}")
     return console.export_text()
 
 
 def _verdict(mutual: float, alone: float) -> str:
-    """One sentence on which training did better here, whichever it was.
+    """One sentence on which training did better.
 
     >>> _verdict(0.75, 0.7), _verdict(0.7, 0.75)
     ('mutual is 5.0 Dice points above labelled-only.', 'mutual is 5.0 Dice points below labelled-only.')
@@ -165,15 +166,15 @@ def _verdict(mutual: float, alone: float) -> str:
     return f"mutual is {abs(difference):.1f} Dice points {'above' if difference > 0 else 'below'} labelled-only."
 
 
-def _draw(path: Path, reports: dict[str, Report]) -> None:
+def _draw(path: Path, reports: dict[str, Report], cases: Sequence[Case]) -> None:
     """Both methods side by side on the first test cases, axial and coronal."""
     scores: dict[tuple[str, str], Scores] = {}
     for method, report in reports.items():
         scores |= {(method, row.case): row.scores for row in report.rows if row.method == DECODER_1}
     any_report = reports[MUTUAL]
     rows: list[tuple[str, Sequence[Panel]]] = []
-    for name in list(any_report.predictions)[:_SHOWN_CASES]:
-        case = any_report.dataset.load(name, needs_label=True)
+    for case in cases[:_SHOWN_CASES]:
+        name = case.name
         assert case.label is not None
         panels = []
         for axis in (2, 1):

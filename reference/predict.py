@@ -1,12 +1,12 @@
-"""Segment new images by a trained run: NIfTI or h5 in, one NIfTI label map each out, on the grid of its image.
+"""Segment new images with a trained run: NIfTI or h5 in, one NIfTI label map per image out, on the image's grid.
 
-A NIfTI file is taken as it comes from the scanner and prepared as the training data were (Left Atrium: z-score; Pancreas-CT:
-turned, 1 mm, window, z-score; BraTS: FLAIR, turned, z-score of the brain; generic: the recipe's normalisation); the label
-map is brought back to the file's own voxels. An h5 file holds an image that is ready, as those of the training.
+NIfTI files are raw images and are preprocessed like the training data (Left Atrium: z-score; Pancreas-CT: reoriented, 1 mm,
+windowed, z-score; BraTS: FLAIR, reoriented, z-score over the brain; generic: the recipe's normalisation); the label map is
+resampled to the original grid. h5 files hold preprocessed images, like those of the training.
 
 examples:
   rplib predict RUN scan1.nii.gz scan2.nii.gz --out DIR      DIR/scan1_prediction.nii.gz, DIR/scan2_prediction.nii.gz
-  rplib predict RUN new/*.nii.gz --out DIR --existing skip   goes on where an earlier call was stopped
+  rplib predict RUN new/*.nii.gz --out DIR --existing skip   continues an interrupted call
 """
 
 import argparse
@@ -16,59 +16,55 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The words of `rplib predict`."""
-    from rplib.reference.evaluate import length, positive
-    from rplib.reference.prediction import EXISTING
+    """The options of `rplib predict`."""
+    from rplib.reference.arguments import length, positive
+    from rplib.reference.inference.prediction import EXISTING
 
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder of `rplib train`, or a checkpoint (*.pt, *.pth)")
     parser.add_argument(
         "images", type=Path, nargs="+", metavar="IMAGE",
-        help="NIfTI (.nii.gz, .nii) or h5 files; several channels as one file, or as NAME_0000.nii.gz NAME_0001.nii.gz ...",
+        help="NIfTI (.nii.gz, .nii) or h5 files; several channels in one file, or as NAME_0000.nii.gz NAME_0001.nii.gz ...",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to write")
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="output folder")
     parser.add_argument(
-        "--weights", choices=("best", "last"), help="checkpoint of the run (default: best where it was written, else last)"
+        "--weights", choices=("best", "last"), help="checkpoint of the run (default: best if it exists, else last)"
     )
     parser.add_argument(
         "--decoder", choices=("1", "mean"), default="1",
-        help="decoder 1, the reported network, or the mean of both decoders' probabilities (default: %(default)s)",
+        help="decoder 1, as in the paper, or the mean of both decoders' probabilities (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--stride", type=positive, nargs="+", metavar="N",
         help="voxels between windows, one number per axis (default: the run's setting)",
     )  # fmt: skip
     parser.add_argument("--batch", type=positive, metavar="N", help="windows per forward pass (default: the run's setting)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
     parser.add_argument(
         "--spacing", type=length, nargs="+", metavar="MM",
-        help="voxel size of h5 files that hold none, one number per axis (the published Left Atrium files: 0.625 0.625 0.625)",
+        help="voxel size of h5 files that lack it, one number per axis (the published Left Atrium files: 0.625 0.625 0.625)",
     )  # fmt: skip
     parser.add_argument(
         "--prepared", action="store_true",
-        help="the NIfTI files are ready, too: turn, resample and normalise nothing",
+        help="NIfTI files are preprocessed already: do not reorient, resample or normalise",
     )  # fmt: skip
-    parser.add_argument(
-        "--largest-component", action="store_true", help="keep the largest part of each class (the paper: no)"
-    )
-    parser.add_argument(
-        "--score", action="store_true", help="write NAME_score.nii.gz, too: the probability of not being background"
-    )
+    parser.add_argument("--largest-component", action="store_true", help="keep the largest component of each class (paper: no)")
+    parser.add_argument("--score", action="store_true", help="also write NAME_score.nii.gz, the foreground probability")
     parser.add_argument(
         "--existing", choices=EXISTING, default=EXISTING[0],
-        help="where a label map is there already (default: %(default)s, before anything is done)",
+        help="what to do if a label map exists (default: %(default)s, before anything is done)",
     )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    """Segments and returns the exit code; mistakes raise `rplib.errors.UserError`."""
+    """Segments and returns the exit code; user errors raise `rplib.errors.UserError`."""
     from tqdm import tqdm
 
     from rplib.errors import UserError
-    from rplib.reference.inference import DECODER_1, MEAN
-    from rplib.reference.prediction import predict, summary
+    from rplib.reference.inference.prediction import predict, summary
+    from rplib.reference.inference.windows import DECODER_1, MEAN
 
     if not args.run_folder.exists():
-        raise UserError(f"no run folder {args.run_folder}; make one with `rplib train --out {args.run_folder}`.")
+        raise UserError(f"no run folder {args.run_folder}; create one with `rplib train --out {args.run_folder}`.")
     done = predict(
         args.run_folder,
         args.images,
@@ -85,19 +81,19 @@ def run(args: argparse.Namespace) -> int:
         existing=args.existing,
         on_done=lambda one: tqdm.write(summary(one)),
     )
-    print(f"segmented: {len(done)}, into {args.out}")
+    print(f"{len(done)} segmented, written to {args.out}")
     return 0
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """`rplib predict` with these words (default: the process's own)."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`rplib predict` with these arguments (default: those of the process)."""
     from rplib.cli import main as rplib
 
-    return rplib(["predict", *(sys.argv[1:] if words is None else words)])
+    return rplib(["predict", *(sys.argv[1:] if arguments is None else arguments)])
 
 
 if __name__ == "__main__":
-    # `python reference/predict.py` finds rplib in the checkout that it lies in, installed or not.
+    # `python reference/predict.py` uses the checkout that contains it, installed or not.
     root = Path(__file__).resolve().parent.parent
     if (root / "rplib" / "__init__.py").is_file():
         sys.path[0] = str(root)

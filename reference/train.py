@@ -1,11 +1,11 @@
-"""Train the two-decoder V-Net by a recipe.
+"""Train the two-decoder V-Net with a recipe.
 
 examples:
   rplib train --recipe la-8 --data DIR --out RUN
   rplib train --recipe la-8-supervised --data DIR --out RUN --set filters=4 --set patch=64,64,48 --set iterations=1000
-  rplib train --resume --out RUN                       goes on after a kill, with the same numbers
-  rplib train --recipe la-8 --data DIR --profile       where a step's time goes on this machine
-  torchrun --nproc-per-node 4 -m rplib.reference.train --recipe la-8 --data DIR --out RUN     one batch shared by 4 GPUs
+  rplib train --resume --out RUN                       resumes exactly where it stopped
+  rplib train --recipe la-8 --data DIR --profile       times the parts of a training step
+  torchrun --nproc-per-node 4 -m rplib.reference.train --recipe la-8 --data DIR --out RUN     each batch split over 4 GPUs
 """
 
 import argparse
@@ -15,11 +15,11 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The words of `rplib train`."""
+    """The options of `rplib train`."""
     parser.add_argument(
         "--recipe", metavar="NAME|FILE.toml",
-        help="settings: la-4, la-8, la-16, pancreas-6, pancreas-12, brats-25, brats-50, generic (your own NIfTI folder), each "
-        "also with -supervised; or a file",
+        help="one of la-4, la-8, la-16, pancreas-6, pancreas-12, brats-25, brats-50, generic (your own NIfTI folder), each "
+        "also as NAME-supervised; or a TOML file",
     )  # fmt: skip
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set")
     parser.add_argument("--out", type=Path, metavar="RUN", help="run folder; new or empty unless --resume")
@@ -32,30 +32,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="change settings of the recipe; may be repeated",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in RUN")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--help-settings", action="store_true", help="list every setting: type, default, meaning")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in RUN")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
     parser.add_argument(
         "--profile",
         type=int,
         nargs="?",
         const=10,
         metavar="STEPS",
-        help="train nothing: time the parts of a step and of a validation (default: %(const)s steps)",
+        help="do not train; time the parts of a step and of a validation over STEPS steps (default: %(const)s)",
     )
     parser.add_argument("--deterministic", action="store_true", help="deterministic algorithms on the GPU too (slower)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains and returns the exit code; mistakes raise `rplib.errors.UserError`."""
+    """Trains and returns the exit code; user errors raise `rplib.errors.UserError`."""
     from rplib.errors import UserError
-    from rplib.reference.launch import start, start_profile
+    from rplib.reference.config import describe_settings
+    from rplib.reference.training.start import start, start_profile
 
-    overrides = [word for words in args.overrides for word in words]
+    if args.help_settings:
+        print(describe_settings(), end="")
+        return 0
+    overrides = [setting for settings in args.overrides for setting in settings]
     if args.profile is not None:
         start_profile(args.recipe, args.data, overrides, args.device, args.profile, args.deterministic)
         return 0
     if args.out is None:
-        raise UserError("--out is missing: the run folder, new or empty unless --resume.")
+        raise UserError("--out is missing: give a run folder, new or empty unless --resume.")
     start(
         recipe=args.recipe,
         data=args.data,
@@ -68,15 +73,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """`rplib train` with these words (default: the process's own)."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`rplib train` with these arguments (default: those of the process)."""
     from rplib.cli import main as rplib
 
-    return rplib(["train", *(sys.argv[1:] if words is None else words)])
+    return rplib(["train", *(sys.argv[1:] if arguments is None else arguments)])
 
 
 if __name__ == "__main__":
-    # `python reference/train.py` finds rplib in the checkout that it lies in, installed or not.
+    # `python reference/train.py` uses the checkout that contains it, installed or not.
     root = Path(__file__).resolve().parent.parent
     if (root / "rplib" / "__init__.py").is_file():
         sys.path[0] = str(root)

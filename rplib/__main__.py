@@ -1,4 +1,4 @@
-"""`python -m rplib` is the command `rplib`."""
+"""`python -m rplib` runs the command `rplib`."""
 
 import sys
 

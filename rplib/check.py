@@ -1,8 +1,8 @@
-"""`rplib check`: do the implementations on this machine compute what the paper says?
+"""`rplib check`: compare the implementations on this machine with the naive form in float64.
 
-Every form is compared with the naive form in float64: loss, gradient, masks; over dtypes, shapes, strides and options.
-Two implementations may differ in the mask where both networks are equally confident (near-ties); there the truth is evaluated
-with the implementation's own mask, and such voxels are counted.
+Loss, gradient and masks are compared over dtypes, shapes, strides and options. Masks may differ where both networks are
+equally confident (near-ties); there the reference is evaluated with the implementation's own mask, and such voxels are
+counted.
 """
 
 import argparse
@@ -43,15 +43,15 @@ class Result:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--device", help="check this device only, for example cpu or cuda:0 (default: all there are)")
-    parser.add_argument("--quiet", action="store_true", help="print the verdict alone")
+    parser.add_argument("--device", help="check this device only, for example cpu or cuda:0 (default: all available)")
+    parser.add_argument("--quiet", action="store_true", help="print only the verdict")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a table and a verdict; 0 where every comparison passed, else 1."""
+    """Print a table and a verdict; returns 0 if every comparison passed, else 1."""
     devices = [torch.device(args.device)] if args.device else _devices()
     if all(d.type == "cpu" for d in devices) and dispatch.triton_installed():
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels can then run on a CPU
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported, so that kernels can run on a CPU
     failures = comparisons = 0
     for device in devices:
         for impl in ("torch", "triton"):
@@ -104,7 +104,7 @@ def check(impl: Implementation, device: torch.device) -> Iterator[Result]:
 
 
 def compare(name: str, options: Options, logits: list[Tensor], features: list[Tensor]) -> Result:
-    """Compare one call with the naive form in float64, at an upstream gradient that is not 1."""
+    """Compare one call with the naive form in float64, with an upstream gradient other than 1."""
     keywords = {k: v for k, v in vars(options).items() if k != "impl"}
     upstream = 3.0
     ours = [z.detach().clone(memory_format=torch.preserve_format).requires_grad_() for z in logits]
@@ -156,13 +156,13 @@ def _near_ties(logits: list[Tensor], options: Options) -> Tensor:
     """(B, *spatial) bool: the two networks are equally confident to the rounding of float32."""
     p = [torch.softmax(z.detach(), dim=1) for z in logits]
     if options.confidence == "max_probability":
-        doubt = [1 - q.amax(dim=1) for q in p]
+        uncertainty = [1 - q.amax(dim=1) for q in p]
     else:
-        doubt = [-(q * torch.log(q + options.eps)).sum(dim=1) for q in p]
-    tolerance = 1e-6 * torch.maximum(doubt[0].abs(), doubt[1].abs()) + 1e-12
+        uncertainty = [-(q * torch.log(q + options.eps)).sum(dim=1) for q in p]
+    tolerance = 1e-6 * torch.maximum(uncertainty[0].abs(), uncertainty[1].abs()) + 1e-12
     if logits[0].shape[1] > 2:
         tolerance = tolerance + 2e-6
-    return (doubt[0] - doubt[1]).abs() <= tolerance
+    return (uncertainty[0] - uncertainty[1]).abs() <= tolerance
 
 
 def _inputs(

@@ -1,20 +1,22 @@
-"""The command `rplib`: finds the module of the command asked for, runs it, and turns mistakes into one line."""
+"""The command `rplib`: imports and runs the module of a subcommand, and prints user errors as one line."""
 
 import argparse
-import errno
+import contextlib
 import importlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
 from rplib import __version__
-from rplib.errors import UserError
+from rplib.errors import Terminated, UserError, explained, printable
 
 
 class Command(NamedTuple):
-    """A word of the command line: the module behind it has `add_arguments(parser)` and `run(args) -> exit code`."""
+    """A subcommand; its module has `add_arguments(parser)` and `run(args) -> exit code`."""
 
     module: str
     summary: str
@@ -23,49 +25,63 @@ class Command(NamedTuple):
 COMMANDS = {
     "bench": Command("rplib.bench.benchmark", "time, memory and bytes of every implementation of the loss on this machine"),
     "check": Command("rplib.check", "compare the implementations with the naive form in float64 on this machine"),
-    "info": Command("rplib.info", "versions, devices, and which implementation `auto` takes; for bug reports"),
-    "data": Command("rplib.reference.data", "convert a raw release, write a generated data set, shrink or check one"),
-    "train": Command("rplib.reference.train", "train the two-decoder V-Net by a recipe"),
-    "evaluate": Command("rplib.reference.evaluate", "score a trained run: CSV, NIfTI, pictures, and one page with all of it"),
-    "compare": Command("rplib.reference.compare", "evaluated runs side by side: seeds together, recipes case by case"),
-    "predict": Command("rplib.reference.predict", "segment new images, NIfTI or h5: one label map each, on the image's grid"),
-    "demo": Command("rplib.reference.demo", "the whole job on generated data in a minute or two"),
+    "info": Command("rplib.info", "versions, devices, and the implementation that `auto` selects; for bug reports"),
+    "data": Command("rplib.reference.data", "convert a raw release; generate, downsample or check a data set"),
+    "train": Command("rplib.reference.train", "train the two-decoder V-Net with a recipe"),
+    "evaluate": Command("rplib.reference.evaluate", "evaluate a trained run: CSV, NIfTI, pictures, and an HTML report"),
+    "compare": Command("rplib.reference.compare", "compare evaluated runs: seeds averaged, recipes case by case"),
+    "sweep": Command("rplib.reference.sweep", "train and compare recipes x settings x seeds from one file; resumable"),
+    "predict": Command("rplib.reference.predict", "segment new NIfTI or h5 images: one label map each, on the image's grid"),
+    "demo": Command("rplib.reference.demo", "train and evaluate on generated data in one to two minutes"),
 }
 
-# Import names that come with an extra, so that a missing one is told as such and not as a traceback.
+# Import names by extra, so that a missing one is reported with the extra to install.
 EXTRAS = {
     "triton": ("triton",),
-    "reference": ("h5py", "matplotlib", "monai", "nibabel", "numpy", "rich", "scipy", "SimpleITK", "tensorboard", "tqdm"),
+    "reference": (
+        "filelock",
+        "h5py",
+        "matplotlib",
+        "monai",
+        "nibabel",
+        "numpy",
+        "rich",
+        "scipy",
+        "SimpleITK",
+        "tensorboard",
+        "tomlkit",
+        "tqdm",
+    ),
 }
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
-
-# What the machine may answer to any write or read: the user can mend it, and a traceback adds nothing.
-_MENDABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+EXIT_TERMINATED = 143  # 128 + SIGTERM
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with mistakes as one line, like every other mistake."""
+    """argparse that reports errors as one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see `{self.prog} --help`)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `rplib` with these words (default: the process's own) and returns the exit code.
+    """Run `rplib` with these arguments (default: those of the process) and return the exit code.
 
-    A user's mistake gives one line on stderr and 2, Ctrl-C gives 130, a reader that left (`rplib info | head`) 141.
+    A user error prints one line on stderr and returns 2, Ctrl-C returns 130, SIGTERM 143 (a training writes a checkpoint
+    first), a closed pipe (`rplib info | head`) 141.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a table's lines where the encoding has none: "?", and no traceback
+        if isinstance(stream, io.TextIOWrapper):  # replace characters that the encoding lacks by "?"
             stream.reconfigure(errors="replace")
-    code = _explained(list(sys.argv[1:] if argv is None else argv))
+    with _termination():
+        code = _explained(list(sys.argv[1:] if argv is None else argv))
     try:
         sys.stdout.flush()  # a closed pipe or a full disk shows here, and not at interpreter exit
     except OSError as error:
-        # Python flushes once more at exit, where what is left in the buffer would fail again, with a traceback.
+        # Python flushes again at exit, where the remaining buffer would fail with a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return EXIT_BROKEN_PIPE
@@ -73,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _explained(words: list[str]) -> int:
+def _explained(arguments: list[str]) -> int:
     try:
-        return _run(words)
+        return _run(arguments)
     except SystemExit as leaving:  # --help and --version
         if not isinstance(leaving.code, int):
             raise
@@ -89,16 +105,37 @@ def _explained(words: list[str]) -> int:
         return _mistake(f'{error.name} is not installed; install it with: pip install "rplib[{extra}]"')
     except BrokenPipeError:
         return EXIT_BROKEN_PIPE
-    except OSError as error:
-        if error.errno not in _MENDABLE:
-            raise
-        return _mistake(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror))
+    except Terminated:
+        print("rplib: terminated", file=sys.stderr)
+        return EXIT_TERMINATED
     except KeyboardInterrupt:
         print("rplib: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        told = explained(error)
+        if told is None:
+            raise
+        return _mistake(str(told))
 
 
-def _run(words: list[str]) -> int:
+@contextlib.contextmanager
+def _termination() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: what it holds is put away, temporary files among them."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(arguments: list[str]) -> int:
     top = Parser(
         prog="rplib",
         description="Mutual learning with reliable pseudo-labels for semi-supervised segmentation.",
@@ -107,7 +144,7 @@ def _run(words: list[str]) -> int:
     )
     top.add_argument("--version", action="version", version=f"rplib {__version__}")
     top.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the commands below")
-    name = top.parse_args(words[:1]).command  # the rest is the command's own
+    name = top.parse_args(arguments[:1]).command  # the rest belongs to the subcommand
 
     module = importlib.import_module(COMMANDS[name].module)
     parser = Parser(
@@ -116,13 +153,13 @@ def _run(words: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    return int(module.run(parser.parse_args(words[1:])))
+    return int(module.run(parser.parse_args(arguments[1:])))
 
 
 def _command_list() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(["commands:", *lines, "", "`rplib COMMAND --help` tells what a command takes."])
+    return "\n".join(["commands:", *lines, "", "Run `rplib COMMAND --help` for the options of a command."])
 
 
 def _extra_of(module: str | None) -> str | None:
@@ -131,7 +168,7 @@ def _extra_of(module: str | None) -> str | None:
 
 
 def _mistake(message: str) -> int:
-    print(f"rplib: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"rplib: error: {printable(message)}", file=sys.stderr)
     return EXIT_MISTAKE
 
 

@@ -6,12 +6,17 @@ import torch
 from torch import Tensor
 
 from rplib import ranks
+from rplib.inputs import valid_only
 
 _SMOOTH = 1e-8
 
 
 def dice_loss(
-    logits: Tensor, target: Tensor, classes: Sequence[int] | None = None, process_group: ranks.Group = None
+    logits: Tensor,
+    target: Tensor,
+    classes: Sequence[int] | None = None,
+    process_group: ranks.Group = None,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Soft Dice loss of one network over all samples together, mean over classes.
 
@@ -22,6 +27,7 @@ def dice_loss(
         target: (B, *spatial) or (B, 1, *spatial), class indices as integer, bool or float.
         classes: the classes in the mean; None is 1..C-1.
         process_group: the sums run over the samples of all its ranks; gradients are multiplied by their number.
+        valid: (B, *spatial) bool, the voxels that count; None: all.
 
     Returns:
         0-dim, float32 (float64 for float64 logits); 0 (connected to the graph) for B = 0.
@@ -39,11 +45,15 @@ def dice_loss(
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if target.ndim == logits.ndim:
         target = target.squeeze(1)
-    p = torch.softmax(logits.to(dtype), dim=1).flatten(2)  # (B, C, V)
+    z = valid_only(logits.to(dtype), None if valid is None else valid.unsqueeze(1))
+    p = torch.softmax(z, dim=1).flatten(2)  # (B, C, V)
     truth = target.flatten(1)  # (B, V)
+    keep = None if valid is None else valid.flatten(1)
+    if keep is not None:
+        p = p * keep.unsqueeze(1)
     rows = []
     for c in range(1, logits.shape[1]) if classes is None else classes:
-        g = (truth == c).to(dtype)
+        g = (truth == c if keep is None else (truth == c) & keep).to(dtype)
         rows.append(torch.stack([(p[:, c] * g).sum(), p[:, c].sum() + g.sum()]))
     local = torch.stack(rows, dim=1)  # (2, classes): overlap, size
     overlap, size = ranks.as_one_process(local, ranks.total(local, process_group), process_group)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rplib.options import Implementation
+from rplib.options import Implementation, Options
 
 
 def _is_installed(package: str) -> bool:
@@ -30,29 +30,73 @@ _OLDEST_COMPUTE_CAPABILITY = (7, 5)
 MOST_CLASSES = 64
 MOST_FEATURES = 1024
 
+# What the kernels do not compute (yet): under ``impl="auto"`` a call with one of these takes the lean form on a GPU too.
+BEYOND_KERNELS = {
+    "mask": "the kernels take no mask",
+    "students": "the kernels teach every network, and students= names some",
+    "ignore_index": "the kernels know no ignore_index",
+    "labelled": "the kernels take the first samples of the batch as the labelled ones",
+    "supervised": 'the kernels compute no supervised term but "dice"',
+    "statistics": "the kernels do not report statistics",
+    "minimum_confidence": "the kernels know no minimum_confidence",
+    "temperature": "the kernels know no temperature but 1",
+    "class_weights": "the kernels know no class_weights",
+    "prototypes": 'the kernels make prototypes per "sample"',
+    "reduction": 'the kernels compute reduction="mean"',
+}
 
-def choose(impl: Implementation, logits: Sequence[Tensor], features: Sequence[Tensor] | None) -> Form:
+
+def choose(
+    impl: Implementation,
+    logits: Sequence[Tensor],
+    features: Sequence[Tensor] | None,
+    asked: Sequence[str] = (),
+) -> Form:
     """The form that computes this call.
+
+    Args:
+        asked: names in `BEYOND_KERNELS` of what the call makes use of.
 
     Raises:
         ValueError: ``impl="triton"`` cannot be met; says why and what to use instead.
     """
     if impl == "naive" or impl == "torch":
         return impl
-    obstacle = triton_obstacle(logits, features, explicit=impl == "triton")
+    obstacle = triton_obstacle(logits, features, explicit=impl == "triton", asked=asked)
     if impl == "triton" and obstacle:
         raise ValueError(f'impl="triton" is impossible here: {obstacle}; use impl="torch" or impl="auto".')
     return "torch" if obstacle else "triton"
 
 
+def asked_of(options: Options, mask: Tensor | None) -> list[str]:
+    """Names in `BEYOND_KERNELS` of what a call of the loss makes use of."""
+    used = {
+        "mask": mask is not None,
+        "students": options.students is not None,
+        "minimum_confidence": options.minimum_confidence is not None,
+        "temperature": options.temperature != 1,
+        "class_weights": options.class_weights is not None,
+        "prototypes": options.prototypes != "sample" and options.weighting is not None,
+        "reduction": options.reduction != "mean",
+    }
+    return [name for name, asked in used.items() if asked]
+
+
 def triton_obstacle(
-    logits: Sequence[Tensor], features: Sequence[Tensor] | None, *, explicit: bool = False
+    logits: Sequence[Tensor],
+    features: Sequence[Tensor] | None,
+    *,
+    explicit: bool = False,
+    asked: Sequence[str] = (),
 ) -> str | None:
     """Why the kernels cannot compute this call, or None.
 
     Args:
         explicit: the kernels were asked for by name, so that Triton's interpreter will do on a CPU.
+        asked: names in `BEYOND_KERNELS` of what the call makes use of.
     """
+    if asked:
+        return BEYOND_KERNELS[asked[0]]
     everything = [*logits, *(features or ())]
     if len(logits) != 2:
         return f"the kernels take K = 2 networks, got {len(logits)}"

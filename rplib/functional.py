@@ -1,20 +1,21 @@
 """The functions that users call: check, choose the implementation, compute."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rplib import dispatch, inputs, lean, naive
-from rplib.dice import dice_loss
+from rplib import dispatch, inputs, lean, naive, per_voxel
 from rplib.maps import Reliability
-from rplib.options import Confidence, CrossEntropyOn, Implementation, Options, Weighting
+from rplib.options import Confidence, CrossEntropyOn, Implementation, Options, Prototypes, Reduction, Weighting
 from rplib.ranks import Group
 
 
 def reliable_mutual_loss(
     logits: Sequence[Tensor],
     features: Sequence[Tensor] | None = None,
+    mask: Tensor | None = None,
     *,
     confidence: Confidence | None = "entropy",
     weighting: Weighting | None = "similarity",
@@ -23,6 +24,12 @@ def reliable_mutual_loss(
     impl: Implementation = "auto",
     check_finite: bool = False,
     process_group: Group = None,
+    students: tuple[int, ...] | None = None,
+    minimum_confidence: float | None = None,
+    temperature: float = 1.0,
+    class_weights: tuple[float, ...] | None = None,
+    prototypes: Prototypes = "sample",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Mutual learning with reliable pseudo-labels: at each voxel the more confident network teaches the other.
 
@@ -31,6 +38,8 @@ def reliable_mutual_loss(
             float32 or float64; any strides.
         features: K tensors (B, F, *spatial), what the last 1x1x1 convolution reads; F may differ between networks.
             Needed for ``weighting="similarity"``. They get no gradient.
+        mask: (B, *spatial) bool, True where a voxel counts; None: everywhere. Elsewhere nothing teaches, learns or is counted:
+            loss and gradients are those of the problem without these voxels, whatever their values (NaN too).
         confidence: which voxels are taught. ``"entropy"``: where the teacher's entropy is strictly lower;
             ``"max_probability"``: where its largest probability is strictly higher; ``None``: everywhere.
         weighting: how much. ``"similarity"``: by how much the voxel's feature resembles its class prototypes; ``None``: 1.
@@ -43,16 +52,27 @@ def reliable_mutual_loss(
         process_group: a torch.distributed group whose ranks hold parts of one batch. Mask counts and loss numerators are
             summed over it: every rank returns the loss of the whole batch, and its gradients are multiplied by the number of
             ranks, so that DistributedDataParallel's average equals the gradient of a single process. None: this process alone.
+            ``"world"``: the default group at the time of the call; ``torch.distributed.group.WORLD`` is None before
+            init_process_group, and a module built with it then would know no group.
+        students: the networks that learn, for example ``(0,)`` where network 1 is a mean teacher; the others only teach, and get
+            no gradient. None: all.
+        minimum_confidence: a network teaches only where its largest probability is at least this; None: no such limit.
+        temperature: T of the teacher's probabilities in the weight, softmax(z_j / T): below 1 a sharper distribution.
+        class_weights: C numbers; the weight of a voxel is multiplied by that of its pseudo-label. None: 1 for all.
+        prototypes: the mean features of a class in each ``"sample"``, as in the paper, or in the whole ``"batch"``.
+        reduction: ``"mean"``: per pair the mean over the voxels taught, as in the paper; ``"sum"``: the sum over them;
+            ``"none"``: nothing is summed.
 
     Returns:
-        The loss, 0-dim, float32 (float64 for float64 input): the sum over ordered pairs of networks, each normalised by
-        the number of voxels taught. Computed in float32 or better whatever the input's dtype. A non-finite logit or
-        feature gives a non-finite loss.
+        The loss, 0-dim, float32 (float64 for float64 input): the sum over ordered pairs of networks. Computed in float32 or
+        better whatever the input's dtype. A non-finite logit or feature gives a non-finite loss. With ``reduction="none"`` a
+        tensor (pairs, B, *spatial) of this process's voxels: weight times cross-entropy, 0 where nobody teaches.
 
     Raises:
         TypeError: not a list of tensors, or an integer dtype.
         ValueError: shapes, numbers, devices or keywords that do not fit; an ``impl`` that cannot be had;
             with ``check_finite``, a non-finite value.
+        RuntimeError: another rank of the process group did not call the loss within the group's timeout.
 
     Source: Su et al., Medical Image Analysis 94 (2024) 103111.
 
@@ -67,55 +87,33 @@ def reliable_mutual_loss(
         >>> loss.shape, logits[0].grad.shape
         (torch.Size([]), torch.Size([2, 2, 8, 8, 8]))
     """
-    options = Options(confidence, weighting, cross_entropy_on, eps, impl, check_finite, process_group)
-    return loss_with(options, logits, features)
+    options = Options(
+        confidence, weighting, cross_entropy_on, eps, impl, check_finite, process_group, students,
+        minimum_confidence, temperature, class_weights, prototypes, reduction,
+    )  # fmt: skip
+    return loss_with(options, logits, features, mask)
 
 
-def loss_with(options: Options, logits: Sequence[Tensor], features: Sequence[Tensor] | None) -> Tensor:
+def loss_with(options: Options, logits: Sequence[Tensor], features: Sequence[Tensor] | None, mask: Tensor | None) -> Tensor:
     """`reliable_mutual_loss` with keywords that were checked before: for modules that keep them."""
-    logits, features = _checked(logits, features, options)
-    form = dispatch.choose(options.impl, logits, features)
+    logits, features, mask = prepared(logits, features, mask, options)
+    form = dispatch.choose(options.impl, logits, features, dispatch.asked_of(options, mask))
     if form == "triton":
         from rplib.kernels.operators import loss as triton_loss  # here: Triton need not be installed
 
-        return triton_loss(logits, features, options)
-    return _loss_in_pytorch(form, logits, features, options)
-
-
-def objective_with(
-    options: Options,
-    logits: Sequence[Tensor],
-    features: Sequence[Tensor] | None,
-    target: Tensor,
-    dice_weight: float,
-    dice_classes: Sequence[int] | None,
-    consistency_weight: float | Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `rplib.MutualObjective` computes: total, and its terms Dice and mutual, detached."""
-    logits, features = _checked(logits, features, options)
-    labelled = inputs.check_target(target, logits[0])
-    inputs.check_dice_classes(dice_classes, logits[0])
-    form = dispatch.choose(options.impl, logits, features)
-    if form == "triton":  # Dice inside the kernels' own passes
-        from rplib.kernels.operators import objective
-
-        classes = range(1, logits[0].shape[1]) if dice_classes is None else dice_classes
-        return objective(logits, features, options, target, dice_weight, classes, consistency_weight)
-    mutual = _loss_in_pytorch(form, logits, features, options)
-    group = options.process_group
-    dice = torch.stack([dice_loss(z[:labelled], target, dice_classes, group) for z in logits]).sum()
-    return dice_weight * dice + consistency_weight * mutual, dice.detach(), mutual.detach()
-
-
-def _loss_in_pytorch(
-    form: dispatch.Form, logits: list[Tensor], features: list[Tensor] | None, options: Options
-) -> Tensor:
-    return naive.loss(logits, features, options) if form == "naive" else lean.loss(logits, features, options)
+        return triton_loss(usable_in_autograd(logits), features, options)
+    if options.reduction == "none":
+        found = (naive if form == "naive" else lean).maps([z.detach() for z in logits], features, options, mask)
+        return per_voxel.loss(logits, found, options, mask)
+    if form == "naive":
+        return naive.loss(logits, features, options, valid=mask)
+    return lean.loss(logits, features, options, mask)
 
 
 def reliability(
     logits: Sequence[Tensor],
     features: Sequence[Tensor] | None = None,
+    mask: Tensor | None = None,
     *,
     confidence: Confidence | None = "entropy",
     weighting: Weighting | None = "similarity",
@@ -124,6 +122,12 @@ def reliability(
     impl: Implementation = "auto",
     check_finite: bool = False,
     process_group: Group = None,
+    students: tuple[int, ...] | None = None,
+    minimum_confidence: float | None = None,
+    temperature: float = 1.0,
+    class_weights: tuple[float, ...] | None = None,
+    prototypes: Prototypes = "sample",
+    reduction: Reduction = "mean",
 ) -> list[Reliability]:
     """Which voxels each teacher is reliable at, and how reliable: for people who want to look.
 
@@ -131,7 +135,8 @@ def reliability(
 
     Returns:
         One `Reliability` per ordered pair, in the order (student, teacher) = (0, 1), (0, 2) .. (1, 0) ..; nothing in it
-        carries a gradient. With ``weighting=None`` the weight is the mask, prototypes and similarity are None.
+        carries a gradient. With ``weighting=None`` the weight is the mask, prototypes and similarity are None. Where a voxel does
+        not count, mask and weight are 0, and the label means nothing. With ``students`` only the pairs whose student learns.
 
     Raises:
         TypeError, ValueError: as `reliable_mutual_loss`.
@@ -149,27 +154,46 @@ def reliability(
         >>> bool((first.mask & second.mask).any())  # at most one of two networks teaches
         False
     """
-    options = Options(confidence, weighting, cross_entropy_on, eps, impl, check_finite, process_group)
-    logits, features = _checked(logits, features, options)
+    options = Options(
+        confidence, weighting, cross_entropy_on, eps, impl, check_finite, process_group, students,
+        minimum_confidence, temperature, class_weights, prototypes, reduction,
+    )  # fmt: skip
+    logits, features, mask = prepared(logits, features, mask, options)
     logits = [z.detach() for z in logits]
-    features = None if features is None else [f.detach() for f in features]
-    form = dispatch.choose(impl, logits, features)
+    form = dispatch.choose(impl, logits, features, dispatch.asked_of(options, mask))
     if form == "naive":
-        return naive.maps(logits, features, options)
+        return naive.maps(logits, features, options, mask)
     if form == "torch":
-        return lean.maps(logits, features, options)
+        return lean.maps(logits, features, options, mask)
     from rplib.kernels.operators import maps as triton_maps
 
     return triton_maps(logits, features, options)
 
 
-def _checked(
-    logits: Sequence[Tensor], features: Sequence[Tensor] | None, options: Options
-) -> tuple[list[Tensor], list[Tensor] | None]:
+class Prepared(NamedTuple):
+    """Inputs that were checked: plain tensors; features detached, as are the logits of networks that do not learn."""
+
+    logits: list[Tensor]
+    features: list[Tensor] | None
+    mask: Tensor | None
+
+
+def prepared(logits: Sequence[Tensor], features: Sequence[Tensor] | None, mask: Tensor | None, options: Options) -> Prepared:
+    """Check what a caller passes against each other and against the options."""
     needed = options.weighting is not None
-    checked_logits, checked_features = inputs.check_tensors(logits, features, features_needed=needed)
-    if not needed:
-        checked_features = None
+    z, f = inputs.check_tensors(logits, features, features_needed=needed)
+    options.check_sizes(len(z), z[0].shape[1])
+    mask = inputs.check_mask(mask, z[0])
+    f = None if f is None or not needed else [t.detach() for t in f]
+    if options.students is not None:
+        z = [t if k in options.students else t.detach() for k, t in enumerate(z)]
     if options.check_finite:
-        inputs.check_finite(checked_logits, checked_features)
-    return checked_logits, checked_features
+        inputs.check_finite(z, f, mask)
+    return Prepared(z, f, mask)
+
+
+def usable_in_autograd(logits: list[Tensor]) -> list[Tensor]:
+    """A copy of what was made in torch.inference_mode, which the operators' backward pass could not keep; else the same."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not any(z.requires_grad for z in logits):
+        return logits
+    return [z.clone() if z.is_inference() else z for z in logits]

@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, machine, devices, and which implementation `impl="auto"` takes there and why."""
+"""`rplib info`: versions, machine, devices, and the implementation that `impl="auto"` selects and why."""
 
 import argparse
 import importlib.metadata
@@ -12,9 +12,9 @@ import torch
 
 from rplib import __version__, dispatch
 
-# Distributions whose versions change results or break runs.
+# Packages whose versions affect results or compatibility.
 _PACKAGES = ("triton", "numpy", "monai", "h5py", "nibabel", "scipy", "matplotlib", "tensorboard")
-# Variables that change which implementation runs, how fast, or on what.
+# Variables that affect the implementation, its speed, or the device.
 _VARIABLES = (
     "TRITON_INTERPRET",
     "OMP_NUM_THREADS",
@@ -29,19 +29,19 @@ Report = dict[str, dict[str, str]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `rplib info`."""
+    """The options of `rplib info`."""
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report."""
+    """Print the report."""
     found = report()
     print(json.dumps(found, indent=2) if args.json else as_text(found))
     return 0
 
 
 def report() -> Report:
-    """Section -> name -> value, everything as text.
+    """The report as section -> name -> value, all text.
 
     >>> from rplib.info import report
     >>> sorted(report())
@@ -69,11 +69,11 @@ def report() -> Report:
 
 
 def as_text(found: Report) -> str:
-    """The report as lines to paste."""
+    """The report as text."""
     width = max(len(name) for section in found.values() for name in section)
     lines = []
     for section, rows in found.items():
-        title = 'impl="auto" takes, for K = 2 networks in half or single precision' if section == "auto" else section
+        title = 'impl="auto" selects, for K = 2 networks in half or single precision' if section == "auto" else section
         lines += [title, *(f"  {name:{width}}  {value}" for name, value in rows.items())]
         if not rows:
             lines.append("  (nothing set)")
@@ -117,10 +117,12 @@ def _devices() -> dict[str, str]:
 
 
 def _auto_on(device: torch.device) -> str:
-    # Dispatch looks at number, shapes, dtypes and devices; the meta device cannot stand in for the last.
+    # Dispatch depends on number, shapes, dtypes and devices, so real tensors on the device are needed.
     try:
         tensors = [torch.empty(1, 2, 1, device=device)] * 2  # (B, C, V)
     except RuntimeError as error:
         return f"unusable: {str(error).partition(chr(10))[0]}"
-    form = dispatch.choose("auto", tensors, tensors)
-    return f"{form}: {dispatch.triton_obstacle(tensors, tensors) or 'the kernels support this device'}"
+    obstacle = dispatch.triton_obstacle(tensors, tensors)
+    if obstacle:
+        return f"torch: {obstacle}"
+    return f"triton: the kernels support this device; torch with {', '.join(dispatch.BEYOND_KERNELS)}"

@@ -25,8 +25,10 @@ def check_tensors(
         raise ValueError(f"logits holds {len(logits)} tensor; expected one per network, at least 2.")
     first = logits[0]
     if not 3 <= first.ndim <= 5:
+        advice = " A stack of deep supervision outputs (B, outputs, C, *spatial) is unpacked by rplib.unstack."
         raise ValueError(
             f"logits[0] has shape {_shape(first)}; expected (B, C, *spatial) with 1 to 3 spatial axes."
+            + (advice if first.ndim == 6 else "")
         )
     if first.shape[1] < 2:
         raise ValueError(
@@ -37,9 +39,7 @@ def check_tensors(
         raise ValueError(f"logits[0] has shape {_shape(first)}; expected at least one sample and one voxel.")
     for k, z in enumerate(logits):
         if z.shape != first.shape:
-            raise ValueError(
-                f"logits[{k}] has shape {_shape(z)} but logits[0] has {_shape(first)}; expected equal shapes."
-            )
+            raise ValueError(f"logits[{k}] has shape {_shape(z)} but logits[0] has {_shape(first)}; expected equal shapes.")
     if features is None:
         if features_needed:
             raise ValueError(
@@ -55,9 +55,15 @@ def check_tensors(
         )
     for k, f in enumerate(features):
         if f.ndim != first.ndim or f.shape[0] != first.shape[0] or f.shape[2:] != first.shape[2:]:
+            stacked = f.shape[2:] == first.shape[3:] and f.ndim == first.ndim - 1
             raise ValueError(
                 f"features[{k}] has shape {_shape(f)} but logits[0] has {_shape(first)}; "
                 "expected (B, F, *spatial) with the same batch and spatial sizes."
+                + (
+                    " A stack of deep supervision outputs (B, outputs, C, *spatial)? Unpack it with rplib.unstack."
+                    if stacked
+                    else ""
+                )
             )
         if f.shape[1] < 1:
             raise ValueError(f"features[{k}] has shape {_shape(f)}; expected at least one feature channel.")
@@ -65,37 +71,82 @@ def check_tensors(
     return logits, features
 
 
-def check_finite(logits: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
-    """Look for NaN and infinities; synchronises with the device.
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor without a subclass that only carries notes along (MONAI's MetaTensor): the same memory and graph.
 
-    A logit of -inf (a class that is ruled out) is allowed: the formula is defined there.
+    Subclasses with their own dispatch (DTensor, FakeTensor) are other things and stay.
+    """
+    kind = type(tensor)
+    if kind is Tensor or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return tensor
+    return tensor.as_subclass(Tensor)
+
+
+def valid_only(tensor: Tensor, keep: Tensor | None) -> Tensor:
+    """0 where ``keep`` (broadcast to the tensor) is False, whatever was there, with a gradient of 0; None keeps all."""
+    return tensor if keep is None else torch.where(keep, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+
+
+def check_mask(mask: Tensor | None, z: Tensor) -> Tensor | None:
+    """A mask of valid voxels that belongs to logits z (B, C, *spatial), as (B, *spatial) bool.
+
+    Raises:
+        TypeError, ValueError: says what came and what was expected.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask is a {type(mask).__name__}; expected a bool tensor (B, *spatial), True where a voxel counts.")
+    mask = plain(mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask has dtype {mask.dtype}; expected torch.bool, True where a voxel counts (mask > 0 makes one).")
+    shape = (z.shape[0], *z.shape[2:])
+    if tuple(mask.shape) == (z.shape[0], 1, *z.shape[2:]):
+        mask = mask.squeeze(1)
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"mask has shape {_shape(mask)} but logits[0] has {_shape(z)}; expected {shape}.")
+    if mask.device != z.device:
+        raise ValueError(f"mask is on {mask.device} but logits[0] is on {z.device}; expected one device for all.")
+    return mask.detach()
+
+
+def looks_allowed(device: torch.device) -> bool:
+    """False where values cannot be looked at: under torch.compile and CUDA graph capture."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def check_finite(logits: Sequence[Tensor], features: Sequence[Tensor] | None, mask: Tensor | None = None) -> None:
+    """Look for NaN and infinities at the voxels that count; synchronises with the device.
+
+    A logit of -inf (a class that is ruled out) is allowed: the formula is defined there, and infinite where a pseudo-label or
+    the target asks for that class.
 
     Raises:
         ValueError: names the tensor and says how many of its values are bad.
         RuntimeError: called under torch.compile or CUDA graph capture, where a look at values is impossible.
     """
-    if torch.compiler.is_compiling() or (
-        logits[0].is_cuda and torch.cuda.is_current_stream_capturing()
-    ):
+    if not looks_allowed(logits[0].device):
         raise RuntimeError(
             "check_finite=True looks at values, which torch.compile and CUDA graph capture cannot do; "
             "pass check_finite=False there."
         )
+    keep = None if mask is None else mask.unsqueeze(1)
     for k, z in enumerate(logits):
+        z = valid_only(z, keep)
         bad = int((z.isnan() | z.isposinf()).sum())
         if bad:
             raise ValueError(f"logits[{k}] has {bad} NaN or +inf of {z.numel()} values; expected finite values.")
     for k, f in enumerate(features or ()):
-        bad = f.numel() - int(f.isfinite().sum())
+        bad = f.numel() - int(valid_only(f, keep).isfinite().sum())
         if bad:
             raise ValueError(f"features[{k}] has {bad} NaN or infinite of {f.numel()} values; expected finite values.")
 
 
 def _as_list(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     if isinstance(tensors, Tensor) or not isinstance(tensors, (list, tuple)):
-        raise TypeError(
-            f"{name} is a {type(tensors).__name__}; expected a list or tuple with one tensor per network."
-        )
+        raise TypeError(f"{name} is a {type(tensors).__name__}; expected a list or tuple with one tensor per network.")
     for k, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}[{k}] is a {type(tensor).__name__}; expected a torch.Tensor.")
@@ -104,7 +155,7 @@ def _as_list(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
                 f"{name}[{k}] has dtype {tensor.dtype}; expected float16, bfloat16, float32 or float64 "
                 "(raw network outputs, not labels)."
             )
-    return list(tensors)
+    return [plain(tensor) for tensor in tensors]
 
 
 def _check_devices(logits: list[Tensor], features: list[Tensor]) -> None:
@@ -112,37 +163,8 @@ def _check_devices(logits: list[Tensor], features: list[Tensor]) -> None:
     for name, tensors in (("logits", logits), ("features", features)):
         for k, tensor in enumerate(tensors):
             if tensor.device != device:
-                raise ValueError(
-                    f"{name}[{k}] is on {tensor.device} but logits[0] is on {device}; expected one device for all."
-                )
+                raise ValueError(f"{name}[{k}] is on {tensor.device} but logits[0] is on {device}; expected one device for all.")
 
 
 def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
-
-
-def check_target(target: Tensor, z: Tensor) -> int:
-    """B_l, the number of labelled samples, of a target that belongs to logits z (B, C, *spatial).
-
-    Raises:
-        TypeError, ValueError: says what came and what was expected.
-    """
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target is a {type(target).__name__}; expected a torch.Tensor of class indices.")
-    labelled = target.shape[0] if target.ndim else 0
-    spatial = tuple(z.shape[2:])
-    fits = tuple(target.shape[1:]) in (spatial, (1, *spatial))
-    if not fits or labelled > z.shape[0]:
-        raise ValueError(
-            f"target has shape {tuple(target.shape)} but logits[0] has {tuple(z.shape)}; expected (B_l, *spatial) "
-            f"or (B_l, 1, *spatial) with B_l <= {z.shape[0]}."
-        )
-    if target.device != z.device:
-        raise ValueError(f"target is on {target.device} but logits[0] is on {z.device}; expected one device for all.")
-    return labelled
-
-
-def check_dice_classes(classes: Sequence[int] | None, z: Tensor) -> None:
-    """Refuse classes that logits z (B, C, *spatial) do not have."""
-    if classes is not None and max(classes) >= z.shape[1]:
-        raise ValueError(f"dice_classes is {tuple(classes)} but logits[0] has {z.shape[1]} classes.")

@@ -10,62 +10,75 @@ Two passes over the inputs, as the kernels make them:
 Eager PyTorch keeps every intermediate tensor of an operation chain alive, so both passes walk over the voxels in pieces that
 fit into a CPU's cache. Under torch.compile there is one piece and the compiler fuses.
 
-Rounding. With l the class of the largest logit, e_c = exp(z_c - z_l) and rest = sum_{c != l} e_c, the probabilities are
-p_c = e_c / (1 + rest), the complement 1 - p_l = rest / (1 + rest) and the cross-entropy log1p(rest) + z_l - z_y: none of them
-subtracts nearly equal numbers, so confident voxels keep their gradient. For C = 2 the entropy falls strictly as |z_1 - z_0|
-grows, whatever eps is, so that margins are compared (exactly, with the rounding error of the subtraction) and no entropy
-is computed.
+``valid``, (B, *spatial) bool, marks the voxels that count. Logits and features elsewhere are replaced by zeros piece by piece,
+before anything is computed from them, so that not even a NaN there matters.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rplib import ranks
+from rplib.inputs import valid_only
+from rplib.lean_voxels import class_factor, compute_dtype, cross_entropy, doubt, network_at, pieces, reliability, slope, teaches
 from rplib.maps import Reliability, ordered_pairs
 from rplib.options import Options
-
-# Voxels per piece: on a CPU 16 feature channels of float32 are 4 MB; elsewhere the piece bounds memory, not cache misses.
-_PIECE_CPU = 1 << 16
-_PIECE_ELSEWHERE = 1 << 22
+from rplib.similarity import by_matrix_product, similarity
+from rplib.statistics import ObjectiveStatistics, Sums
 
 
-def loss(logits: list[Tensor], features: list[Tensor] | None, options: Options) -> Tensor:
+def loss(logits: list[Tensor], features: list[Tensor] | None, options: Options, valid: Tensor | None = None) -> Tensor:
     """The mutual loss, a 0-dim tensor, differentiable once with respect to the logits."""
+    return loss_and_statistics(logits, features, options, valid, detailed=False)[0]
+
+
+def loss_and_statistics(
+    logits: list[Tensor], features: list[Tensor] | None, options: Options, valid: Tensor | None, *, detailed: bool
+) -> tuple[Tensor, ObjectiveStatistics | None]:
+    """The mutual loss, and if ``detailed`` what the same two passes know besides."""
     features = features if options.weighting else None
     group = options.process_group
-    known = statistics(logits, features, options)
+    known = statistics(logits, features, options, valid, detailed=detailed)
     poison = ranks.total(known.poison, group)
-    normaliser = ranks.total(known.counts, group).to(poison.dtype) + options.eps + poison  # n_ij: (pairs,)
-    value: Tensor = _LeanLoss.apply(  # type: ignore[no-untyped-call]
-        options, len(logits), poison, normaliser, *(known.prototypes or []), *logits, *(features or [])
+    counts = ranks.total(known.counts, group)
+    normaliser = counts.to(poison.dtype) + options.eps + poison  # n_ij: (pairs,)
+    if options.reduction == "sum":
+        normaliser = torch.ones_like(normaliser) + poison
+    value, numerators, weights = _LeanLoss.apply(  # type: ignore[no-untyped-call]
+        options, len(logits), detailed, valid, poison, normaliser, *(known.prototypes or []), *logits, *(features or [])
     )
-    return ranks.as_one_process(value, ranks.total(value, group), group)
+    result = ranks.as_one_process(value, ranks.total(value, group), group)
+    if not detailed:
+        return result, None
+    assert known.members is not None and known.differing is not None and known.voxels is not None
+    sums = Sums(counts, known.members, known.differing, known.voxels, numerators.detach(), weights.detach())
+    return result, sums.over_ranks(group)
 
 
-def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options) -> list[Reliability]:
+def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options, valid: Tensor | None = None) -> list[Reliability]:
     """Masks, weights and what they are made of, pair by pair."""
-    dtype = _compute_dtype(logits, features)
+    dtype = compute_dtype(logits, features)
     spatial = logits[0].shape[2:]
-    z = [t.detach().flatten(2).to(dtype) for t in logits]  # (B, C, V)
-    networks = [_network(t) for t in z]
-    doubts = [_doubt(t, n, options) for t, n in zip(z, networks, strict=True)]
+    keep = None if valid is None else valid.flatten(1).unsqueeze(1)  # (B, 1, V)
+    z = [valid_only(t.detach().flatten(2).to(dtype), keep) for t in logits]  # (B, C, V)
+    networks = [network_at(t) for t in z]
+    doubts = [doubt(t, n, options) for t, n in zip(z, networks, strict=True)]
     known: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * len(z)
     if options.weighting is not None and features is not None:
-        prototypes = statistics(logits, features, options).prototypes
+        prototypes = statistics(logits, features, options, valid).prototypes
         assert prototypes is not None
         for k, (n, mu, f) in enumerate(zip(networks, prototypes, features, strict=True)):
-            s, _ = similarity(f.detach().flatten(2).to(dtype), mu)
-            r = 1 - (s - n.p).square().mean(dim=1, keepdim=True)
-            known[k] = (mu, s.unflatten(2, spatial), r)
+            s, _ = similarity(valid_only(f.detach().flatten(2).to(dtype), keep), mu)
+            known[k] = (mu, s.unflatten(2, spatial), reliability(s, z[k], n, options))
     result = []
-    for i, j in ordered_pairs(len(z)):
-        mask = _mask(doubts[i], doubts[j], options)
+    for i, j in ordered_pairs(len(z), options.students):
+        mask = teaches(doubts[i], doubts[j], networks[j], options, keep)
         label = networks[j].label.squeeze(1).unflatten(1, spatial)
         teacher = known[j]
         weight = mask.to(dtype) if teacher is None else torch.where(mask, teacher[2], torch.zeros_like(teacher[2]))
+        factor = class_factor(networks[j].label, options, dtype)
+        weight = weight if factor is None else weight * factor
         result.append(
             Reliability(
                 student=i,
@@ -84,115 +97,122 @@ class Statistics(NamedTuple):
     """What must be known of all voxels before one can be weighted.
 
     counts: (pairs,) int64, reliable voxels per ordered pair; prototypes: per network (B, C, F) of unit length or zero;
-    poison: 0-dim, 0 where every value read was finite, NaN otherwise.
+    poison: 0-dim, 0 where every value read was finite, NaN otherwise. For logging, None unless asked for: members (K, C) int64,
+    voxels per pseudo-label; differing: 0-dim int64, voxels whose labels differ, over unordered pairs; voxels: 0-dim int64.
     """
 
     counts: Tensor
     prototypes: list[Tensor] | None
     poison: Tensor
+    members: Tensor | None = None
+    differing: Tensor | None = None
+    voxels: Tensor | None = None
 
 
-def statistics(logits: list[Tensor], features: list[Tensor] | None, options: Options) -> Statistics:
+def statistics(
+    logits: list[Tensor],
+    features: list[Tensor] | None,
+    options: Options,
+    valid: Tensor | None = None,
+    *,
+    detailed: bool = False,
+) -> Statistics:
     """The first pass."""
-    dtype = _compute_dtype(logits, features)
+    dtype = compute_dtype(logits, features)
     logits = [z.detach().flatten(2) for z in logits]
     features = [] if features is None else [f.detach().flatten(2) for f in features]
+    keep = None if valid is None else valid.flatten(1).unsqueeze(1)  # (B, 1, V)
+    device = logits[0].device
     batch, classes, voxels = logits[0].shape
-    pairs = ordered_pairs(len(logits))
-    counts = torch.zeros(len(pairs), dtype=torch.int64, device=logits[0].device)
-    poison = torch.zeros((), dtype=dtype, device=logits[0].device)
+    pairs = ordered_pairs(len(logits), options.students)
+    counts = torch.zeros(len(pairs), dtype=torch.int64, device=device)
+    poison = torch.zeros((), dtype=dtype, device=device)
     sums: list[list[Tensor]] = [[] for _ in features]  # per network and sample (group): (b, C, F)
     members: list[list[Tensor]] = [[] for _ in features]  # likewise (b, C)
-    for b, pieces in _pieces(batch, voxels, logits[0].device):
-        for first, v in enumerate(pieces):
-            z = [t[b, :, v].to(dtype) for t in logits]
-            networks = [_network(t) for t in z]
-            doubts = [_doubt(t, n, options) for t, n in zip(z, networks, strict=True)]
-            counts = counts + torch.stack([_mask(doubts[i], doubts[j], options).sum() for i, j in pairs])
+    labelled = torch.zeros(len(logits), classes, dtype=torch.int64, device=device) if detailed else None
+    differing = torch.zeros((), dtype=torch.int64, device=device) if detailed else None
+    for b, parts in pieces(batch, voxels, device):
+        for first, v in enumerate(parts):
+            inside = None if keep is None else keep[b, :, v]  # (b, 1, v)
+            z = [valid_only(t[b, :, v].to(dtype), inside) for t in logits]
+            networks = [network_at(t) for t in z]
+            doubts = [doubt(t, n, options) for t, n in zip(z, networks, strict=True)]
+            counts = counts + torch.stack([teaches(doubts[i], doubts[j], networks[j], options, inside).sum() for i, j in pairs])
             poison = poison + sum(n.top.sum() for n in networks) * 0
+            of_class = [_members(n.label, classes, inside) for n in networks] if features or detailed else []
             for k, f in enumerate(features):
-                values = f[b, :, v].to(dtype)
-                of_class = networks[k].label == torch.arange(classes, device=f.device)[:, None]  # (b, C, v)
-                if _matrix_product(classes, f.device):
-                    piece_sums = torch.bmm(of_class.to(dtype), values.transpose(1, 2))  # (b, C, F)
+                values = valid_only(f[b, :, v].to(dtype), inside)
+                if by_matrix_product(classes, f.device):
+                    piece_sums = torch.bmm(of_class[k].to(dtype), values.transpose(1, 2))  # (b, C, F)
                 else:
-                    piece_sums = torch.stack([(values * m).sum(dim=2) for m in of_class.split(1, dim=1)], dim=1)
-                piece_members = of_class.sum(dim=2)  # (b, C)
+                    piece_sums = torch.stack([(values * m).sum(dim=2) for m in of_class[k].split(1, dim=1)], dim=1)
+                piece_members = of_class[k].sum(dim=2)  # (b, C)
                 if first == 0:
                     sums[k].append(piece_sums)
                     members[k].append(piece_members)
                 else:
                     sums[k][-1] = sums[k][-1] + piece_sums
                     members[k][-1] = members[k][-1] + piece_members
+            if labelled is not None and differing is not None:
+                labelled = labelled + torch.stack([m.sum(dim=(0, 2)) for m in of_class])
+                for i, j in ordered_pairs(len(networks)):
+                    if i < j:  # outside ``valid`` every label is that of zeros: equal
+                        differing = differing + (networks[i].label != networks[j].label).sum()
+    counted = None
+    if detailed:
+        counted = valid.sum() if valid is not None else torch.full((), batch * voxels, dtype=torch.int64, device=device)
     if not features:
-        return Statistics(counts, None, poison)
+        return Statistics(counts, None, poison, labelled, differing, counted)
     prototypes = []
     for network_sums, network_members in zip(sums, members, strict=True):
         total = torch.cat(network_sums)  # (B, C, F)
         poison = poison + total.sum() * 0
-        mean = total / (torch.cat(network_members).to(dtype).unsqueeze(2) + options.eps)
+        number = torch.cat(network_members)  # (B, C)
+        if options.prototypes == "batch":
+            total = ranks.total(total.sum(dim=0, keepdim=True), options.process_group).expand(batch, -1, -1)
+            number = ranks.total(number.sum(dim=0, keepdim=True), options.process_group).expand(batch, -1)
+        mean = total / (number.to(dtype).unsqueeze(2) + options.eps)
         length = mean.square().sum(dim=2, keepdim=True).sqrt()
         prototypes.append(mean / length.clamp_min(1e-12))
-    return Statistics(counts, prototypes, poison)
+    return Statistics(counts, prototypes, poison, labelled, differing, counted)
 
 
-def similarity(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    """s_j: cosine of every voxel's feature (B, F, V) with every prototype (B, C, F) -> (B, C, V); and ||f||: (B, 1, V)."""
-    unit = prototypes / prototypes.square().sum(dim=2, keepdim=True).sqrt().clamp_min(1e-8)
-    length = features.square().sum(dim=1, keepdim=True).sqrt()  # (B, 1, V)
-    if _matrix_product(unit.shape[1], features.device):
-        dots = torch.bmm(unit, features)
-    else:
-        dots = torch.cat([(features * mu[:, 0, :, None]).sum(dim=1, keepdim=True) for mu in unit.split(1, dim=1)], dim=1)
-    return dots / length.clamp_min(1e-8), length
-
-
-def _matrix_product(classes: int, device: torch.device) -> bool:
-    """Whether to sum over features or voxels by a matrix product: for many classes the faster way of eager PyTorch on a CPU.
-
-    Not where it may run in TF32 or bfloat16 because the user allows that for the network, and not under torch.compile, which
-    reads the features once for all classes.
-    """
-    if torch.compiler.is_compiling() or device.type != "cpu" or classes <= 4:
-        return False
-    return torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(device.type)
-
-
-class _Network(NamedTuple):
-    """One network's softmax at some voxels, in the form that keeps small numbers (see the head of this file)."""
-
-    top: Tensor  # (b, 1, v) largest logit
-    label: Tensor  # (b, 1, v) int64, its class: the first maximum
-    rest: Tensor  # (b, 1, v) sum of exp(z_c - top) over the other classes
-    p: Tensor  # (b, C, v) probabilities
-
-
-_Doubt = tuple[Tensor, Tensor | None]  # each (b, 1, v)
+def _members(label: Tensor, classes: int, inside: Tensor | None) -> Tensor:
+    """(b, 1, v) labels to (b, C, v) bool."""
+    of_class = label == torch.arange(classes, device=label.device)[:, None]
+    return of_class if inside is None else of_class & inside
 
 
 class _LeanLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, options: Options, networks: int, poison: Tensor, normaliser: Tensor, *tensors: Tensor
-    ) -> Tensor:
-        """tensors: prototypes, logits, features per network, or logits alone."""
+        ctx: Any,
+        options: Options,
+        networks: int,
+        detailed: bool,
+        valid: Tensor | None,
+        poison: Tensor,
+        normaliser: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """tensors: prototypes, logits, features per network, or logits alone. Only the first output carries a gradient."""
         groups = [list(tensors[k : k + networks]) for k in range(0, len(tensors), networks)]
         prototypes, logits, features = groups if len(groups) == 3 else (None, groups[0], None)
-        wanted = any(ctx.needs_input_grad)
-        value, gradients = _weighting(logits, features, prototypes, normaliser, options, wanted)
-        ctx.save_for_backward(poison, *gradients, *logits)
-        ctx.networks = networks
-        ctx.first = 4 + (networks if prototypes else 0)  # where the logits begin among the arguments
-        ctx.arguments = 4 + len(tensors)
-        return value + poison
+        first = 6 + (networks if prototypes else 0)  # where the logits begin among the arguments
+        wanted = [k for k in range(networks) if ctx.needs_input_grad[first + k]]
+        second = _weighting(logits, features, prototypes, normaliser, options, valid, wanted, detailed)
+        ctx.save_for_backward(poison, *second.gradients, *(logits[k] for k in wanted))
+        ctx.wanted = [first + k for k in wanted]
+        ctx.arguments = 6 + len(tensors)
+        return second.value + poison, second.numerators, second.weights
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         poison, *saved = ctx.saved_tensors
         result: list[Tensor | None] = [None] * ctx.arguments
-        for k, (g, z) in enumerate(zip(saved[: ctx.networks], saved[ctx.networks :], strict=True)):
-            if ctx.needs_input_grad[ctx.first + k]:
-                result[ctx.first + k] = _LeanGradient.apply(upstream, poison, g, z)  # type: ignore[no-untyped-call]
+        n = len(ctx.wanted)
+        for at, g, z in zip(ctx.wanted, saved[:n], saved[n:], strict=True):
+            result[at] = _LeanGradient.apply(upstream, poison, g, z)  # type: ignore[no-untyped-call]
         return tuple(result)
 
 
@@ -214,130 +234,83 @@ class _LeanGradient(torch.autograd.Function):
         )
 
 
+class _Weighted(NamedTuple):
+    """value: this rank's loss; gradients: of the networks that want one, (B, C, V), or (B, 1, V) of class 0 where C = 2;
+    numerators, weights: (pairs,), sum of w CE / n and of w, or (0,) unless asked for."""
+
+    value: Tensor
+    gradients: list[Tensor]
+    numerators: Tensor
+    weights: Tensor
+
+
 def _weighting(
     logits: list[Tensor],
     features: list[Tensor] | None,
     prototypes: list[Tensor] | None,
     normaliser: Tensor,
     options: Options,
-    gradients_wanted: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """The second pass: the loss, and the gradients (B, C, V), or (B, 1, V) of class 0 where C = 2."""
+    valid: Tensor | None,
+    wanted: list[int],
+    detailed: bool,
+) -> _Weighted:
+    """The second pass."""
     dtype = normaliser.dtype
     logits = [z.detach().flatten(2) for z in logits]
     features = [f.detach().flatten(2) for f in features] if features else None
+    keep = None if valid is None else valid.flatten(1).unsqueeze(1)  # (B, 1, V)
     batch, classes, voxels = logits[0].shape
-    pairs = ordered_pairs(len(logits))
+    pairs = ordered_pairs(len(logits), options.students)
     kept = 1 if classes == 2 else classes
     # Collected per piece and joined: inside a compiled graph there is one piece and nothing to join.
-    gradients: list[list[list[Tensor]]] = [[] for _ in logits]
-    value = torch.zeros((), dtype=dtype, device=logits[0].device)
-    for b, pieces in _pieces(batch, voxels, logits[0].device):
-        for network_gradients in gradients:
-            network_gradients.append([])
-        for v in pieces:
-            z = [t[b, :, v].to(dtype) for t in logits]
-            networks = [_network(t) for t in z]
-            doubts = [_doubt(t, n, options) for t, n in zip(z, networks, strict=True)]
+    gradients: dict[int, list[list[Tensor]]] = {k: [] for k in wanted}
+    value = torch.zeros((), dtype=dtype, device=normaliser.device)
+    numerators = torch.zeros(len(pairs) if detailed else 0, dtype=dtype, device=normaliser.device)
+    weights = torch.zeros_like(numerators)  # not the same tensor: the compiler tells outputs apart by identity
+    for b, parts in pieces(batch, voxels, logits[0].device):
+        for rows in gradients.values():
+            rows.append([])
+        for v in parts:
+            inside = None if keep is None else keep[b, :, v]
+            z = [valid_only(t[b, :, v].to(dtype), inside) for t in logits]
+            networks = [network_at(t) for t in z]
+            doubts = [doubt(t, n, options) for t, n in zip(z, networks, strict=True)]
             reliable: list[Tensor] = []  # r_j: (b, 1, v)
             if features is not None and prototypes is not None:
-                for n, f, mu in zip(networks, features, prototypes, strict=True):
-                    s, length = similarity(f[b, :, v].to(dtype), mu[b])
-                    reliable.append(1 - (s - n.p).square().mean(dim=1, keepdim=True))
+                for own, n, f, mu in zip(z, networks, features, prototypes, strict=True):
+                    s, length = similarity(valid_only(f[b, :, v].to(dtype), inside), mu[b])
+                    reliable.append(reliability(s, own, n, options))
                     value = value + length.sum() * 0  # a feature whose square overflows must not look dissimilar
-            totals: list[Tensor | None] = [None] * len(logits)
+            totals: dict[int, Tensor] = {}
+            pair_values, pair_weights = [], []
             for pair, (i, j) in enumerate(pairs):
-                mask = _mask(doubts[i], doubts[j], options)
+                mask = teaches(doubts[i], doubts[j], networks[j], options, inside)
                 share = 1 / normaliser[pair]
                 share = reliable[j] * share if reliable else share
-                weight = torch.where(mask, share, torch.zeros_like(networks[j].top))  # w_ij / n_ij: (b, 1, v)
-                value = value + (weight * _cross_entropy(z[i], networks[i], networks[j].label, options)).sum()
-                if gradients_wanted:
-                    term = weight * _slope(networks[i], networks[j].label, options)[:, :kept]
-                    so_far = totals[i]
-                    totals[i] = term if so_far is None else so_far + term
-            if gradients_wanted:
-                for network_gradients, total in zip(gradients, totals, strict=True):
-                    assert total is not None
-                    network_gradients[-1].append(total)
-    if not gradients_wanted:
-        return value, []
-    return value, [_join(g) for g in gradients]
+                factor = class_factor(networks[j].label, options, dtype)
+                share = share if factor is None else share * factor
+                zeros = torch.zeros_like(networks[j].top)
+                weight = torch.where(mask, share, zeros)  # w_ij / n_ij: (b, 1, v)
+                ce = cross_entropy(z[i], networks[i], networks[j].label, options)
+                term = torch.where(mask, weight * ce, zeros).sum()  # 0, not NaN, where ce is infinite and nobody teaches
+                value = value + term
+                if detailed:
+                    pair_values.append(term)
+                    pair_weights.append(weight.sum())
+                if i in gradients:
+                    part = weight * slope(networks[i], networks[j].label, options)[:, :kept]
+                    totals[i] = part if i not in totals else totals[i] + part
+            if detailed:
+                numerators = numerators + torch.stack(pair_values)
+                weights = weights + torch.stack(pair_weights)
+            for k, rows in gradients.items():
+                rows[-1].append(totals[k])
+    if detailed:
+        weights = weights * normaliser
+    return _Weighted(value, [_join(rows) for rows in gradients.values()], numerators, weights)
 
 
-def _join(pieces: list[list[Tensor]]) -> Tensor:
-    rows = [row[0] if len(row) == 1 else torch.cat(row, dim=2) for row in pieces]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
-
-
-def _network(z: Tensor) -> _Network:
-    top, label = z.max(dim=1, keepdim=True)  # (b, 1, v), the first maximum
-    e = torch.exp(z - top)
-    classes = torch.arange(z.shape[1], device=z.device)[:, None]
-    rest = e.masked_fill(classes == label, 0).sum(dim=1, keepdim=True)
-    return _Network(top, label, rest, e / (1 + rest))
-
-
-def _doubt(z: Tensor, network: _Network, options: Options) -> _Doubt:
-    """A number that grows as the network's confidence falls, and for C = 2 the rounding error of that number."""
-    if z.shape[1] == 2:
-        # Knuth's two-sum of z_1 + (-z_0): margin + error is exact.
-        a, b = z[:, 1:], -z[:, :1]
-        margin = a + b
-        b_part = margin - a
-        error = (a - (margin - b_part)) + (b - b_part)
-        return -margin.abs(), torch.where(margin < 0, error, -error)
-    if options.confidence == "max_probability":
-        return network.rest, None  # max_c p = 1 / (1 + rest)
-    return -(network.p * torch.log(network.p + options.eps)).sum(dim=1, keepdim=True), None
-
-
-def _mask(student: _Doubt, teacher: _Doubt, options: Options) -> Tensor:
-    """m_ij: (b, 1, v) bool."""
-    (student_doubt, student_error), (teacher_doubt, teacher_error) = student, teacher
-    if options.confidence is None:
-        return torch.ones_like(student_doubt, dtype=torch.bool)
-    more = student_doubt > teacher_doubt
-    if student_error is None or teacher_error is None:
-        return more
-    return more | ((student_doubt == teacher_doubt) & (student_error > teacher_error))
-
-
-def _cross_entropy(z: Tensor, network: _Network, label: Tensor, options: Options) -> Tensor:
-    """CE_ij: (b, 1, v)."""
-    if options.cross_entropy_on == "logits":
-        return torch.log1p(network.rest) + (network.top - z.gather(1, label))
-    return network.p.exp().sum(dim=1, keepdim=True).log() - network.p.gather(1, label)
-
-
-def _slope(network: _Network, label: Tensor, options: Options) -> Tensor:
-    """dCE_ij / dz_i: (b, C, v)."""
-    p = network.p
-    classes = torch.arange(p.shape[1], device=p.device)[:, None]
-    own = classes == network.label
-    if options.cross_entropy_on == "logits":
-        # p - [c = l] without cancellation, then move the one from l to y where the two networks disagree.
-        return (
-            torch.where(own, -network.rest / (1 + network.rest), p)
-            + (own.to(p.dtype) - (classes == label).to(p.dtype))
-        )
-    # p(c) (D(c) - sum_q p(q) D(q)) with D = d - d(l): a shift cancels in the formula, and D(l) = 0 keeps small numbers.
-    d = torch.softmax(p, dim=1) - (classes == label).to(p.dtype)
-    shifted = d - d.gather(1, network.label)
-    return p * (shifted - (p * shifted).sum(dim=1, keepdim=True))
-
-
-def _compute_dtype(logits: list[Tensor], features: list[Tensor] | None) -> torch.dtype:
-    double = any(t.dtype == torch.float64 for t in [*logits, *(features or [])])
-    return torch.float64 if double else torch.float32
-
-
-def _pieces(batch: int, voxels: int, device: torch.device) -> Iterator[tuple[slice, list[slice]]]:
-    """Groups of samples, each with the voxel ranges to walk over."""
-    if torch.compiler.is_compiling():
-        yield slice(0, batch), [slice(0, voxels)]
-        return
-    size = _PIECE_CPU if device.type == "cpu" else _PIECE_ELSEWHERE
-    together = max(1, size // voxels)
-    for b in range(0, batch, together):
-        yield slice(b, b + together), [slice(v, v + size) for v in range(0, voxels, size)]
+def _join(rows: list[list[Tensor]]) -> Tensor:
+    """Pieces (b, C, v) of a network's gradient, by groups of samples, to (B, C, V)."""
+    joined = [row[0] if len(row) == 1 else torch.cat(row, dim=2) for row in rows]
+    return joined[0] if len(joined) == 1 else torch.cat(joined)

@@ -5,9 +5,13 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from rplib.functional import loss_with, objective_with
-from rplib.options import Confidence, CrossEntropyOn, Implementation, Options, Weighting
+from rplib.functional import loss_with
+from rplib.objective import objective_with
+from rplib.options import Confidence, CrossEntropyOn, Implementation, Options, Prototypes, Reduction, Weighting
 from rplib.ranks import Group
+from rplib.statistics import ObjectiveStatistics
+from rplib.supervised import MutualOn, Supervised, Supervision
+from rplib.targets import Labelled
 
 
 class ReliableMutualLoss(nn.Module):
@@ -35,13 +39,22 @@ class ReliableMutualLoss(nn.Module):
         impl: Implementation = "auto",
         check_finite: bool = False,
         process_group: Group = None,
+        students: tuple[int, ...] | None = None,
+        minimum_confidence: float | None = None,
+        temperature: float = 1.0,
+        class_weights: tuple[float, ...] | None = None,
+        prototypes: Prototypes = "sample",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        self.options = Options(confidence, weighting, cross_entropy_on, eps, impl, check_finite, process_group)
+        self.options = Options(
+            confidence, weighting, cross_entropy_on, eps, impl, check_finite, process_group, students,
+            minimum_confidence, temperature, class_weights, prototypes, reduction,
+        )  # fmt: skip
 
-    def forward(self, logits: Sequence[Tensor], features: Sequence[Tensor] | None = None) -> Tensor:
-        """Loss of K networks' logits (B, C, *spatial) and features (B, F, *spatial): 0-dim."""
-        return loss_with(self.options, logits, features)
+    def forward(self, logits: Sequence[Tensor], features: Sequence[Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
+        """Loss of K networks' logits (B, C, *spatial) and features (B, F, *spatial), where mask (B, *spatial) is True: 0-dim."""
+        return loss_with(self.options, logits, features, mask)
 
     def extra_repr(self) -> str:
         """The keywords, for print(module)."""
@@ -49,23 +62,41 @@ class ReliableMutualLoss(nn.Module):
 
 
 class ObjectiveTerms(NamedTuple):
-    """total: 0-dim, to call backward on; dice and mutual: 0-dim, detached, to log."""
+    """total: 0-dim, to call backward on; dice and mutual: 0-dim, detached, to log.
+
+    ``dice`` is the supervised term, whatever ``supervised=`` makes of it.
+    """
 
     total: Tensor
     dice: Tensor
     mutual: Tensor
 
 
+class ObjectiveTermsAndStatistics(NamedTuple):
+    """`ObjectiveTerms`, and what ``statistics=True`` adds."""
+
+    total: Tensor
+    dice: Tensor
+    mutual: Tensor
+    statistics: ObjectiveStatistics
+
+
 class MutualObjective(nn.Module):
-    """The whole training objective: L = dice_weight * sum_k Dice_k + consistency_weight * L_mutual.
+    """The whole training objective: L = dice_weight * sum_k S_k + consistency_weight * L_mutual.
 
     Args:
-        dice_weight: factor of the supervised term; the paper has 0.5.
+        dice_weight: factor of the supervised term S; the paper has 0.5.
         dice_classes: classes in the mean of the Dice loss; None is 1..C-1.
+        supervised: ``"dice"``, the paper's; ``"cross_entropy"``, its mean over labelled voxels; ``"dice+cross_entropy"``, the
+            mean of the two. Summed over the networks that learn.
+        ignore_index: label of voxels that the supervised term leaves out (scribbles, unlabelled slices); in the mutual term they
+            take part. Any other label that is no class is an error; on a GPU, where looking would wait, the loss is NaN then.
+        statistics: the result has a fourth field, `rplib.ObjectiveStatistics`.
+        mutual_on: samples of the mutual term: ``"all"``, as in the paper, or the ``"unlabelled"`` ones.
         **keywords: those of `ReliableMutualLoss`.
 
     Raises:
-        ValueError: a keyword or class that does not fit.
+        ValueError, TypeError: a keyword or class that does not fit.
 
     Source: Su et al., Medical Image Analysis 94 (2024) 103111.
 
@@ -87,6 +118,10 @@ class MutualObjective(nn.Module):
         dice_weight: float = 0.5,
         dice_classes: Sequence[int] | None = None,
         *,
+        supervised: Supervised = "dice",
+        ignore_index: int | None = None,
+        statistics: bool = False,
+        mutual_on: MutualOn = "all",
         confidence: Confidence | None = "entropy",
         weighting: Weighting | None = "similarity",
         cross_entropy_on: CrossEntropyOn = "logits",
@@ -94,12 +129,17 @@ class MutualObjective(nn.Module):
         impl: Implementation = "auto",
         check_finite: bool = False,
         process_group: Group = None,
+        students: tuple[int, ...] | None = None,
+        minimum_confidence: float | None = None,
+        temperature: float = 1.0,
+        class_weights: tuple[float, ...] | None = None,
+        prototypes: Prototypes = "sample",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        if dice_classes is not None and (len(dice_classes) == 0 or min(dice_classes) < 0):
-            raise ValueError(f"dice_classes is {tuple(dice_classes)}; expected class indices such as (1,), or None.")
-        self.dice_weight = dice_weight
-        self.dice_classes = None if dice_classes is None else tuple(dice_classes)
+        self.supervision = Supervision(
+            dice_weight, None if dice_classes is None else tuple(dice_classes), supervised, ignore_index, statistics, mutual_on
+        )
         self.mutual_loss = ReliableMutualLoss(
             confidence=confidence,
             weighting=weighting,
@@ -108,7 +148,15 @@ class MutualObjective(nn.Module):
             impl=impl,
             check_finite=check_finite,
             process_group=process_group,
+            students=students,
+            minimum_confidence=minimum_confidence,
+            temperature=temperature,
+            class_weights=class_weights,
+            prototypes=prototypes,
+            reduction=reduction,
         )
+        if reduction == "none":
+            raise ValueError('reduction is "none"; expected "mean" or "sum": the objective is one number.')
 
     def forward(
         self,
@@ -116,19 +164,37 @@ class MutualObjective(nn.Module):
         features: Sequence[Tensor] | None,
         target: Tensor,
         consistency_weight: float | Tensor,
-    ) -> ObjectiveTerms:
+        mask: Tensor | None = None,
+        labelled: Labelled = None,
+    ) -> ObjectiveTerms | ObjectiveTermsAndStatistics:
         """Compute the objective.
 
         Args:
             logits: K tensors (B, C, *spatial).
             features: K tensors (B, F, *spatial).
-            target: (B_l, *spatial) or (B_l, 1, *spatial), integer, bool or float class indices of the first B_l samples;
-                B_l = 0 gives Dice 0.
-            consistency_weight: a float, or a 0-dim tensor (a CUDA graph needs the tensor).
+            target: (B_l, *spatial) or (B_l, 1, *spatial), integer, bool or float class indices of the labelled samples;
+                B_l = 0 makes the supervised term 0.
+            consistency_weight: a number, or a tensor of one element (a CUDA graph needs the tensor).
+            mask: (B, *spatial) bool, True where a voxel counts, in both terms; None: everywhere.
+            labelled: which samples of the batch the target belongs to: None, the first B_l; their number; their indices, in
+                the order of the target; or a bool mask (B,). A target may also have all B samples: those of the others are
+                not read. Pass numbers or a CPU tensor: one on a GPU is waited for.
+
+        Returns:
+            `ObjectiveTerms`: total, dice, mutual; with ``statistics=True`` `ObjectiveTermsAndStatistics`.
 
         Raises:
-            ValueError: target does not fit the logits, besides what the loss raises.
+            TypeError, ValueError: target, weight, mask or labelled do not fit the logits, or target holds values that are no
+                classes, besides what the loss raises.
         """
         options = self.mutual_loss.options
-        weights = self.dice_weight, self.dice_classes, consistency_weight
-        return ObjectiveTerms(*objective_with(options, logits, features, target, *weights))
+        total, dice, mutual, statistics = objective_with(
+            options, self.supervision, logits, features, target, consistency_weight, mask, labelled
+        )
+        if statistics is None:
+            return ObjectiveTerms(total, dice, mutual)
+        return ObjectiveTermsAndStatistics(total, dice, mutual, statistics)
+
+    def extra_repr(self) -> str:
+        """The keywords of the supervised term, for print(module)."""
+        return ", ".join(f"{name}={value!r}" for name, value in vars(self.supervision).items())

@@ -1,5 +1,6 @@
 """What `rplib.reliability` returns: one entry per ordered pair of networks."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -11,7 +12,7 @@ class Reliability(NamedTuple):
     Attributes:
         student: index i of the network that learns.
         teacher: index j of the network that teaches.
-        mask: (B, *spatial) bool, m_ij: the teacher is strictly more confident.
+        mask: (B, *spatial) bool, m_ij: the teacher is strictly more confident, and the voxel counts.
         weight: (B, *spatial) float32 (float64 for float64 input), m_ij * r_j.
         pseudo_label: (B, *spatial) int64, y_j.
         prototypes: (B, C, F) float32, mu_j of unit length or zero; None with ``weighting=None``.
@@ -27,10 +28,13 @@ class Reliability(NamedTuple):
     similarity: Tensor | None
 
 
-def ordered_pairs(networks: int) -> list[tuple[int, int]]:
-    """(student, teacher) for every ordered pair: (0, 1), (0, 2) .. (1, 0) ..
+def ordered_pairs(networks: int, students: Sequence[int] | None = None) -> list[tuple[int, int]]:
+    """(student, teacher) for every ordered pair: (0, 1), (0, 2) .. (1, 0) ..; with ``students`` those of them that learn.
 
     >>> ordered_pairs(2)
     [(0, 1), (1, 0)]
+    >>> ordered_pairs(3, students=(0,))
+    [(0, 1), (0, 2)]
     """
-    return [(i, j) for i in range(networks) for j in range(networks) if i != j]
+    learning = range(networks) if students is None else sorted(students)
+    return [(i, j) for i in learning for j in range(networks) if i != j]

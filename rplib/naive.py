@@ -21,52 +21,97 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rplib import ranks
+from rplib.inputs import valid_only
 from rplib.maps import Reliability, ordered_pairs
 from rplib.options import Options
+from rplib.statistics import ObjectiveStatistics, Sums
 
 
 def loss(
-    logits: list[Tensor], features: list[Tensor] | None, options: Options, masks: list[Tensor] | None = None
+    logits: list[Tensor],
+    features: list[Tensor] | None,
+    options: Options,
+    masks: list[Tensor] | None = None,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """The mutual loss, a 0-dim tensor; gradients by autograd.
 
     ``masks``, one (B, *spatial) per ordered pair, stand in for the comparison of confidences: two implementations may
     differ where both networks are equally confident, and are compared with the formula at one and the same mask.
+    ``valid``, (B, *spatial) bool: the voxels that count.
     """
-    logits, features = _compute_in_float32_or_better(logits, features)
+    return loss_and_statistics(logits, features, options, masks, valid, detailed=False)[0]
+
+
+def loss_and_statistics(
+    logits: list[Tensor],
+    features: list[Tensor] | None,
+    options: Options,
+    masks: list[Tensor] | None,
+    valid: Tensor | None,
+    *,
+    detailed: bool,
+) -> tuple[Tensor, ObjectiveStatistics | None]:
+    """The mutual loss, and if ``detailed`` what is logged with it."""
+    logits, features = _prepared(logits, features, valid)
     probabilities = [F.softmax(z, dim=1) for z in logits]
+    group = options.process_group
     total = logits[0].new_zeros(())
-    for n, (i, j) in enumerate(ordered_pairs(len(logits))):
-        mask = _mask(probabilities[i], probabilities[j], options) if masks is None else masks[n]
-        pair = _pair(i, j, mask, probabilities, features, options)
+    counts, numerators, weights = [], [], []
+    for n, (i, j) in enumerate(ordered_pairs(len(logits), options.students)):
+        mask = _mask(probabilities[i], probabilities[j], options, valid) if masks is None else masks[n]
+        pair = _pair(i, j, mask, probabilities, features, options, valid)
         scores = logits[i] if options.cross_entropy_on == "logits" else probabilities[i]
         cross_entropy = F.cross_entropy(scores, pair.pseudo_label, reduction="none")  # (B, *spatial)
-        count = ranks.total(pair.mask.sum(), options.process_group).to(scores.dtype) + options.eps  # n_ij, counted in integers
-        total = total + (pair.weight.detach() * cross_entropy).sum() / count
-    return ranks.as_one_process(total, ranks.total(total, options.process_group), options.process_group)
+        # Where nobody teaches, a class that the student rules out (a logit of -inf) costs nothing: 0, not 0 * inf.
+        cross_entropy = cross_entropy.masked_fill(~mask & cross_entropy.isposinf(), 0)
+        counts.append(ranks.total(pair.mask.sum(), group))
+        count = counts[-1].to(scores.dtype) + options.eps if options.reduction == "mean" else 1  # n_ij, counted in integers
+        numerators.append((pair.weight.detach() * cross_entropy).sum() / count)
+        weights.append(pair.weight.sum())
+        total = total + numerators[-1]
+    result = ranks.as_one_process(total, ranks.total(total, group), group)
+    if not detailed:
+        return result, None
+    sums = Sums(torch.stack(counts), *_labels(probabilities, valid), torch.stack(numerators), torch.stack(weights))
+    return result, Sums(*(t.detach() for t in sums)).over_ranks(group)
 
 
-def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options) -> list[Reliability]:
+def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options, valid: Tensor | None = None) -> list[Reliability]:
     """What the loss above multiplies the cross-entropy with, pair by pair."""
-    logits, features = _compute_in_float32_or_better(logits, features)
-    probabilities = [F.softmax(z, dim=1) for z in logits]
+    logits, features = _prepared(logits, features, valid)
+    p = [F.softmax(z, dim=1) for z in logits]
     return [
-        _pair(i, j, _mask(probabilities[i], probabilities[j], options), probabilities, features, options)
-        for i, j in ordered_pairs(len(logits))
+        _pair(i, j, _mask(p[i], p[j], options, valid), p, features, options, valid)
+        for i, j in ordered_pairs(len(logits), options.students)
     ]
 
 
-def _pair(i: int, j: int, mask: Tensor, p: list[Tensor], f: list[Tensor] | None, options: Options) -> Reliability:
+def _pair(
+    i: int, j: int, mask: Tensor, p: list[Tensor], f: list[Tensor] | None, options: Options, valid: Tensor | None
+) -> Reliability:
     label = p[j].argmax(dim=1)  # (B, *spatial)
     if options.weighting is None or f is None:
-        return Reliability(i, j, mask, mask.to(p[i].dtype), label, None, None)
-    prototypes = _prototypes(f[j], label, classes=p[j].shape[1], eps=options.eps)
+        return Reliability(i, j, mask, _by_class(mask.to(p[i].dtype), label, options), label, None, None)
+    prototypes = _prototypes(f[j], label, valid, p[j].shape[1], options)
     similarity = _similarity(f[j], prototypes)
-    weight = mask.to(p[i].dtype) * (1 - (similarity - p[j]) ** 2).mean(dim=1)
-    return Reliability(i, j, mask, weight, label, prototypes, similarity)
+    sharpened = p[j] if options.temperature == 1 else F.softmax(torch.log(p[j]) / options.temperature, dim=1)
+    weight = mask.to(p[i].dtype) * (1 - (similarity - sharpened) ** 2).mean(dim=1)
+    return Reliability(i, j, mask, _by_class(weight, label, options), label, prototypes, similarity)
 
 
-def _mask(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
+def _by_class(weight: Tensor, label: Tensor, options: Options) -> Tensor:
+    return weight if options.class_weights is None else weight * weight.new_tensor(options.class_weights)[label]
+
+
+def _mask(student: Tensor, teacher: Tensor, options: Options, valid: Tensor | None) -> Tensor:
+    mask = _more_confident(student, teacher, options)
+    if options.minimum_confidence is not None:
+        mask = mask & (teacher.amax(dim=1) >= options.minimum_confidence)
+    return mask if valid is None else mask & valid
+
+
+def _more_confident(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
     if options.confidence is None:
         return torch.ones_like(student[:, 0], dtype=torch.bool)
     if options.confidence == "max_probability":
@@ -76,13 +121,19 @@ def _mask(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
     return entropy_student > entropy_teacher
 
 
-def _prototypes(f: Tensor, label: Tensor, classes: int, eps: float) -> Tensor:
+def _prototypes(f: Tensor, label: Tensor, valid: Tensor | None, classes: int, options: Options) -> Tensor:
     mean = f.new_zeros(f.shape[0], classes, f.shape[1])  # (B, C, F)
+    number = f.new_zeros(f.shape[0], classes, 1)
     for b in range(f.shape[0]):
         for c in range(classes):
-            of_class = (label[b] == c).to(f.dtype)  # (*spatial)
-            mean[b, c] = (f[b] * of_class).flatten(1).sum(dim=1) / (of_class.sum() + eps)
-    return F.normalize(mean, dim=-1, eps=1e-12)
+            of_class = label[b] == c  # (*spatial)
+            of_class = (of_class if valid is None else of_class & valid[b]).to(f.dtype)
+            mean[b, c] = (f[b] * of_class).flatten(1).sum(dim=1)
+            number[b, c] = of_class.sum()
+    if options.prototypes == "batch":
+        mean = ranks.total(mean.sum(dim=0, keepdim=True), options.process_group).expand_as(mean)
+        number = ranks.total(number.sum(dim=0, keepdim=True), options.process_group).expand_as(number)
+    return F.normalize(mean / (number + options.eps), dim=-1, eps=1e-12)
 
 
 def _similarity(f: Tensor, prototypes: Tensor) -> Tensor:
@@ -96,9 +147,21 @@ def _similarity(f: Tensor, prototypes: Tensor) -> Tensor:
     return similarity
 
 
-def _compute_in_float32_or_better(
-    logits: list[Tensor], features: list[Tensor] | None
+def _labels(p: list[Tensor], valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Voxels per network and pseudo-label (K, C); voxels whose labels differ, over unordered pairs; voxels: int64."""
+    labels = [q.argmax(dim=1) for q in p]
+    inside = torch.ones_like(labels[0], dtype=torch.bool) if valid is None else valid
+    members = [torch.stack([(y.eq(c) & inside).sum() for c in range(p[0].shape[1])]) for y in labels]
+    differing = [(labels[i].ne(labels[j]) & inside).sum() for i, j in ordered_pairs(len(p)) if i < j]
+    return torch.stack(members), torch.stack(differing).sum(), inside.sum()
+
+
+def _prepared(
+    logits: list[Tensor], features: list[Tensor] | None, valid: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Float32 or better, and nothing but zeros outside ``valid``."""
     everything = [*logits, *(features or [])]
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in everything) else torch.float32
-    return [z.to(dtype) for z in logits], None if features is None else [f.to(dtype) for f in features]
+    keep = None if valid is None else valid.unsqueeze(1)
+    z = [valid_only(t.to(dtype), keep) for t in logits]
+    return z, None if features is None else [valid_only(t.to(dtype), keep) for t in features]

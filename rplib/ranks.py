@@ -4,13 +4,21 @@ What is summed before the loss can be known: mask counts, loss numerators, Dice 
 whole batch. Its local gradient is multiplied by the number of ranks, because DistributedDataParallel averages gradients.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Group = Any  # torch.distributed.ProcessGroup where torch was built with it, or None for a single process
+Group = Any  # a torch.distributed.ProcessGroup, "world", a NamedGroup, or None for a single process
+
+
+@dataclass(frozen=True)
+class NamedGroup:
+    """What a process group is pickled as: found again by its name in the process that loads it."""
+
+    name: str
 
 
 def check_group(group: Group) -> None:
@@ -19,30 +27,76 @@ def check_group(group: Group) -> None:
     Raises:
         TypeError, ValueError: names ``process_group``.
     """
-    if group is None:
+    if group is None or group == "world" or isinstance(group, NamedGroup):
         return
-    if not dist.is_available() or not dist.is_initialized():
-        raise ValueError("process_group was given but torch.distributed is not initialised; call init_process_group first.")
-    if not isinstance(group, dist.ProcessGroup):
+    if isinstance(group, str) or not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        shown = repr(group) if isinstance(group, str) else f"a {type(group).__name__}"
         raise TypeError(
-            f"process_group is a {type(group).__name__}; expected a torch.distributed process group such as "
-            "torch.distributed.group.WORLD, or None."
+            f'process_group is {shown}; expected a torch.distributed process group, "world" for the default group, or None.'
         )
     if dist.get_rank(group) < 0:
         raise ValueError("process_group does not contain this process; expected a group that every calling rank belongs to.")
 
 
+def picklable(group: Group) -> Group:
+    """The default group as "world", another by its name."""
+    if group is None or isinstance(group, (str, NamedGroup)):
+        return group
+    return "world" if dist.is_initialized() and group is dist.group.WORLD else NamedGroup(group.group_name)
+
+
+def resolved(group: Group) -> Group:
+    """The group itself, where it is given by name; None without a group.
+
+    Raises:
+        ValueError: there is no such group in this process.
+    """
+    if not isinstance(group, (str, NamedGroup)):
+        return group
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError(
+            f"process_group is {group!r} but torch.distributed is not initialised; call init_process_group before the loss, "
+            "or pass process_group=None in a single process."
+        )
+    if isinstance(group, str):
+        return dist.group.WORLD
+    by_name: Any = getattr(dist.distributed_c10d, "_resolve_process_group")  # noqa: B009 (not exported)
+    try:
+        return by_name(group.name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"process_group was saved as the group {group.name!r}, which this process does not have; build the module with "
+            "the group of this run."
+        ) from error
+
+
 def total(local: Tensor, group: Group) -> Tensor:
-    """The sum over ranks, without a gradient; the tensor itself without a group."""
+    """The sum over ranks, without a gradient; the tensor itself without a group.
+
+    Raises:
+        RuntimeError: another rank did not come within the group's timeout, or left.
+    """
+    group = resolved(group)
     if group is None:
         return local
     summed = local.detach().clone()
-    dist.all_reduce(summed, group=group)
+    if torch.compiler.is_compiling():
+        dist.all_reduce(summed, group=group)
+        return summed
+    try:
+        dist.all_reduce(summed, group=group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "the reliable mutual loss sums over the ranks of process_group, and another rank did not take part in time: every "
+            "rank must call the loss equally often, also for maps and for a batch without labels; a call on one rank alone "
+            f"(validation on rank 0) needs a module with process_group=None. torch.distributed says: {error}"
+        ) from error
     return summed
 
 
 def as_one_process(local: Tensor, value: Tensor, group: Group) -> Tensor:
     """``value`` with the gradient of ``local`` times the number of ranks; ``local`` itself without a group."""
+    group = resolved(group)
     if group is None:
         return local
     result: Tensor = _Global.apply(local, value, dist.get_world_size(group))  # type: ignore[no-untyped-call]

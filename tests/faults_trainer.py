@@ -5,19 +5,19 @@ from faults import Fault
 TRAINER = (
     Fault(
         "crops: the last offset is never drawn when held out",
-        "reference/batches.py",
+        "reference/training/batches.py",
         (("random.integers(spare if self._as_authors else spare + 1)", "random.integers(max(spare, 1))"),),
         "tests/test_reference_batches.py::test_offsets_of_the_crop",
     ),
     Fault(
         "augmentation: never the identity when held out",
-        "reference/batches.py",
+        "reference/training/batches.py",
         (("back[axis] ^= self._as_authors or bool(random.integers(2))", "back[axis] ^= True"),),
         "tests/test_reference_batches.py::test_every_symmetry_is_equally_likely_when_held_out",
     ),
     Fault(
         "augmentation: the label is not turned with its image",
-        "reference/batches.py",
+        "reference/training/batches.py",
         (
             (
                 "                cut(label, crop, patch,",
@@ -28,7 +28,7 @@ TRAINER = (
     ),
     Fault(
         "streams: one generator for labelled and unlabelled crops",
-        "reference/batches.py",
+        "reference/training/batches.py",
         (
             (
                 "np.random.default_rng([config.seed, index]), self._as",
@@ -39,7 +39,7 @@ TRAINER = (
     ),
     Fault(
         "feed: the state is that of the batch ahead",
-        "reference/feeding.py",
+        "reference/training/feeding.py",
         (
             (
                 "        self._state = self._batches.state()\n        self._ahead = self._start()\n",
@@ -50,31 +50,31 @@ TRAINER = (
     ),
     Fault(
         "ramp-up counted from 0",
-        "reference/trainer.py",
+        "reference/training/trainer.py",
         (("config.consistency * rplib.ramp(t, config", "config.consistency * rplib.ramp(max(t - 1, 1), config"),),
         "tests/test_reference_train.py::test_metrics_have_one_row_an_iteration",
     ),
     Fault(
         "resumption without the optimiser's momentum",
-        "reference/trainer.py",
+        "reference/training/trainer.py",
         (('        self.optimiser.load_state_dict(saved["optimiser"])\n', ""),),
         "tests/test_reference_train.py::test_all_that_a_step_depends_on_survives_an_interruption",
     ),
     Fault(
         "resumption without the state of dropout",
-        "reference/trainer.py",
+        "reference/training/trainer.py",
         (("        torch.set_rng_state(cpu)\n", ""),),
         "tests/test_reference_train.py::test_all_that_a_step_depends_on_survives_an_interruption",
     ),
     Fault(
         "paper protocol: an equal score replaces the best",
-        "reference/trainer.py",
+        "reference/training/trainer.py",
         (("if mean > self.best_score:", "if mean >= self.best_score:"),),
         "tests/test_reference_train.py::test_paper_keeps_the_first_best_on_the_test_list",
     ),
     Fault(
         "held-out protocol opens the test list",
-        "reference/trainer.py",
+        "reference/training/trainer.py",
         (
             (
                 '    if config.protocol == "paper":\n        validation = load',
@@ -85,37 +85,37 @@ TRAINER = (
     ),
     Fault(
         "weights that broke in a step are written",
-        "reference/trainer.py",
+        "reference/training/trainer.py",
         (("                    self._check_weights(t, batch.names)\n", "                    pass\n"),),
         "tests/test_reference_survival.py::test_weights_that_break_in_a_step_do_not_reach_a_checkpoint",
     ),
     Fault(
         "checkpoints are written over the old one",
-        "reference/checkpoint.py",
+        "reference/files.py",
         (("    written = temporary(path)\n", "    written = path\n"),),
         "tests/test_reference_train.py::test_an_interrupted_write_leaves_the_old_file",
     ),
     Fault(
         "several processes: batch statistics of each by itself",
-        "reference/parallel.py",
+        "reference/training/distributed.py",
         (("        mean = sums[:-1] / count\n", "        mean = x.mean(axes) + 0 * sums[:-1]\n"),),
         "tests/test_reference_ranks.py::test_two_ranks_give_loss_gradients_and_statistics_of_one",
     ),
     Fault(
         "mutual consistency: the own prediction is sharpened, not the other's",
-        "reference/peers.py",
+        "reference/training/methods.py",
         (("(p[i] - sharp[j]).square()", "(p[j] - sharp[j]).square()"),),
-        "tests/test_reference_peers.py::test_each_method_is_its_formula",
+        "tests/test_reference_methods.py::test_each_method_is_its_formula",
     ),
     Fault(
         "a score of exactly one half is foreground",
-        "reference/inference.py",
+        "reference/inference/windows.py",
         (("label = score > 0.5", "label = score >= 0.5"),),
         "tests/test_reference_inference.py::test_exactly_one_half_is_background",
     ),
     Fault(
         "mean of both: of logits",
-        "reference/inference.py",
+        "reference/inference/windows.py",
         (
             (
                 "found[MEAN] = torch.stack(p).mean(0)",
@@ -126,7 +126,7 @@ TRAINER = (
     ),
     Fault(
         "95HD: the larger of both directions instead of all pooled",
-        "reference/metrics.py",
+        "reference/evaluation/metrics.py",
         (
             (
                 "    pooled = np.concatenate(distances)\n",
@@ -137,13 +137,13 @@ TRAINER = (
     ),
     Fault(
         "ASD: from the truth to the prediction",
-        "reference/metrics.py",
+        "reference/evaluation/metrics.py",
         (("        asd=_mean(voxel[0]),", "        asd=_mean(voxel[1]),"),),
         "tests/test_reference_metrics.py::test_golden",
     ),
     Fault(
         "an empty prediction has distance 0",
-        "reference/metrics.py",
+        "reference/evaluation/metrics.py",
         (
             (
                 'float(np.percentile(pooled, 95)) if pooled.size else float("nan")',
@@ -154,31 +154,31 @@ TRAINER = (
     ),
     Fault(
         "Left Atrium: every value above 0 is the cavity",
-        "reference/convert_left_atrium.py",
+        "reference/conversion/left_atrium.py",
         ((".label) == CAVITY)", ".label) > 0)"),),
         "tests/test_reference_convert.py::test_left_atrium_by_hand",
     ),
     Fault(
         "Pancreas-CT: z-score before the crop",
-        "reference/convert_pancreas.py",
+        "reference/conversion/pancreas.py",
         (("crop = z_score(image[x0:x1, y0:y1], source.image)", "crop = z_score(image, source.image)[x0:x1, y0:y1]"),),
         "tests/test_reference_convert.py::test_pancreas_is_cropped_around_the_label",
     ),
     Fault(
         "BraTS: z-score over the background too",
-        "reference/convert_brats.py",
+        "reference/conversion/brats.py",
         (("z_score(crop, source.image, crop > 0)", "z_score(crop, source.image)"),),
         "tests/test_reference_convert.py::test_brats_by_hand",
     ),
     Fault(
         "prediction: the header's transforms are lost",
-        "reference/volumes.py",
+        "reference/datasets/nifti_writing.py",
         (("None if header is None else _of_the_grid(header)", "None"),),
         "tests/test_reference_predict.py::test_a_nifti_file_keeps_its_grid_and_its_header",
     ),
     Fault(
         "shrunk data: the affine's origin stays at the first voxel",
-        "reference/shrink.py",
+        "reference/conversion/shrink.py",
         (("            first[:3, 3] = (self.by - 1) / 2\n", ""),),
         "tests/test_reference_shrink.py::test_blocks_by_hand",
     ),

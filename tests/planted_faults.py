@@ -39,7 +39,7 @@ def plant(fault: Fault, folder: Path) -> None:
     """Apply the substitutions.
 
     Raises:
-        SystemExit: a text does not occur exactly once; the fault has to be written anew.
+        SystemExit: a text does not occur exactly once; rewrite the fault.
     """
     path = folder / fault.file
     source = path.read_text()

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from rplib.reference import train, trainer
+from rplib.reference import train
 from rplib.reference.config import Config
 from rplib.reference.network import MutualVNet
-from rplib.reference.parallel import Ranks, distributed, joined, synchronise_batch_norm
-from rplib.reference.peers import build_objective
-from rplib.reference.step import training_step
+from rplib.reference.training import trainer
+from rplib.reference.training.distributed import Ranks, distributed, joined, synchronise_batch_norm
+from rplib.reference.training.methods import build_objective
+from rplib.reference.training.step import training_step
 
 CPU = torch.device("cpu")
 METHODS = ("both", "mutual-consistency")

@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 
 from rplib import cli
-from rplib.reference.datasets import LeftAtrium
+from rplib.reference.datasets.layouts import LeftAtrium
 
 TINY = [  # a training of a few milliseconds per iteration
     "filters=2",

@@ -116,7 +116,7 @@ def test_a_limit_stops_a_part(some_parts, tmp_path):
 
 
 def test_mistakes(some_parts, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="unknown part 'nothing'; expected some of works"):
+    with pytest.raises(UserError, match="unknown part 'nothing'; expected one or more of works"):
         gpu.run(arguments(tmp_path, parts="nothing"))
     monkeypatch.undo()
     with pytest.raises(UserError, match="part 'train-la-8' needs --data"):

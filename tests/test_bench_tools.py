@@ -3,8 +3,8 @@
 import argparse
 import csv
 import shutil
-import time
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,16 +13,16 @@ from torch import Tensor
 
 import rplib
 from rplib import cli, naive
-from rplib.bench import benchmark, measure, plot, wide
+from rplib.bench import benchmark, measure, plot, timer, wide
 from rplib.bench import rows as r
 from rplib.bench.correctness import Truth
 from rplib.bench.floor import RECORD_BYTES, floor_bytes
 from rplib.bench.implementations import IMPLEMENTATIONS, Implementation, vectorised
-from rplib.bench.memory import peak_memory
 from rplib.bench.metered import Metered, MeterFailedError, metered, reduced
 from rplib.bench.shapes import LAYOUTS, SHAPES, TEACHERS, Case, Shape, clear_gradients, make_inputs
 from rplib.bench.timer import DeviceCopy, Timing, as_cuda_graph, clock_for, copy_size, interleaved
 from rplib.errors import UserError
+from rplib.memory import peak_memory
 from rplib.options import Options
 
 CPU = torch.device("cpu")
@@ -62,12 +62,18 @@ def test_every_round_calls_each_once_and_begins_with_another():
     assert {name: len(t.seconds) for name, t in timings.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_times_are_those_of_the_call_alone():
-    timings = interleaved(
-        {"long": lambda: time.sleep(0.03), "short": lambda: time.sleep(0.003)}, CPU, 3, before=lambda: time.sleep(0.01)
-    )
-    assert min(timings["long"].seconds) >= 0.03
-    assert 0.003 <= timings["short"].minimum < 0.013  # the 10 ms before each call are not in it
+def test_times_are_those_of_the_call_alone(monkeypatch):
+    """By a clock that moves only when a call moves it: a busy machine changes nothing."""
+    now = [1000.0]
+
+    def takes(seconds):
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    monkeypatch.setattr(timer, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    timings = interleaved({"long": takes(32.0), "short": takes(4.0)}, CPU, 3, before=takes(8.0))
+    assert timings["long"].seconds == (32.0,) * 3
+    assert timings["short"].seconds == (4.0,) * 3
+    assert now[0] == 1000.0 + 4 * (32 + 4 + 2 * 8)  # three rounds and a warm-up, with what comes before
 
 
 def test_median_and_quartiles():
@@ -365,7 +371,7 @@ def test_bench_measures_and_keeps_everything(tiny, tmp_path, capsys):
     assert float(lines["naive"][3]) == 1.0
     assert lines["triton"][1] == "-"  # the interpreter's time means nothing
     assert "triton: its bytes were counted, but it was not timed" in out and "No GPU was used" in out
-    assert "3 of 4 measured, each after its result was found right; 0 wrong or failed." in out
+    assert "3 of 4 measured, each after its result was verified; 0 wrong or failed." in out
     assert "[1/1" in err
 
     rows = {row["implementation"]: row for row in read(tmp_path / "r.csv")}
@@ -379,9 +385,7 @@ def test_bench_measures_and_keeps_everything(tiny, tmp_path, capsys):
 
     assert naive_row["status"] == ours["status"] == "measured" and ours["repeats"] == "2"
     assert float(ours["times_faster"]) == pytest.approx(float(naive_row["seconds"]) / float(ours["seconds"]), rel=1e-4)
-    assert float(ours["times_less_memory"]) == pytest.approx(
-        peak(naive_row) / peak(ours), rel=1e-4
-    )
+    assert float(ours["times_less_memory"]) == pytest.approx(peak(naive_row) / peak(ours), rel=1e-4)
     assert float(ours["copy_fraction"]) == pytest.approx(
         floor_bytes(3, 4, 4) * TINY.voxels / float(ours["seconds"]) / float(ours["copy_bandwidth"]), rel=1e-4
     )
@@ -485,14 +489,14 @@ def test_a_run_cut_short_keeps_what_it_has(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--shapes", "la"], "--shapes: unknown 'la'; expected some of left-atrium, pancreas"),
+        (["--shapes", "la"], "--shapes: unknown 'la'; expected one or more of left-atrium, pancreas"),
         (["--dtypes", "float8"], "--dtypes: unknown 'float8'"),
         (["--implementations", "torch,jax"], "--implementations: unknown 'jax'"),
         (["--repeats", "0"], "--repeats is 0"),
         (["--threads", "0"], "--threads is 0"),
         (["--device", "gpu"], "--device: unknown device 'gpu'"),
-        (["--device", "cuda:77"], "--device: there is no cuda:77 here"),
-        (["--csv", "/no/such/folder/r.csv"], "--csv: there is no folder /no/such/folder; make it first"),
+        (["--device", "cuda:77"], "--device: cuda:77 is not available"),
+        (["--csv", "/no/such/folder/r.csv"], "--csv: there is no folder /no/such/folder; create it first"),
         (["--plot", "picture.txt"], "unknown picture format '.txt'"),
     ],
 )
@@ -516,7 +520,7 @@ def test_plot_has_a_row_of_panels_for_every_dtype_and_layout(tmp_path):
     one, two = imread(tmp_path / "one.png"), imread(tmp_path / "two.png")
     assert two.shape[0] > 1.5 * one.shape[0] and two.shape[1] == one.shape[1]
     wrong = replace(rows("float32")[0], status=r.WRONG)
-    with pytest.raises(UserError, match="nothing to draw"):
+    with pytest.raises(UserError, match="nothing to plot"):
         plot.draw([wrong], tmp_path / "none.png")
 
 
@@ -534,7 +538,7 @@ def test_plot_has_a_row_of_panels_for_every_dtype_and_layout(tmp_path):
     ],
 )
 def test_wide_network_check(found, spills, code, said, monkeypatch, capsys):
-    from rplib.bench.ahead_of_time import Row
+    from rplib.bench.ahead_of_time import CompiledKernel
 
     def count(case):
         if found is None:
@@ -542,7 +546,9 @@ def test_wide_network_check(found, spills, code, said, monkeypatch, capsys):
         scale = 1 if case.dtype == "float32" else 0.5
         return replace(found, lane_bytes=found.lane_bytes * scale, sector_bytes=found.sector_bytes * scale)
 
-    row = Row(**{field.name: "x" if field.type in ("str", str) else 0 for field in fields(Row)} | {"spills": spills})
+    row = CompiledKernel(
+        **{field.name: "x" if field.type in ("str", str) else 0 for field in fields(CompiledKernel)} | {"spills": spills}
+    )
     monkeypatch.setattr(wide, "metered", count)
     monkeypatch.setattr(wide, "report_all", lambda cases, jobs, progress: [row])
     assert wide.run(argparse.Namespace(edge=8, jobs=1)) == code

@@ -451,7 +451,7 @@ class TestKernels:
         import triton.runtime.interpreter as interpreter
 
         monkeypatch.delattr(interpreter.InterpreterBuilder, "create_masked_load")
-        with pytest.raises(UserError, match=rf"does not know the interpreter of Triton {triton.__version__}"), kernel_traffic():
+        with pytest.raises(UserError, match=rf"not support the interpreter of Triton {triton.__version__}"), kernel_traffic():
             pass
 
 
@@ -474,8 +474,8 @@ def test_without_the_interpreter(tmp_path):
     )
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     assert len(lines) == 2, done.stderr
     assert lines[0].startswith("UserError the traffic meter needs Triton's interpreter; start the process with TRITON_INTERPRET")
-    assert lines[1].startswith("UserError kernel early was made before TRITON_INTERPRET was set")
+    assert lines[1].startswith("UserError kernel early was defined before TRITON_INTERPRET was set")

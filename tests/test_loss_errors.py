@@ -163,7 +163,7 @@ def test_the_module_refuses_a_bad_keyword_when_it_is_made():
     with pytest.raises(ValueError, match="weighting"):
         rplib.MutualObjective(weighting="cosine")
     with pytest.raises(TypeError):
-        rplib.ReliableMutualLoss(temperature=2.0)
+        rplib.ReliableMutualLoss(sharpness=2.0)
 
 
 # ------------------------------------------------------------------------------------------------ impossible impl
@@ -221,9 +221,7 @@ def test_triton_on_a_cpu_without_the_interpreter(tmp_path):
     environment["CUDA_VISIBLE_DEVICES"] = ""
     root = Path(__file__).resolve().parent.parent
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("refused:") and "triton" in done.stdout and "cpu" in done.stdout.lower(), done.stdout
     assert "torch" in done.stdout

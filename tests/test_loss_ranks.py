@@ -1,14 +1,18 @@
 """`process_group`: two processes that hold parts of a batch compute what one process computes with the whole batch."""
 
+import copy
+import io
 import os
 import socket
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from loss_cases import HAS_TRITON, networks
+from loss_cases import ANY_K_IMPLS, HAS_TRITON, networks
 from truth import leaves
 
 import rplib
@@ -23,6 +27,12 @@ CASES = {
     "probabilities": {"cross_entropy_on": "probabilities"},
 }
 IMPLS = ["naive", "torch", *(["triton"] if HAS_TRITON else [])]
+# What the objective alone takes; the kernels take none of it yet.
+OBJECTIVES = {
+    "cross_entropy": {"supervised": "cross_entropy", "ignore_index": 1},
+    "both terms": {"supervised": "dice+cross_entropy", "students": (0,)},
+    "masked": {"statistics": True},
+}
 # Samples of the whole batch that each rank holds, labelled ones first: the ranks differ in what is labelled.
 PARTS = {0: [0, 2], 1: [1, 3, 4]}
 # Number of labelled samples per rank.
@@ -62,6 +72,55 @@ def _local(rank, classes, impl, keywords, counts, poisoned=False):
     return _evaluate(impl, keywords, [z[part] for z in logits], [f[part] for f in features], labels, dist.group.WORLD)
 
 
+def _objective(impl, name, samples, labels, group):
+    """The objective with its own options on these samples of the batch; terms (statistics too) and gradients."""
+    logits, features, _ = _batch(3)
+    z = leaves([t[samples] for t in logits])
+    mask = None
+    if name == "masked":  # a different share of every sample
+        mask = torch.rand(5, 3, 4, 5, generator=torch.Generator().manual_seed(3))[samples] < 0.7
+    objective = rplib.MutualObjective(impl=impl, process_group=group, **OBJECTIVES[name])
+    terms = objective(z, [f[samples] for f in features], labels, 0.3, mask=mask)
+    terms.total.backward()
+    values = [t.detach() for t in (*terms[:3], *(terms.statistics if name == "masked" else ()))]
+    return values, [t.grad for t in z]
+
+
+def _copies(rank):
+    """A module with a group is copied and pickled, and still sums over the ranks."""
+    logits, features, _ = _batch(2)
+    part = PARTS[rank]
+    mine = [z[part] for z in logits], [f[part] for f in features]
+    pair = dist.new_group([0, 1])
+    found = {}
+    for name, group in (("world", dist.group.WORLD), ("by name", "world"), ("other", pair)):
+        module = torch.nn.ModuleList([torch.nn.Linear(1, 1), rplib.ReliableMutualLoss(process_group=group)])
+        file = io.BytesIO()
+        torch.save(module, file)
+        file.seek(0)
+        copies = [module, copy.deepcopy(module), torch.load(file, weights_only=False)]
+        copies.append(torch.optim.swa_utils.AveragedModel(module).module)
+        found[name] = [copied[1](*mine) for copied in copies]
+    return found
+
+
+def _alone(rank, folder):
+    """Rank 0 calls, rank 1 does not."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=1))
+    logits, features, _ = _batch(2)
+    done = Path(folder) / "alone"
+    if rank == 0:
+        try:
+            return str(rplib.ReliableMutualLoss(process_group=group)(logits, features))
+        except RuntimeError as error:
+            return str(error)
+        finally:
+            done.touch()
+    while not done.exists():
+        time.sleep(0.05)
+    return ""
+
+
 def _work(rank: int, port: int, folder: str):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
@@ -72,6 +131,12 @@ def _work(rank: int, port: int, folder: str):
             results[classes, impl, name, labelled] = _local(rank, classes, impl, CASES[name], LABELLED[labelled])
         for classes in (2, 4):
             results[classes, impl, "poisoned"] = _local(rank, classes, impl, {}, LABELLED["both"], poisoned=True)
+        if impl != "triton":
+            for name in OBJECTIVES:
+                labels = _batch(3)[2][PARTS[rank]][: LABELLED["both"][rank]]
+                results[impl, name] = _objective(impl, name, PARTS[rank], labels, "world")
+    results["copies"] = _copies(rank)
+    results["alone"] = _alone(rank, folder)  # the last: its group is broken afterwards
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -122,7 +187,45 @@ def test_a_bad_value_on_one_rank_shows_on_all(ranks, classes, impl):
             assert not gradients[0].isfinite().all()
 
 
-@pytest.mark.parametrize("group", ["world", 3])
-def test_no_process_group(group):
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("impl", ANY_K_IMPLS)
+def test_the_objectives_own_options_over_two_ranks(ranks, impl, name):
+    order = [0, 1, 2, 3, 4]  # rank 0 labels sample 0, rank 1 sample 1
+    values, gradients = _objective(impl, name, order, _batch(3)[2][:2], None)
+    for rank in (0, 1):
+        ours, local = ranks[rank][impl, name]
+        for a, b in zip(ours, values, strict=True):
+            torch.testing.assert_close(a, b, rtol=5e-6, atol=1e-7)
+        for g, whole in zip(local, gradients, strict=True):
+            if whole is None:
+                assert g is None
+            else:
+                torch.testing.assert_close(g / 2, whole[PARTS[rank]], rtol=1e-5, atol=1e-9)
+
+
+def test_copies_of_a_module_with_a_group_still_sum_over_it(ranks):
+    logits, features, _ = _batch(2)
+    whole = rplib.functional.reliable_mutual_loss(logits, features)
+    for rank in (0, 1):
+        for name, losses in ranks[rank]["copies"].items():
+            for loss in losses:
+                torch.testing.assert_close(loss, whole, rtol=2e-6, atol=0, msg=name)
+
+
+def test_one_rank_alone_gets_an_error_that_says_why(ranks):
+    assert "another rank did not take part in time" in ranks[0]["alone"]
+    assert "process_group=None" in ranks[0]["alone"]
+
+
+def test_a_group_by_name_is_asked_for_when_the_loss_is_called():
+    """The module may be built before init_process_group, where torch.distributed.group.WORLD is None."""
+    logits, features, _ = _batch(2)
+    loss_fn = rplib.ReliableMutualLoss(process_group="world")
     with pytest.raises(ValueError, match=r"process_group .*init_process_group"):
+        loss_fn(logits, features)
+
+
+@pytest.mark.parametrize("group", ["worl", 3])
+def test_no_process_group(group):
+    with pytest.raises(TypeError, match=r"process_group .*world"):
         rplib.ReliableMutualLoss(process_group=group)

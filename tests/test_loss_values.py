@@ -494,7 +494,7 @@ def half_precision_excess(impl, logits, features, upstream, **keywords):
     return worst
 
 
-@pytest.mark.parametrize(("scale", "upstream"), [(2.0, 1.0), (8.0, 65536.0)])
+@pytest.mark.parametrize(("scale", "upstream"), [pytest.param(2.0, 1.0, marks=pytest.mark.slow), (8.0, 65536.0)])
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("impl", FAST_IMPLS)

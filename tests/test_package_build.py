@@ -1,16 +1,18 @@
 """Wheel and sdist hold the tree, whole and under the right names; pyproject says what it should."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
-from package_tools import PYPROJECT, ROOT, copy_source, distribution_name, tree_files, tree_packages
+from package_tools import LOSS_CALL, PYPROJECT, ROOT, copy_source, distribution_name, tree_files, tree_packages
 
 import rplib
 from rplib.cli import EXTRAS
@@ -73,6 +75,38 @@ def test_wheel_from_the_sdist_is_the_same(built, tmp_path):
     assert contents(again) == contents(wheel)
 
 
+@pytest.mark.slow
+def test_released_as_the_guide_says(tmp_path):
+    """`python -m build`, `twine check --strict`, and the wheel in an environment that knows nothing of the checkout."""
+    pytest.importorskip("twine")
+    source = copy_source(tmp_path / "source")
+    out = tmp_path / "dist"
+    for command in (["build", "--no-isolation", "--outdir", str(out), str(source)], ["twine", "check", "--strict"]):
+        files = map(str, sorted(out.iterdir())) if command[0] == "twine" else ()
+        done = subprocess.run([sys.executable, "-m", *command, *files], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = out.glob("*.whl")
+    shutil.rmtree(source)
+
+    python = tmp_path / "environment" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", python.parent.parent], check=True)
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, cwd=tmp_path, check=True, capture_output=True)
+    # torch and the rest come from here; without its .pth files an editable rplib of this environment is not seen.
+    (here,) = (tmp_path / "environment" / "lib").glob("python*/site-packages")
+    (here / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | {"OMP_NUM_THREADS": "1"}
+    rplib_command = python.with_name("rplib")
+    for command, said in (
+        ([rplib_command, "info"], str(here / "rplib")),
+        ([python, "-c", LOSS_CALL], "loss "),
+        ([rplib_command, "data", "phantom", "data", "--cases", "2", "--test-cases", "1", "--size", "32", "32", "32"], "data"),
+    ):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert said in done.stdout
+
+
 def test_metadata(built):
     wheel, _ = built
     with zipfile.ZipFile(wheel) as archive:
@@ -90,9 +124,7 @@ def test_metadata(built):
 
 def test_version_is_written_once_and_the_changelog_knows_it():
     assert "version" in PYPROJECT["project"]["dynamic"]
-    assert re.search(
-        rf"^## \[?{re.escape(rplib.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE
-    )
+    assert re.search(rf"^## \[?{re.escape(rplib.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
 
 
 def test_command_line_knows_every_module_of_the_extras():

@@ -117,7 +117,7 @@ def test_mistake_of_several_lines_becomes_one(stand_in, capsys):
 
 def test_denied_file_is_one_line(stand_in, capsys):
     stand_in(raising(PermissionError(13, "Permission denied", "/some/run/last.pt")))
-    assert mistake(capsys, "check") == "Permission denied: /some/run/last.pt"
+    assert mistake(capsys, "check") == "Permission denied: /some/run/last.pt; change its permissions or choose another place"
 
 
 def test_interruption(stand_in, capsys):
@@ -126,9 +126,7 @@ def test_interruption(stand_in, capsys):
     assert capsys.readouterr().err == "rplib: interrupted\n"
 
 
-@pytest.mark.parametrize(
-    "error", [ZeroDivisionError("a bug"), OSError("no errno"), ModuleNotFoundError(name="rplib.gone")]
-)
+@pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), OSError("no errno"), ModuleNotFoundError(name="rplib.gone")])
 def test_bugs_are_not_dressed_up_as_mistakes(stand_in, error):
     stand_in(raising(error))
     with pytest.raises(type(error)):
@@ -198,9 +196,7 @@ def test_reader_that_leaves_early(words):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /dev/full")
 def test_full_disk_is_one_line():
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "rplib", "info"], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT
-        )
+        done = subprocess.run([sys.executable, "-m", "rplib", "info"], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "No space left on device" in done.stderr

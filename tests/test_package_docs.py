@@ -1,5 +1,6 @@
 """The front page keeps its word: its examples run as written, and its names, commands, keywords and links exist."""
 
+import importlib
 import inspect
 import re
 import subprocess
@@ -62,10 +63,18 @@ def test_every_implementation_is_in_the_table():
     assert named == set(options._ALLOWED["impl"])
 
 
-def test_reliability_table_is_the_tuple():
-    assert [row[0].strip("`") for row in rows("field", "shape")] == [
-        name for name in rplib.Reliability._fields if name not in ("student", "teacher")
-    ]
+def test_every_field_of_the_maps_is_named():
+    section = README[README.index("\nFields: ") :].split("\n\n")[0]
+    named = set(re.findall(r"`(\w+)`", section))
+    assert named == set(rplib.Reliability._fields) - {"student", "teacher"}
+
+
+def test_pictures_are_small_and_say_what_they_show():
+    pictures = re.findall(r"^!\[([^\]]*)\]\(([^)]+)\)$", README, flags=re.MULTILINE)
+    assert len(pictures) == 2
+    for said, target in pictures:
+        assert len(said.split()) > 8, f"{target} needs an alternative text"
+        assert (ROOT / target).stat().st_size < 300_000
 
 
 def test_commands_exist():
@@ -86,7 +95,7 @@ def test_extras_exist():
 def test_recipes_exist():
     on_disk = {file.stem for file in (ROOT / "reference" / "recipes").glob("*.toml")}
     named = set(re.findall(r"`((?:la|pancreas|brats)-\d+|generic)`", README))
-    assert named == {name for name in on_disk if not name.endswith("-supervised")}
+    assert named == {name for name in on_disk if not name.endswith("-supervised") and name != "base"}
     assert {f"{name}-supervised" for name in named} <= on_disk
 
 
@@ -100,7 +109,36 @@ def test_links_lead_somewhere():
 
 def test_the_map_of_the_trainer_names_every_file():
     text = (ROOT / "reference" / "README.md").read_text(encoding="utf-8")
-    section = text[text.index("## Where things are") :].split("\n## ")[0]
-    named = re.findall(r"`(\w+\.py)`", section)
+    section = text[text.index("## Where things are") :].split("\nNames that have moved")[0]
+    named, folder = [], ""
+    for line in section.splitlines():
+        if line.startswith("| ") and not line.startswith("| folder"):
+            first, files, *_ = (cell.strip() for cell in line.strip("|").split("|"))
+            folder = "" if first == "top" else re.sub(r"\[(\w+)\]\(\1\).*", r"\1/", first) or folder
+            named += [folder + file for file in re.findall(r"`(\w+\.py)`", files)]
     assert len(named) == len(set(named))
-    assert set(named) == {file.name for file in (ROOT / "reference").glob("*.py")} - {"__init__.py"}
+    reference = ROOT / "reference"
+    files = {file.relative_to(reference).as_posix() for file in reference.rglob("*.py") if file.name != "__init__.py"}
+    assert set(named) == {file for file in files if not file.startswith("examples/")}  # those: examples/README.md
+
+
+def test_links_of_the_trainers_pages_lead_somewhere():
+    pages = sorted((ROOT / "reference").rglob("*.md"))
+    assert len(pages) == 7
+    for page in pages:
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            path, _, anchor = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            assert "://" in target or file.exists(), (page, target)
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
+
+
+def test_moved_names_are_where_the_page_says():
+    text = (ROOT / "reference" / "README.md").read_text(encoding="utf-8")
+    moves = re.findall(r"^\| `(rplib\.[\w.]+)` \| (?:`(rplib\.[\w.]+)`|unchanged) \|$", text, flags=re.MULTILINE)
+    assert len(moves) == 5
+    for old, new in moves:
+        module, _, name = (new or old).rpartition(".")
+        assert callable(getattr(importlib.import_module(module), name))

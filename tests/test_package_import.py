@@ -45,16 +45,16 @@ def test_triton_form_says_what_is_missing(tmp_path):
 
 def test_import_brings_torch_and_nothing_else(tmp_path):
     code = """
-import sys, time, torch
-before, start = set(sys.modules), time.perf_counter()
+import sys, torch
+before = set(sys.modules)
 import rplib
-seconds = time.perf_counter() - start
-new = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(seconds, *sorted(new - set(sys.stdlib_module_names)))
+print(*sorted(set(sys.modules) - before))
 """
-    seconds, *new = output_of(run_python(code, cwd=tmp_path, path=[ROOT])).split()
-    assert new == ["rplib"]
-    assert float(seconds) < 1.0  # beside a second or more for torch; generous for a loaded machine
+    new = output_of(run_python(code, cwd=tmp_path, path=[ROOT])).split()
+    foreign = {name.partition(".")[0] for name in new} - set(sys.stdlib_module_names)
+    assert foreign == {"rplib"}
+    assert len(new) < 40  # quick beside the second or more of torch; counted, because a busy machine has no seconds to compare
+    assert not [name for name in new if name.startswith(("rplib.kernels", "rplib.reference", "rplib.bench"))]
 
 
 def test_import_has_no_side_effect_on_torch(tmp_path):

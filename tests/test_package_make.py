@@ -17,7 +17,7 @@ def make(*words: str) -> subprocess.CompletedProcess[str]:
 def test_help_names_every_target():
     done = make()
     assert done.returncode == 0
-    for target in ("demo", "test", "lint", "clean", "setup"):
+    for target in ("demo", "test", "test-all", "test-torch", "lint", "docs", "gpu", "clean", "setup"):
         assert f"make {target}" in done.stdout
 
 

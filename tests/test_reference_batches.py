@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from rplib.errors import UserError
-from rplib.reference.batches import TwoStreamBatches, padding
 from rplib.reference.config import Config
-from rplib.reference.datasets import Case
+from rplib.reference.datasets.layouts import Case
+from rplib.reference.training.batches import TwoStreamBatches, padding
 
 SMALL = Config(patch=(16, 16, 16), stride=(16, 16, 16), labelled=3)
 

@@ -4,24 +4,32 @@ import tomllib
 
 import pytest
 
+from rplib import cli
 from rplib.errors import UserError
-from rplib.reference.config import KEYS, RECIPES, Config, load_config, load_recipe, parse, recipe_names
+from rplib.reference.config import BASE, KEYS, RECIPES, Config, load_config, load_recipe, parse, recipe_names
 
 LABELLED = (4, 8, 16)
 MUTUAL = [f"la-{n}" for n in LABELLED] + ["pancreas-6", "pancreas-12", "brats-25", "brats-50", "generic"]
 
 
 def test_the_recipes_are_there():
-    assert recipe_names() == sorted([f"{name}{rest}" for name in MUTUAL for rest in ("", "-supervised")])
+    names = [f"{name}{rest}" for name in MUTUAL for rest in ("", "-supervised")]
+    assert recipe_names() == sorted([*names, *(f"la-{n}-robust" for n in LABELLED)])
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_is_complete_and_carries_its_name(name):
+def test_every_recipe_says_only_what_differs_and_carries_its_name(name):
     table = tomllib.loads((RECIPES / f"{name}.toml").read_text())
-    assert table.keys() == KEYS.keys()
     assert table["name"] == name
+    base = table.pop("base")
+    plain = name.removesuffix("-supervised").removesuffix("-robust")
+    assert base == (BASE if plain == name else plain)
+    below = Config() if base == BASE else load_recipe(base)
+    stated = {"name", "labelled"}  # worth reading in the recipe even where they are the base's
+    for key, value in table.items():
+        assert key in stated or getattr(below, key) != (tuple(value) if isinstance(value, list) else value), key
     first, _, rest = name.partition("-")
-    number = rest.removesuffix("supervised").removesuffix("-")
+    number = rest.removesuffix("supervised").removesuffix("robust").removesuffix("-")
     assert load_recipe(name).labelled == int(number or 0)  # 0: all that have a label
     assert load_recipe(name).dataset == {"la": "left-atrium"}.get(first, first)
 
@@ -51,7 +59,7 @@ def test_recipes_have_the_paper_settings(labelled):
         "validate_from": 800,
         "validate_every": 200,
         "confidence": "entropy",
-        "weighting": "similarity",
+        "method": "both",
         "cross_entropy_on": "logits",
     }
     assert {key: getattr(config, key) for key in expected} == expected
@@ -67,6 +75,14 @@ def test_recipes_of_the_other_data_sets_have_the_paper_settings():
         expected = {"dataset": "brats", "patch": (96,) * 3, "stride": (64,) * 3, "iterations": 30000, "schedule": "polynomial"}
         name = f"brats-{labelled}"
         assert load_recipe(name) == la.replace(name=name, labelled=labelled, **expected)
+
+
+def test_robust_recipes_and_generic_share_one_objective():
+    robust = {"supervised": "dice+cross_entropy", "consistency": 0.1, "schedule": "polynomial", "average": 0.99}
+    for n in LABELLED:
+        assert load_recipe(f"la-{n}-robust") == load_recipe(f"la-{n}").replace(name=f"la-{n}-robust", **robust)
+    assert {key: getattr(load_recipe("generic"), key) for key in robust} == robust
+    assert load_recipe("generic").await_classes
 
 
 @pytest.mark.parametrize("name", MUTUAL)
@@ -87,12 +103,44 @@ def test_config_toml_reads_back_equal(tmp_path):
 def test_values_are_written_as_people_write_them():
     config = load_recipe(
         "la-8",
-        ["patch=32,32,16", "stride = [8, 8, 4]", "consistency=0", "amp=bfloat16", "protocol='paper'", "weighting=none"],
+        ["patch=32,32,16", "stride = [8, 8, 4]", "consistency=0", "amp=bfloat16", "protocol='paper'", "method=which-only"],
     )
     assert (config.patch, config.stride, config.consistency) == ((32, 32, 16), (8, 8, 4), 0.0)
     assert (config.amp, config.protocol) == ("bfloat16", "paper")
     assert config.loss_keywords["weighting"] is None
     assert config.loss_keywords["confidence"] == "entropy"
+
+
+def test_the_base_holds_every_key_with_its_default():
+    table = tomllib.loads((RECIPES / f"{BASE}.toml").read_text())
+    assert list(table) == list(KEYS)
+    assert parse((RECIPES / f"{BASE}.toml").read_text(), BASE).replace(name=Config().name) == Config()
+
+
+def test_a_file_may_name_its_base(tmp_path):
+    (tmp_path / "mine.toml").write_text('base = "pancreas-6-supervised"\nfilters = 4\n')
+    assert load_recipe(tmp_path / "mine.toml") == load_recipe("pancreas-6-supervised", ["filters=4"])
+    for base in ('"nothing"', '"../recipes/la-8"', "3"):
+        (tmp_path / "mine.toml").write_text(f"base = {base}\n")
+        with pytest.raises(UserError, match="expected the name of a recipe: base, brats-25"):
+            load_recipe(tmp_path / "mine.toml")
+
+
+def test_retired_settings_are_accepted_where_they_say_nothing():
+    assert parse('weighting = "similarity"', "old run") == Config()
+    with pytest.raises(UserError, match="old run: weighting = 'none' is no longer a setting; use method=which-only"):
+        parse('weighting = "none"', "old run")
+    with pytest.raises(UserError, match="--set: weighting is no longer a setting; use method=which-only"):
+        load_recipe("la-8", ["weighting=none"])
+
+
+def test_help_settings_lists_every_key(capsys):
+    assert cli.main(["train", "--help-settings"]) == 0
+    out = capsys.readouterr().out
+    for key, f in KEYS.items():
+        assert f"  {key} = " in out
+        assert f.metadata["comment"] in out
+    assert "  patch = [112, 112, 80]  (integers)\n" in out
 
 
 def test_a_recipe_may_be_a_file_with_some_keys(tmp_path):
@@ -117,7 +165,7 @@ def test_a_recipe_may_be_a_file_with_some_keys(tmp_path):
         ("learning_rate=nan", "expected a number"),
         ("momentum=1", "expected at most 0.9999"),
         ("channels_last=yes", "expected true or false"),
-        ("patch=32,32", "stride [18, 18, 4] and patch [32, 32] differ in their number of axes"),
+        ("patch=32,32", "stride [18, 18, 4] and patch [32, 32] have different numbers of axes"),
         ("patch=32", "expected three whole numbers such as patch=32,32,32, or two for 2-D images"),
         ("in_channels=0", "in_channels is 0; expected at least 1"),
         ("patch=32,32,30", "each axis must be a multiple of 16"),
@@ -125,7 +173,7 @@ def test_a_recipe_may_be_a_file_with_some_keys(tmp_path):
         ("stride=18,18,96", "stride [18, 18, 96] is larger than patch"),
         ("protocol=papers", "expected one of: held-out, paper (did you mean paper?)"),
         ("impl=cuda", "expected one of: auto, triton, torch, naive"),
-        ("labelled_per_batch=5", "labelled_per_batch is 5 of batch_size 4"),
+        ("labelled_per_batch=5", "labelled_per_batch=5 exceeds batch_size=4"),
         ("validation=8", "leaves none of the 8 labelled cases"),
         ("dataset=acdc", "expected one of: left-atrium"),
     ],
@@ -138,7 +186,7 @@ def test_mistakes_are_one_sentence(word, message):
 
 
 def test_settings_at_odds():
-    with pytest.raises(UserError, match="validation=2 has no use"):
+    with pytest.raises(UserError, match="validation=2 has no effect"):
         Config(protocol="paper", validation=2)
     with pytest.raises(UserError, match="too few for batch normalisation"):
         Config(batch_size=1, labelled_per_batch=1, patch=(16, 16, 16), stride=(16, 16, 16))

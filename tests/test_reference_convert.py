@@ -16,10 +16,10 @@ from data_paths import left_atrium_dir
 from reference_tools import mistake
 
 from rplib import cli
-from rplib.reference import conversion
-from rplib.reference.convert_pancreas import PancreasRelease
-from rplib.reference.datasets import open_dataset
-from rplib.reference.geometry import affine_of, read_volume
+from rplib.reference.conversion import releases as conversion
+from rplib.reference.conversion.geometry import affine_of, read_volume
+from rplib.reference.conversion.pancreas import PancreasRelease
+from rplib.reference.datasets.layouts import open_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 FLIPPED_XY = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
@@ -77,7 +77,7 @@ def test_left_atrium_by_hand(tmp_path, capsys):
     raw_left_atrium(tmp_path / "raw", "D")
     code, out, err = run(capsys, "left-atrium", tmp_path / "raw", tmp_path / "dest")
     assert code == 0, out + err
-    assert "4 cases written, 0 were there already, 1 without a label" in out
+    assert "4 cases written, 0 already there, 1 without a label" in out
     assert "NOT the published lists" in out
 
     dataset = open_dataset(tmp_path / "dest")
@@ -270,7 +270,7 @@ def test_pancreas_from_dicom_by_hand(tmp_path, capsys):
     save(tmp_path / "raw" / "PANCREAS_0009.nii.gz", other, spacing=spacing, origin=origin)  # unlabelled
     code, out, err = run(capsys, "pancreas", tmp_path / "raw", tmp_path / "dest")
     assert code == 0, out + err
-    assert "3 cases written, 0 were there already, 1 without a label" in out
+    assert "3 cases written, 0 already there, 1 without a label" in out
 
     # 110 x 0.8, 104 x 0.9, 12 x 2.5 mm: 88 x 93 x 30 voxels of 1 mm; both sides are below 96, so all is kept.
     dataset = open_dataset(tmp_path / "dest", "pancreas")
@@ -333,7 +333,7 @@ def test_orientations_of_pancreas_files_do_not_matter(tmp_path, capsys):
             sitk.WriteImage(sitk.DICOMOrient(plain[what], axes), str(path))
     code, out, err = run(capsys, "pancreas", tmp_path / "raw", tmp_path / "dest")
     assert code == 0, out + err
-    assert "header does not place it" not in out
+    assert "header does not match the CT" not in out
     dataset = open_dataset(tmp_path / "dest", "pancreas")
     first = dataset.load("image0001")
     for number in (2, 3, 4):
@@ -351,14 +351,14 @@ def test_labels_whose_header_says_nothing_are_laid_over_the_ct_and_must_meet_tis
         save(tmp_path / "raw" / f"label000{number}.nii.gz", label, spacing=spacing, origin=(0, 0, 0))
     code, out, _ = run(capsys, "pancreas", tmp_path / "raw", tmp_path / "dest")
     assert code == 0
-    assert "image0001, image0002: the label's header does not place it on the CT" in out
+    assert "image0001, image0002: the label's header does not match the CT" in out
     plain = open_dataset(tmp_path / "dest", "pancreas").load("image0001")
 
     on_fat = np.roll(label, -45, axis=1)
     save(tmp_path / "raw" / "label0002.nii.gz", on_fat, spacing=spacing, origin=(0, 0, 0))
     code, out, err = run(capsys, "pancreas", tmp_path / "raw", tmp_path / "wrong")
     assert code == 2
-    assert "label0002.nii.gz does not lie on soft tissue" in out and "try --flip-labels y" in out
+    assert "label0002.nii.gz does not cover soft tissue" in out and "try --flip-labels y" in out
     assert "1 case of" in err
     assert not (tmp_path / "wrong" / "train.list").exists()
 
@@ -382,7 +382,7 @@ def test_a_missing_slice_and_a_damaged_one_are_told(tmp_path, capsys):
     code, out, _ = run(capsys, "pancreas", tmp_path / "raw", tmp_path / "dest")
     assert code == 2
     assert "are 5.00 mm apart, the others 2.50 mm" in out
-    assert f"{damaged} is no readable slice of its series" in out
+    assert f"{damaged} is not a readable slice of the series" in out
 
 
 def test_withdrawn_cases_are_left_out_of_published_lists(tmp_path, capsys):
@@ -470,7 +470,7 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys, monkeypatch):
     lists = [(dest / f"{split}.txt").read_text() for split in ("train", "val", "test")]
     code, out, _ = run(capsys, "brats", tmp_path / "raw", dest)
     assert code == 0
-    assert "1 case written, 2 were there already" in out
+    assert "1 case written, 2 already there" in out
     assert lists == [(dest / f"{split}.txt").read_text() for split in ("train", "val", "test")]
     changed = [path.name for path, time in times.items() if path.stat().st_mtime_ns != time]
     assert changed == ["B.h5"]
@@ -488,7 +488,8 @@ def test_a_kill_leaves_no_broken_file(tmp_path, capsys):
         raw_brats(tmp_path / "raw", name)
     trap = """
 import os, signal, sys
-from rplib.reference import checkpoint, conversion
+from rplib.reference import checkpoint
+from rplib.reference.conversion import releases as conversion
 def write(path, fill, calls=[0], genuine=checkpoint.write_atomically):
     calls[0] += 1
     def half(file):
@@ -508,7 +509,7 @@ sys.exit(main(sys.argv[1:]))
     assert len(list((dest / "data").glob(".*"))) == 1  # the half
     code, out, _ = run(capsys, "brats", tmp_path / "raw", dest)
     assert code == 0
-    assert "2 cases written, 1 were there already" in out
+    assert "2 cases written, 1 already there" in out
     assert not list(dest.rglob(".*"))
     assert run(capsys, "check", dest)[0] == 0
 
@@ -516,9 +517,7 @@ sys.exit(main(sys.argv[1:]))
 def test_bad_raw_files_are_told_and_the_others_done(tmp_path, capsys):
     for name in "ABCDEFGH":
         raw_brats(tmp_path / "raw", name)
-    files = {
-        name: {what: tmp_path / "raw" / name / f"{name}_{what}.nii.gz" for what in ("flair", "seg")} for name in "ABCDEFGH"
-    }
+    files = {name: {what: tmp_path / "raw" / name / f"{name}_{what}.nii.gz" for what in ("flair", "seg")} for name in "ABCDEFGH"}
     files["A"]["flair"].write_bytes(b"no nifti")
     files["B"]["flair"].write_bytes(files["B"]["flair"].read_bytes()[:-400])
     save(files["C"]["seg"], np.ones((5, 5, 5), np.uint8))
@@ -531,13 +530,13 @@ def test_bad_raw_files_are_told_and_the_others_done(tmp_path, capsys):
     code, out, err = run(capsys, "brats", tmp_path / "raw", tmp_path / "dest")
     assert code == 2
     for name, what, reason in [
-        ("A", "flair", "cannot be read"),
+        ("A", "flair", "not a readable NIfTI file"),
         ("B", "flair", "cannot be read"),
-        ("C", "seg", "does not lie on the grid"),
+        ("C", "seg", "is not on the grid"),
         ("D", "flair", "no voxel above 0"),
         ("E", "seg", "background everywhere"),
         ("F", "flair", "NaN or infinite"),
-        ("G", "flair", "expected a 3-D volume of one channel"),
+        ("G", "flair", "expected a 3-D volume with one channel"),
     ]:
         assert any(str(files[name][what]) in line and reason in line for line in out.splitlines()), (name, out)
     assert "1 case written" in out
@@ -558,9 +557,7 @@ def test_mistakes_of_conversion(tmp_path, capsys):
     raw_left_atrium(tmp_path / "single", "A")
     assert "too few for train.list, test.list" in mistake(capsys, "data", "left-atrium", tmp_path / "single", tmp_path / "dest")
     assert "--seed is -1" in mistake(capsys, "data", "left-atrium", tmp_path / "single", tmp_path / "dest", "--seed", "-1")
-    assert "lacks train.list" in mistake(
-        capsys, "data", "left-atrium", tmp_path / "single", tmp_path / "dest", "--lists", empty
-    )
+    assert "has no train.list" in mistake(capsys, "data", "left-atrium", tmp_path / "single", tmp_path / "dest", "--lists", empty)
     (tmp_path / "file").write_text("")
     assert "is a file" in mistake(capsys, "data", "left-atrium", tmp_path / "single", tmp_path / "file")
 

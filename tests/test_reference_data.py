@@ -13,8 +13,9 @@ from scipy import ndimage
 
 from rplib import cli
 from rplib.errors import UserError
-from rplib.reference.datasets import LeftAtrium, open_dataset
-from rplib.reference.phantom import MOST_THRESHOLD_DICE, best_threshold_dice, phantom_case
+from rplib.reference.datasets.layouts import LeftAtrium, open_dataset
+from rplib.reference.datasets.phantom import MOST_THRESHOLD_DICE, best_threshold_dice, phantom_case
+from rplib.reference.datasets.phantom_organs import organs_case
 
 # ------------------------------------------------------------------------------------------------------ reading cases
 
@@ -84,11 +85,11 @@ WITH_NAN = np.where(np.arange(120).reshape(IMAGE.shape) == 7, np.nan, IMAGE).ast
         ({"image": IMAGE, "label": np.full(IMAGE.shape, np.nan, np.float32)}, "120 voxels outside the classes 0..1"),
         (
             {"image": IMAGE, "label": np.zeros((5, 4, 6), np.uint8)},
-            "'label' has shape (5, 4, 6) and 'image' has (4, 5, 6)",
+            "'label' has shape (5, 4, 6) but 'image' has (4, 5, 6)",
         ),
         ({"image": np.zeros((4, 5), np.float32)}, "shape (4, 5); expected three axes"),
-        ({"image": WITH_NAN}, "1 values that are NaN or infinite"),
-        ({"image": np.zeros(IMAGE.shape, "S3")}, "of type |S3; expected float32"),
+        ({"image": WITH_NAN}, "1 NaN or infinite values"),
+        ({"image": np.zeros(IMAGE.shape, "S3")}, "has type |S3; expected float32"),
     ],
 )
 def test_a_bad_case_is_refused_by_file_and_reason(tmp_path, arrays, message):
@@ -187,7 +188,28 @@ def test_rplib_data_phantom_writes_what_rplib_data_check_accepts(tmp_path, capsy
     assert cli.main(["data", "check", str(tmp_path / "a")]) == 0
     out = capsys.readouterr().out
     assert "3 training cases (0 without a label), 1 test cases" in out
-    assert "nothing wrong" in out
+    assert "no problems found" in out
+
+
+@pytest.mark.parametrize(("size", "classes"), [((48, 48), 4), ((48, 40, 36), 3), ((64, 64), 5)])
+def test_phantoms_of_several_organs(tmp_path, capsys, size, classes):
+    words = ["--cases", "2", "--test-cases", "1", "--size", *map(str, size), "--classes", str(classes), "--seed", "3"]
+    assert cli.main(["data", "phantom", str(tmp_path / "a"), *words]) == 0
+    dataset = open_dataset(tmp_path / "a", "generic", classes)
+    assert (len(dataset.names("train")), len(dataset.names("test"))) == (2, 1)
+    for index, name in enumerate([*dataset.names("train"), *dataset.names("test")]):
+        case = dataset.load(name, needs_label=True)
+        assert set(np.unique(case.label)) == set(range(classes))
+        assert case.label.ndim == len(size)
+        for k in range(1, classes):
+            assert best_threshold_dice(case.image, case.label == k) < MOST_THRESHOLD_DICE
+        again = organs_case(name, size, classes, 3, index)
+        assert np.array_equal(again.label, case.label)
+        assert np.allclose(again.image, case.image, atol=1e-4)
+        assert not np.array_equal(organs_case(name, size, classes, 4, index).label, case.label)
+    capsys.readouterr()
+    assert cli.main(["data", "check", str(tmp_path / "a")]) == 0
+    assert f"classes={classes}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -196,7 +218,9 @@ def test_rplib_data_phantom_writes_what_rplib_data_check_accepts(tmp_path, capsy
         (["--cases", "0"], "0 training and 1 test cases"),
         (["--size", "8", "32", "32"], "at least 32 voxels"),
         (["--seed", "-1"], "--seed is -1"),
-        (["--size", "32"], "expected 3 arguments"),
+        (["--size", "32"], "--size has 1 numbers; expected three"),
+        (["--size", "32", "--classes", "3"], "expected two or three axes of at least 32 voxels"),
+        (["--size", "48", "48", "--classes", "9"], "classes is 9; expected 3 to 5"),
         (["--cases", "many"], "invalid int value: 'many'"),
     ],
 )
@@ -257,6 +281,6 @@ def test_check_names_a_missing_folder_a_missing_list_and_a_repeated_case(tmp_pat
     (tmp_path / "test.list").write_text("\n")
     assert cli.main(["data", "check", str(tmp_path)]) == 2
     out = capsys.readouterr().out
-    assert "not readable as text" in out
+    assert "train.list is not a readable list" in out
     assert "test.list is empty" in out
     assert "unknown data layout 'mnist'" in mistake(capsys, "data", "check", tmp_path, "--layout", "mnist")

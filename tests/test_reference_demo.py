@@ -12,13 +12,13 @@ from reference_tools import mistake
 from rplib import cli
 from rplib.reference import demonstration
 from rplib.reference.config import differences
-from rplib.reference.datasets import open_dataset
+from rplib.reference.datasets.layouts import open_dataset
+from rplib.reference.datasets.phantom import best_threshold_dice
 from rplib.reference.demonstration import LABELLED_ONLY, MUTUAL, demo_configs
-from rplib.reference.evaluation import evaluate
-from rplib.reference.inference import DECODER_1
-from rplib.reference.phantom import best_threshold_dice
-from rplib.reference.runlog import read_metrics
-from rplib.reference.tables import shown
+from rplib.reference.evaluation.scoring import evaluate
+from rplib.reference.inference.windows import DECODER_1
+from rplib.reference.reporting.run_log import read_metrics
+from rplib.reference.reporting.tables import shown
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,7 +57,7 @@ def test_the_table_holds_what_evaluate_measures(out):
         for cell, metric in zip(cells[1:5], ("dice", "jaccard", "hd95", "asd"), strict=True):
             found = report.mean(DECODER_1, metric)
             assert cell.split(" ")[0] == shown(found.mean, metric)
-            assert cell.endswith(f"(n={found.missing})") == bool(found.missing)
+            assert cell.endswith(f"({found.missing} missing)") == bool(found.missing)
 
 
 def test_the_best_threshold_is_in_the_table_and_below_the_bound(out):

@@ -13,15 +13,18 @@ import torch
 from reference_tools import TINY, mistake, write_case, write_dataset
 
 from rplib import cli
-from rplib.reference import evaluation, metrics, pictures
-from rplib.reference.baselines import GRID, FixedBox, fit_box
 from rplib.reference.checkpoint import load_network
-from rplib.reference.datasets import open_dataset
-from rplib.reference.evaluation import BOX, evaluate
-from rplib.reference.inference import DECODER_1, MEAN, OUTPUTS, segment
-from rplib.reference.report import nifti_writer, write
-from rplib.reference.tables import render, scores_csv, summary_csv
-from rplib.reference.trainer import train
+from rplib.reference.datasets.layouts import LeftAtrium, open_dataset
+from rplib.reference.evaluation import metrics
+from rplib.reference.evaluation import scoring as evaluation
+from rplib.reference.evaluation.fixed_box import GRID, FixedBox, fit_box
+from rplib.reference.evaluation.scoring import BOX, evaluate
+from rplib.reference.inference import components
+from rplib.reference.inference.windows import DECODER_1, MEAN, OUTPUTS, segment
+from rplib.reference.reporting import pictures
+from rplib.reference.reporting.report import nifti_writer, write
+from rplib.reference.reporting.tables import render, scores_csv, summary_csv
+from rplib.reference.training.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,6 +58,28 @@ def _read(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.parametrize("maps", [[], ["--no-maps"]], ids=["maps", "no-maps"])
+def test_a_report_reads_every_case_once(run, data, tmp_path, monkeypatch, maps):
+    loaded = []
+    load = LeftAtrium.load
+
+    def counted(self, name, *args, **keywords):
+        loaded.append(name)
+        return load(self, name, *args, **keywords)
+
+    monkeypatch.setattr(LeftAtrium, "load", counted)
+    words = ["evaluate", run, "--data", data, "--out", tmp_path / "out", "--pictures", "2", "--nifti", "none", *maps]
+    assert cli.main([*map(str, words)]) == 0
+    dataset = open_dataset(data)
+    assert sorted(loaded) == sorted([*dataset.names("train")[: load_network(run)[1].labelled], *dataset.names("test")])
+
+
+def test_the_worst_cases_stay_in_memory_for_the_pictures(run, data):
+    report = evaluate(run, data, device="cpu", pictures=2)
+    assert sorted(report.kept) == sorted(report.worst_first()[:2])
+    assert report.case(report.worst_first()[-1]).label is not None  # read on demand
+
+
 def test_files(evaluated, data):
     names = open_dataset(data).names("test")
     assert {path.name for path in evaluated.iterdir()} == {
@@ -76,9 +101,7 @@ def test_scores_are_those_of_the_segmentation_by_hand(evaluated, run, data):
     rows = {(row["case"], row["method"]): row for row in _read(evaluated / "scores.csv")}
     names = open_dataset(data).names("test")
     assert set(rows) == {(name, method) for name in names for method in (*OUTPUTS, BOX)}
-    box = fit_box(
-        [open_dataset(data).load(name).label for name in open_dataset(data).names("train")[: config.labelled]]
-    )
+    box = fit_box([open_dataset(data).load(name).label for name in open_dataset(data).names("train")[: config.labelled]])
     for name in names:
         case = open_dataset(data).load(name)
         masks = {out: segment(network, case.image, config.patch, (8, 8, 8), output=out).label for out in OUTPUTS}
@@ -121,7 +144,7 @@ def test_report_says_what_was_scored(evaluated):
     text = (evaluated / "report.txt").read_text(encoding="utf-8")
     assert "Recipe la-4, protocol held-out; weights of iteration 12 of 12 (last iteration)." in text
     assert "Scored: 3 cases of the test list." in text
-    assert "stride 8 x 8 x 8; every component kept" in text
+    assert "stride 8 x 8 x 8; all components kept" in text
     assert "over the 3 labelled training" in " ".join(text.split())
     assert "TEST LIST" not in text
 
@@ -145,7 +168,7 @@ def test_without_a_voxel_size_there_are_no_millimetres_and_the_report_says_so(ru
 def test_pictures_show_the_worst_first(run, data, monkeypatch, tmp_path):
     shown = {}
     report = evaluate(run, data, device="cpu")
-    monkeypatch.setattr("rplib.reference.sheets.write_sheet", lambda path, rows, *rest: shown.update(rows=rows))
+    monkeypatch.setattr("rplib.reference.reporting.sheets.write_sheet", lambda path, rows, *rest: shown.update(rows=rows))
     write(report, tmp_path, pictures=2)
     dice = {row.case: row.scores.dice for row in report.rows if row.method == DECODER_1}
     worst = sorted(dice, key=dice.__getitem__)[:2]
@@ -184,7 +207,7 @@ def test_an_empty_prediction_has_dice_0_and_no_distance(run, data, monkeypatch):
     assert not math.isnan(report.mean(BOX, "hd95").mean)
     text = render(report, per_case=True)
     assert "0.00 ± 0.00" in text
-    assert "- ± - (n=3)" in text
+    assert "- ± - (3 missing)" in text
     assert f"{report.rows[0].case},{DECODER_1},1,0.0,0.0,,,," in scores_csv(report)
     assert f"{DECODER_1},1,hd95,,,3" in summary_csv(report)
 
@@ -193,7 +216,7 @@ def test_one_missing_value_is_left_out_of_the_mean_and_counted(run, data):
     report = evaluate(run, data, device="cpu")
     missing = metrics.Scores(0.0, 0.0, math.nan, math.nan)
     there = metrics.Scores(0.8, 0.7, 4.0, 2.0)
-    rows = [evaluation.Row(name, DECODER_1, 1, s) for name, s in (("a", there), ("b", missing), ("c", there))]
+    rows = [evaluation.CaseScores(name, DECODER_1, 1, s) for name, s in (("a", there), ("b", missing), ("c", there))]
     mixed = evaluation.Report(rows, {}, {}, report.config, report.dataset, report.stride, [])
     assert mixed.mean(DECODER_1, "hd95") == evaluation.Mean(4.0, 0.0, 1)
     assert mixed.mean(DECODER_1, "dice").mean == pytest.approx(1.6 / 3)
@@ -204,9 +227,9 @@ def test_keeping_the_largest_component(run, data, monkeypatch):
     _, config = load_network(run)
     monkeypatch.setattr(evaluation.checkpoint, "load_network", lambda *_: (_Threshold(1.5), config))
     plain, kept = (evaluate(run, data, device="cpu", keep_largest=largest) for largest in (False, True))
-    assert "largest component kept" in kept.notes[2]
+    assert "largest components only" in kept.notes[2]
     for name in plain.predictions:
-        expected = metrics.largest_component(plain.predictions[name] == 1)
+        expected = components.largest_component(plain.predictions[name] == 1)
         np.testing.assert_array_equal(kept.predictions[name] == 1, expected)
         assert 0 < expected.sum() < plain.predictions[name].sum()
 
@@ -216,7 +239,7 @@ def test_the_train_list_leaves_out_unlabelled_cases(run, tmp_path):
     write_case(tmp_path, names[4], image=np.zeros((20, 18, 17), np.float32))
     report = evaluate(run, tmp_path, split="train", device="cpu")
     assert list(report.predictions) == names[:4]
-    assert "Scored: 4 cases of the train list (1 without a label left out)." in report.notes[1]
+    assert "Scored: 4 cases of the train list (1 without a label skipped)." in report.notes[1]
 
 
 def test_best_and_last_weights(run, data):
@@ -236,7 +259,7 @@ def test_weights_chosen_on_the_test_list_are_called_so(data, tmp_path):
     train(load_recipe("la-4", [*TINY, *changes]), data, tmp_path / "run", device="cpu")
     note = evaluate(tmp_path / "run", data, cases=1, device="cpu").notes[0]
     assert "protocol paper" in note
-    assert "WEIGHTS CHOSEN ON THE TEST LIST" in note
+    assert "WEIGHTS SELECTED ON THE TEST LIST" in note
 
 
 def test_without_a_train_list_there_is_no_box_and_the_report_says_so(run, tmp_path):
@@ -285,15 +308,13 @@ def test_box_is_no_worse_than_any_other_in_one_plane():
         rows, columns = (np.floor(np.arange(GRID + 1) / GRID * n + 0.5).astype(int) for n in label.shape)
         sums = table[np.ix_(rows, columns)]  # (low or high row, low or high column)
         hits = sums[None, :, None, :] - sums[:, None, None, :] - sums[None, :, :, None] + sums[:, None, :, None]
-        area = np.maximum(rows[None] - rows[:, None], 0)[:, :, None, None] * np.maximum(
-            columns[None] - columns[:, None], 0
-        )
+        area = np.maximum(rows[None] - rows[:, None], 0)[:, :, None, None] * np.maximum(columns[None] - columns[:, None], 0)
         total += np.where(area > 0, 2 * hits / (area + label.sum()), 0)
     assert box.training_dice == pytest.approx(total.max() / len(labels))
 
 
 def test_box_needs_foreground():
-    with pytest.raises(ValueError, match="no case with a foreground voxel"):
+    with pytest.raises(ValueError, match="no foreground voxel in any case"):
         fit_box([np.zeros((4, 4, 4))])
 
 
@@ -312,9 +333,7 @@ def test_largest_slice_and_what_guides_it():
 
 def test_a_sheet_of_constant_images_and_full_masks(tmp_path):
     image, full = np.zeros((5, 6, 7), np.float32), np.ones((5, 6, 7))
-    pictures.write_sheet(
-        tmp_path / "sheet.png", [("all", pictures.three_planes(image, full, full))], "title", {"a": "red"}
-    )
+    pictures.write_sheet(tmp_path / "sheet.png", [("all", pictures.three_planes(image, full, full))], "title", {"a": "red"})
     assert (tmp_path / "sheet.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="rows is empty"):
         pictures.write_sheet(tmp_path / "none.png", [], "title", {})
@@ -330,9 +349,7 @@ def test_mistakes(run, data, tmp_path, capsys):
     assert "holds no last.pt" in mistake(capsys, "evaluate", empty, "--data", data)
     assert not any(empty.iterdir())
     assert "no data folder" in mistake(capsys, "evaluate", run, "--data", tmp_path / "nodata")
-    assert "stride (17, 4, 4) does not fit" in mistake(
-        capsys, "evaluate", run, "--data", data, "--stride", "17", "4", "4"
-    )
+    assert "stride (17, 4, 4) does not fit" in mistake(capsys, "evaluate", run, "--data", data, "--stride", "17", "4", "4")
     assert "0 is not a whole number of at least 1" in mistake(capsys, "evaluate", run, "--data", data, "--cases", "0")
     assert "millimetres above 0" in mistake(capsys, "evaluate", run, "--data", data, "--spacing", "1", "1", "x")
     assert "--device nonsense does not work" in mistake(capsys, "evaluate", run, "--data", data, "--device", "nonsense")

@@ -9,7 +9,7 @@ from data_paths import golden_dir
 from torch import nn
 
 from rplib.errors import UserError
-from rplib.reference.inference import DECODER_1, MEAN, labels, segment, segment_outputs, window_overlap
+from rplib.reference.inference.windows import DECODER_1, MEAN, labels, segment, segment_outputs, window_overlap
 from rplib.reference.network import MutualVNet
 
 

@@ -12,15 +12,15 @@ from reference_tools import TINY, mistake
 
 from rplib import cli
 from rplib.errors import UserError
-from rplib.reference import metrics
-from rplib.reference.batches import TwoStreamBatches
-from rplib.reference.cases import Case
 from rplib.reference.checkpoint import load_network
 from rplib.reference.config import Config, load_recipe
-from rplib.reference.datasets import Brats, NiftiFolder, Pancreas, guess_layout, open_dataset, open_for, split_training
-from rplib.reference.datasets_nifti import normalised
-from rplib.reference.inference import segment
+from rplib.reference.datasets.cases import Case
+from rplib.reference.datasets.layouts import Brats, NiftiFolder, Pancreas, guess_layout, open_dataset, open_for, split_training
+from rplib.reference.datasets.nifti import normalised
+from rplib.reference.evaluation import metrics
+from rplib.reference.inference.windows import segment
 from rplib.reference.network import MutualVNet
+from rplib.reference.training.batches import TwoStreamBatches
 
 AFFINE = np.array([[-0.5, 0, 0, 40.0], [0, 1.5, 0, -20.0], [0, 0, 2.0, 7.0], [0, 0, 0, 1]])
 
@@ -68,7 +68,7 @@ def test_pancreas_layout(tmp_path, capsys):
     write_h5(tmp_path / "Pancreas_h5" / "image0003_norm.h5", image=image, label=label + 0.5)
     code, out = check(capsys, tmp_path)
     assert code == 2
-    assert "image0003_norm.h5: 'label' holds 120 voxels outside the classes" in out
+    assert "image0003_norm.h5: 'label' has 120 voxels outside the classes" in out
 
 
 def write_brats(root: Path) -> None:
@@ -96,7 +96,7 @@ def test_brats_layout(tmp_path, capsys):
     assert "2 training cases (0 without a label), 1 validation cases, 1 test cases" in out
     for bad in (-1, 0.5, np.nan):
         write_h5(tmp_path / "data" / "A.h5", image=np.zeros((2, 2, 2)), label=np.full((2, 2, 2), bad))
-        with pytest.raises(UserError, match=r"A\.h5: 'label' holds 8 voxels outside"):
+        with pytest.raises(UserError, match=r"A\.h5: 'label' has 8 voxels outside"):
             dataset.load("A")
     (tmp_path / "val.txt").write_text("A\n")
     (tmp_path / "test.txt").unlink()
@@ -128,7 +128,7 @@ def test_training_and_evaluation_on_brats_under_both_protocols(tmp_path, capsys)
     words = ["--data", tmp_path / "d", "--out", tmp_path / "run", "--device", "cpu"]
     assert cli.main([str(w) for w in ["train", "--recipe", "brats-25", *words, "--set", *settings]]) == 0
     err = capsys.readouterr().err
-    assert "chosen on the VAL list" in err
+    assert "selected on the VAL list" in err
     (tmp_path / "hidden").rename(tmp_path / "d" / "test.txt")
     for split, name in (("val", "E"), ("test", "F")):
         words = ["evaluate", tmp_path / "run", "--data", tmp_path / "d", "--split", split, "--device", "cpu"]
@@ -176,8 +176,8 @@ def test_a_folder_of_3d_images(tmp_path, capsys):
     code, out = check(capsys, tmp_path)
     assert code == 0
     assert "3-D, 1 channel, labels 0, 1, 2: --set in_channels=1 classes=3" in out
-    assert f"a fifth of the labelled cases is kept for the test ({test[0]})" in out
-    with pytest.raises(UserError, match=r"holds 1 voxels outside the classes 0\.\.1 \(the first is 2\)"):
+    assert f"a fifth of the labelled cases is held out for testing ({test[0]})" in out
+    with pytest.raises(UserError, match=r"has 1 voxels outside the classes 0\.\.1 \(the first is 2\)"):
         open_dataset(tmp_path, "generic", classes=2).load(train[0])
     (tmp_path / "test.list").write_text("patient_0002\n")
     assert open_dataset(tmp_path, "generic").names("train") == [f"patient_000{n}" for n in (1, 3, 4, 5, 6)]
@@ -265,7 +265,7 @@ def test_bad_nifti_files_are_told(tmp_path, capsys):
         (images / "a.nii.gz", "not a readable NIfTI file"),
         (labels / "b.nii.gz", "not a readable NIfTI file"),
         (labels / "c.nii.gz", "has shape (5, 5, 4) but"),
-        (labels / "d.nii.gz", "affines that put their corners 0.60 mm apart"),
+        (labels / "d.nii.gz", "affines that differ by 0.60 mm at the corners"),
         (labels / "e.nii.gz", "outside the classes"),
         (images / "f.nii.gz", "background everywhere"),
         (images / "g.nii.gz", "NaN or infinite"),
@@ -274,7 +274,7 @@ def test_bad_nifti_files_are_told(tmp_path, capsys):
     ]:
         assert any(str(path) in line and reason in line for line in out.splitlines()), (path, reason, out)
     write_nifti(labels / "stranger.nii.gz", label)
-    assert "stranger.nii.gz has no image of its name" in mistake(capsys, "data", "check", tmp_path)
+    assert "stranger.nii.gz has no matching image" in mistake(capsys, "data", "check", tmp_path)
     assert "no .nii or .nii.gz file in" in mistake(capsys, "data", "check", tmp_path / "images", "--layout", "generic")
 
 
@@ -287,12 +287,12 @@ def test_missing_channels_and_mixed_grids_are_told(tmp_path, capsys):
     write_nifti(tmp_path / "images" / "a_0001.nii.gz", image, np.diag([3, 1, 1, 1.0]))
     code, out = check(capsys, tmp_path)
     assert code == 2
-    assert "a_0001.nii.gz and" in out and "mm apart" in out
+    assert "a_0001.nii.gz and" in out and "mm at the corners" in out
     (tmp_path / "images" / "a_0001.nii.gz").unlink()
-    assert "holds the channels 0000 of case a; expected 0000, 0001" in mistake(capsys, "data", "check", tmp_path)
+    assert "has the channels 0000 of case a; expected 0000, 0001" in mistake(capsys, "data", "check", tmp_path)
     (tmp_path / "images" / "a_0000.nii.gz").unlink()
     (tmp_path / "labels" / "a.nii.gz").unlink()
-    assert "1 labelled cases; expected two at least" in check(capsys, tmp_path)[1]
+    assert "1 labelled cases; expected at least two" in check(capsys, tmp_path)[1]
 
 
 def test_other_orientations_and_voxel_sizes_are_remarked(tmp_path, capsys):
@@ -302,8 +302,9 @@ def test_other_orientations_and_voxel_sizes_are_remarked(tmp_path, capsys):
         write_nifti(tmp_path / "labels" / f"{name}.nii.gz", np.ones((6, 5, 4), np.uint8), affine)
     code, out = check(capsys, tmp_path)
     assert code == 0
-    assert "stored in different orientations: " in out and "LAS (a)" in out and "RAS (b)" in out
-    assert "voxel sizes differ by more than half (0.5-0.5, 1.5-1.5, 2-4 mm)" in out
+    assert "1 of 2 images are stored in orientation " in out
+    assert "LAS; different: b (RAS)" in out or "RAS; different: a (LAS)" in out
+    assert "larger or smaller than the usual 0.5 x 1.5 x 2 mm: b (0.5 x 1.5 x 4)" in out
 
 
 # --------------------------------------------------------------------------------------- network and batches for 2-D

@@ -7,7 +7,8 @@ import pytest
 import torch
 from data_paths import golden_dir
 
-from rplib.reference import metrics
+from rplib.reference.evaluation import metrics
+from rplib.reference.inference.components import largest_component
 
 
 def _box(shape, *ranges):
@@ -29,7 +30,7 @@ def test_golden(golden, case):
     expected = dict(zip(columns, golden["values"][case], strict=True))
 
     plain = metrics.score(prediction, truth, spacing)
-    largest = metrics.largest_component(prediction)
+    largest = largest_component(prediction)
     np.testing.assert_array_equal(largest, golden[f"largest_{case}"])
     kept = metrics.score(largest, truth)
     ours = {
@@ -108,7 +109,7 @@ def test_empty_masks_have_no_distances(prediction_empty, truth_empty):
 
 
 def test_largest_component_of_nothing_is_nothing():
-    assert not metrics.largest_component(np.zeros((3, 3, 3))).any()
+    assert not largest_component(np.zeros((3, 3, 3))).any()
 
 
 def test_largest_component_joins_corners_and_prefers_the_first_of_equals():
@@ -117,7 +118,7 @@ def test_largest_component_joins_corners_and_prefers_the_first_of_equals():
     mask[4, 4] = mask[5, 5] = True
     expected = np.zeros_like(mask)
     expected[0, 0] = expected[1, 1] = True
-    np.testing.assert_array_equal(metrics.largest_component(mask), expected)
+    np.testing.assert_array_equal(largest_component(mask), expected)
 
 
 def test_labels_other_than_one_count_as_inside():

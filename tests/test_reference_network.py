@@ -9,7 +9,7 @@ import rplib
 from rplib.errors import UserError
 from rplib.reference.checkpoint import load_network
 from rplib.reference.network import MutualVNet
-from rplib.reference.step import training_step
+from rplib.reference.training.step import training_step
 
 
 def golden(name: str) -> dict[str, np.ndarray]:

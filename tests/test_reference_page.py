@@ -17,20 +17,20 @@ from reference_tools import TINY, write_dataset
 
 import rplib
 from rplib import cli
-from rplib.reference import pictures
-from rplib.reference.cases import Case
 from rplib.reference.config import KEYS, load_recipe
-from rplib.reference.curves import binned, curves_png, curves_svg
-from rplib.reference.datasets import open_dataset
-from rplib.reference.evaluation import evaluate
-from rplib.reference.inference import DECODER_1
+from rplib.reference.datasets.cases import Case
+from rplib.reference.datasets.layouts import open_dataset
+from rplib.reference.evaluation.reliability import ReliabilityMaps, map_stride, reliability_maps, verdict
+from rplib.reference.evaluation.scoring import evaluate
+from rplib.reference.inference.windows import DECODER_1
 from rplib.reference.network import MutualVNet
-from rplib.reference.page import page
-from rplib.reference.reliability import ReliabilityMaps, map_stride, reliability_maps, verdict
-from rplib.reference.runlog import Row
-from rplib.reference.sheets import map_panels, scales
-from rplib.reference.tables import mean_cell, shown
-from rplib.reference.trainer import train
+from rplib.reference.reporting import pictures
+from rplib.reference.reporting.curves import binned, curves_png, curves_svg
+from rplib.reference.reporting.page import page
+from rplib.reference.reporting.run_log import LogRow
+from rplib.reference.reporting.sheets import map_panels, scales
+from rplib.reference.reporting.tables import mean_cell, shown
+from rplib.reference.training.trainer import train
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -109,7 +109,7 @@ def test_the_page_holds_all_of_it(out, report):
     found = Page((out / "report.html").read_text(encoding="utf-8"))
     text = " ".join(found.text)
     assert "<b>mine</b>: 3 test cases" in text  # as text, not as a tag
-    assert "WEIGHTS CHOSEN ON THE TEST LIST" in text
+    assert "WEIGHTS SELECTED ON THE TEST LIST" in text
     for note in report.notes:
         assert note in text
     for metric in ("dice", "jaccard", "hd95", "asd"):
@@ -178,7 +178,9 @@ def test_maps_of_one_window_are_what_the_loss_takes():
 
 
 def test_overlapping_windows_are_averaged():
-    config = load_recipe("la-8", ["patch=16,16,16", "stride=8,16,16", "filters=2", "method=neither"])  # asked all the same
+    config = load_recipe(
+        "la-8", ["patch=16,16,16", "stride=8,16,16", "filters=2", "method=cross-pseudo-supervision"]
+    )  # asked all the same
     torch.manual_seed(0)
     network = MutualVNet(filters=2).eval()
     image = np.random.default_rng(1).normal(size=(24, 16, 16)).astype(np.float32)
@@ -255,9 +257,7 @@ def rows(number, validated=False):
     def dice(t):
         return 0.4 + t / 1e4 if validated and t % 50 == 0 else None
 
-    return [
-        Row(t, 1 / t, math.nan if t == 3 else 2 / t, 3 / t, t / number, 0.01, 0.5, dice(t)) for t in range(1, number + 1)
-    ]
+    return [LogRow(t, 1 / t, math.nan if t == 3 else 2 / t, 3 / t, t / number, 0.01, 0.5, dice(t)) for t in range(1, number + 1)]
 
 
 @pytest.mark.parametrize(("number", "validated"), [(0, False), (1, False), (5, False), (700, True)])

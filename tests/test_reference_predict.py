@@ -12,13 +12,13 @@ import torch
 from reference_tools import TINY, mistake, write_case, write_dataset
 
 from rplib import cli
-from rplib.errors import UserError
-from rplib.reference import checkpoint, progress
+from rplib.reference import checkpoint
 from rplib.reference.config import load_recipe
-from rplib.reference.datasets import open_dataset
-from rplib.reference.inference import DECODER_1, MEAN, Segmentation, segment, segment_outputs
+from rplib.reference.datasets.layouts import open_dataset
+from rplib.reference.inference import window_bar
+from rplib.reference.inference.new_images import find_inputs, group_channels
+from rplib.reference.inference.windows import DECODER_1, MEAN, Segmentation, segment, segment_outputs
 from rplib.reference.network import MutualVNet
-from rplib.reference.new_images import find_inputs, group_channels
 
 ROOT = Path(__file__).resolve().parent.parent
 SHEARED = np.array([[0.1, -0.8, 0, 12], [1.2, 0.1, 0, -7], [0, 0.2, 2.5, 30], [0, 0, 0, 1.0]])  # odd axes, no right angles
@@ -74,7 +74,7 @@ def test_h5_files_of_the_training_layout_give_what_evaluate_gives(run, data, tmp
         np.testing.assert_array_equal(labels(path), truth)
         np.testing.assert_array_equal(nibabel.load(path).affine, np.diag([0.5, 1, 2, 1]))
         assert f"{name}: {truth.sum():,} voxels ({truth.sum() / 1000:.1f} ml); {path}" in out
-    assert f"segmented: 2, into {tmp_path / 'out'}" in out
+    assert f"2 segmented, written to {tmp_path / 'out'}" in out
 
 
 def test_a_nifti_file_keeps_its_grid_and_its_header(tmp_path):
@@ -116,7 +116,7 @@ def test_a_raw_scan_is_prepared_as_the_training_data_and_the_labels_are_brought_
         label = (image[0] > 1).astype(np.uint8)
         return {outputs[0]: type("Found", (), {"label": label, "score": label.astype(np.float32)})}
 
-    monkeypatch.setattr("rplib.reference.prediction.segment_outputs", bright)
+    monkeypatch.setattr("rplib.reference.inference.prediction.segment_outputs", bright)
     random = np.random.default_rng(2)
     scan, truth = random.normal(50, 5, (30, 26, 24)).astype(np.float32), np.zeros((30, 26, 24), bool)
     truth[5:11, 12:20, 3:9] = True
@@ -174,7 +174,9 @@ def test_2d_images_of_two_channels_and_three_classes(tmp_path):
 def test_the_largest_component_alone(run, tmp_path, monkeypatch):
     label = np.zeros((6, 6, 6), np.uint8)
     label[:2], label[4:, :2] = 1, 1
-    monkeypatch.setattr("rplib.reference.prediction.segment_outputs", lambda *_: {"decoder 1": Segmentation(label, label)})
+    monkeypatch.setattr(
+        "rplib.reference.inference.prediction.segment_outputs", lambda *_: {"decoder 1": Segmentation(label, label)}
+    )
     nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random(label.shape), np.eye(4)), tmp_path / "a.nii.gz")
     assert predict(run, tmp_path / "a.nii.gz", "--out", tmp_path / "all") == 0
     assert predict(run, tmp_path / "a.nii.gz", "--out", tmp_path / "one", "--largest-component") == 0
@@ -196,9 +198,9 @@ def test_bad_images_among_good_ones_are_told_and_the_others_done(run, data, tmp_
     assert "Traceback" not in err
     assert f"bad not segmented: {tmp_path / 'bad.nii.gz'} is not a readable NIfTI" in err
     assert "flat not segmented" in err
-    assert f"constant not segmented: {tmp_path / 'constant.nii.gz'} has the same value everywhere" in err
+    assert f"constant not segmented: {tmp_path / 'constant.nii.gz'} is constant" in err
     assert f"empty not segmented: {tmp_path / 'empty.nii.gz'} " in err
-    assert "rplib: error: 4 of 5 images were not segmented, for the reasons above: bad, flat, constant, empty." in err
+    assert "rplib: error: 4 of 5 images were not segmented; see above for the reasons: bad, flat, constant, empty." in err
     assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{data.names('test')[0]}_prediction.nii.gz"]
     assert out.count("voxels") == 1
 
@@ -212,7 +214,7 @@ def test_existing_label_maps(run, data, tmp_path, capsys):
     assert "exists already (1 such files)" in mistake(capsys, "predict", run, second, first, "--out", tmp_path)
     assert len([*tmp_path.glob("*.nii.gz")]) == 1  # nothing was begun
     assert predict(run, first, second, "--out", tmp_path, "--existing", "skip") == 0
-    assert f"skipped, for their label maps exist: {data.names('test')[0]}" in capsys.readouterr().err
+    assert f"skipped, label maps exist: {data.names('test')[0]}" in capsys.readouterr().err
     assert written.read_bytes() == b"older"
     assert predict(run, first, second, "--out", tmp_path, "--existing", "overwrite") == 0
     assert written.read_bytes() == before  # the same voxels, the same bytes
@@ -230,8 +232,9 @@ def test_mistakes_are_told_before_anything_is_done(run, data, tmp_path, capsys):
         return line
 
     assert "no run folder" in told(tmp_path / "no", path)
-    assert "no file" in told(run, path, tmp_path / "no.nii.gz")
-    assert "is a folder; give the images in it" in told(run, tmp_path)
+    assert "no file" in told(run, tmp_path / "no.nii.gz")
+    assert "2 of 2 images were not segmented" in told(run, tmp_path / "no.nii.gz", tmp_path / "b.png")
+    assert "is a folder without DICOM files; name the images in it" in told(run, tmp_path)
     assert "b.png is neither NIfTI" in told(run, tmp_path / "b.png")
     assert "are both called a" in told(run, tmp_path / "a.nii.gz", tmp_path / "x" / "a.nii")
     assert "does not fit" in told(run, path, "--stride", "99", "1", "1")
@@ -240,35 +243,36 @@ def test_mistakes_are_told_before_anything_is_done(run, data, tmp_path, capsys):
     assert "is a file" in mistake(capsys, "predict", run, path, "--out", tmp_path / "b.png")
     write_case(tmp_path / "flat", "A", image=np.zeros((4, 4), np.float32))
     line = mistake(capsys, "predict", run, next((tmp_path / "flat").rglob("*.h5")), "--out", tmp_path / "out")
-    assert "'image' has shape (4, 4); the network takes 3 axes" in line
+    assert "'image' has shape (4, 4); expected 3 axes" in line
 
 
 def test_files_that_are_one_image(tmp_path):
     for name in ("a_0000.nii.gz", "a_0001.nii.gz", "b_0007.nii", "c.nii.gz"):
         (tmp_path / name).touch()
-    inputs = find_inputs(sorted(tmp_path.iterdir()))
-    assert [item.name for item in group_channels(inputs, 1)] == ["a_0000", "a_0001", "b_0007", "c"]
-    with pytest.raises(UserError, match="the channels 0007 of b were given; the network takes 0000, 0001"):
-        group_channels(inputs, 2)
-    both, single = group_channels([item for item in inputs if item.name != "b_0007"], 2)
+    inputs, refused = find_inputs([*sorted(tmp_path.iterdir()), tmp_path / "nobody.nii"])
+    assert refused == [("nobody.nii", f"no file {tmp_path / 'nobody.nii'}.")]
+    assert [item.name for item in group_channels(inputs, 1)[0]] == ["a_0000", "a_0001", "b_0007", "c"]
+    (both, single), refused = group_channels(inputs, 2)
+    assert refused == [("b", "the channels 0007 of b were given; expected 0000, 0001.")]
     assert (both.name, [path.name for path in both.files]) == ("a", ["a_0000.nii.gz", "a_0001.nii.gz"])
     assert (single.name, len(single.files)) == ("c", 1)
-    with pytest.raises(UserError, match="the channels 0000, 0001 of a were given; the network takes 0000, 0001, 0002"):
-        group_channels(inputs[:2], 3)
+    found, ((name, reason),) = group_channels(inputs[:2], 3)
+    assert (found, name) == ([], "a")
+    assert "the channels 0000, 0001 of a were given; expected 0000, 0001, 0002" in reason
 
 
 @pytest.mark.parametrize("output", [DECODER_1, MEAN])
 def test_the_bar_counts_the_windows_that_the_network_sees(monkeypatch, output):
     bars = []
 
-    class Bar(progress.tqdm):
+    class Bar(window_bar.Progress):
         def __init__(self, **keywords):
             bars.append(self)
             super().__init__(**(keywords | {"disable": False}))
 
-    monkeypatch.setattr(progress, "tqdm", Bar)
+    monkeypatch.setattr(window_bar, "Progress", Bar)
     network, shape = MutualVNet(filters=1, dims=2).eval(), (27, 20)
-    with progress.window_bar(network, shape, (16, 16), (5, 3), "case"):
+    with window_bar.window_bar(network, shape, (16, 16), (5, 3), "case"):
         segment(network, np.zeros(shape, np.float32), (16, 16), (5, 3), batch=4, output=output)
     assert [(bar.n, bar.total) for bar in bars] == [(12, 12)]  # 4 x 3
     segment(network, np.zeros(shape, np.float32), (16, 16), (5, 3))
@@ -279,7 +283,7 @@ def test_axes_that_are_not_at_right_angles(tmp_path, capsys):
     image = np.random.default_rng(0).normal(size=(20, 18, 17)).astype(np.float32)
     nibabel.save(nibabel.Nifti1Image(image, SHEARED), tmp_path / "a.nii.gz")
     turned = run_folder(tmp_path / "turned", "brats-25")
-    assert "not at right angles" in mistake(capsys, "predict", turned, tmp_path / "a.nii.gz", "--out", tmp_path / "out")
+    assert "not orthogonal" in mistake(capsys, "predict", turned, tmp_path / "a.nii.gz", "--out", tmp_path / "out")
     as_it_lies = run_folder(tmp_path / "as-it-lies", "la-4")
     assert predict(as_it_lies, tmp_path / "a.nii.gz", "--out", tmp_path / "out") == 0
     np.testing.assert_allclose(nibabel.load(tmp_path / "out" / "a_prediction.nii.gz").affine, SHEARED, atol=1e-6)

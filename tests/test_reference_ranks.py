@@ -13,10 +13,10 @@ from ranks_program import METHODS, steps
 from reference_tools import TINY, write_dataset
 
 from rplib.errors import UserError
-from rplib.reference import trainer
 from rplib.reference.config import load_recipe
-from rplib.reference.parallel import Ranks, own_device
-from rplib.reference.runlog import read_metrics, read_sessions
+from rplib.reference.reporting.run_log import read_metrics, read_sessions
+from rplib.reference.training import trainer
+from rplib.reference.training.distributed import Ranks, own_device
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo here")
 
@@ -50,7 +50,7 @@ def folder(data, tmp_path_factory) -> Path:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(TWO)]
     program = [ROOT / "tests" / "ranks_program.py", folder, data, *_free_ports(9)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TINY": " ".join(SETTINGS)}
-    done = subprocess.run([*torchrun, *map(str, program)], env=environment, capture_output=True, text=True, timeout=250)
+    done = subprocess.run([*torchrun, *map(str, program)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -115,7 +115,7 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_and_is_told_once(ranks, folder
     assert torch.load(folder / "nan" / "last.pt", weights_only=True)["iteration"] == 3
 
 
-@pytest.mark.parametrize(("what", "message"), [("mistake", "none is left unlabelled"), ("too many", "shared by 2 processes")])
+@pytest.mark.parametrize(("what", "message"), [("mistake", "leaves none unlabelled"), ("too many", "shared by 2 processes")])
 def test_a_mistake_ends_all_ranks_and_is_told_once(ranks, what, message):
     assert [r[what][0] for r in ranks] == [2, 2]
     assert message in ranks[0][what][1]
@@ -137,5 +137,5 @@ def test_each_rank_takes_a_gpu_of_its_own(monkeypatch):
     assert own_device(None, environment) == own_device("cuda", environment) == "cuda:3"
     assert own_device("cpu", environment) == "cpu"
     assert own_device("cuda:1", {}) == "cuda:1"
-    with pytest.raises(UserError, match="each process takes a GPU of its own"):
+    with pytest.raises(UserError, match="each process uses its own GPU"):
         own_device("cuda:1", environment)

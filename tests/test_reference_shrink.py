@@ -6,9 +6,9 @@ import pytest
 from reference_tools import mistake
 
 from rplib import cli
-from rplib.reference.datasets import open_dataset
-from rplib.reference.phantom import write_phantoms
-from rplib.reference.volumes import write_nifti
+from rplib.reference.datasets.layouts import open_dataset
+from rplib.reference.datasets.nifti_writing import write_nifti
+from rplib.reference.datasets.phantom import write_phantoms
 
 AFFINE = np.array([[0.0, -2.0, 0.0, 10.0], [3.0, 0.0, 0.0, 20.0], [0.0, 0.0, 4.0, 30.0], [0.0, 0.0, 0.0, 1.0]])
 
@@ -44,7 +44,7 @@ def test_blocks_by_hand(tmp_path, capsys, dtype):
     image, _ = brats(tmp_path / "data", dtype)
     assert cli.main(["data", "shrink", str(tmp_path / "data"), str(tmp_path / "small")]) == 0
     out = capsys.readouterr().out
-    assert "4 cases written, 0 were there already, 1 without a label" in out
+    assert "4 cases written, 0 already there, 1 without a label" in out
     with h5py.File(tmp_path / "small" / "data" / "a.h5") as file:
         small, label, affine = file["image"][()], file["label"][()], file.attrs["affine"]
     assert small.dtype == np.float32 and small.shape == label.shape == (2, 2, 3) and label.dtype == dtype
@@ -81,7 +81,7 @@ def test_a_phantom_set_by_three_and_again(tmp_path, capsys):
             assert np.mean(case.label != whole.label[middle]) < 0.05 and case.label.any()
     capsys.readouterr()
     assert cli.main([*words, "--by", "3"]) == 0
-    assert "0 cases written, 3 were there already" in capsys.readouterr().out
+    assert "0 cases written, 3 already there" in capsys.readouterr().out
     assert "was converted with other settings (release left-atrium, shrunk, by 3; now" in mistake(capsys, *words)
 
 

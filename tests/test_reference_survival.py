@@ -12,11 +12,12 @@ from reference_tools import TINY, mistake, write_dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rplib import cli
-from rplib.reference import checkpoint, run_folder, trainer
-from rplib.reference.batches import TwoStreamBatches
+from rplib.reference import checkpoint
 from rplib.reference.config import load_recipe
-from rplib.reference.feeding import Feed
-from rplib.reference.runlog import read_metrics, read_sessions
+from rplib.reference.reporting.run_log import read_metrics, read_sessions
+from rplib.reference.training import run_folder, trainer
+from rplib.reference.training.batches import TwoStreamBatches
+from rplib.reference.training.feeding import Feed
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPU])]
@@ -93,7 +94,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(data, tmp_path, capsys,
     with monkeypatch.context() as patch, contextlib.ExitStack() as full:
         at_step(patch, 7, lambda _: full.enter_context(files_of_at_most(1 << 18)))
         line = mistake(capsys, *start(data, run))
-    assert f"cannot be written any more (File too large); iteration 5 is kept in {run / 'last.pt'}; make room" in line
+    assert f"can no longer be written (File too large); iteration 5 is kept in {run / 'last.pt'}; free space" in line
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
     assert cli.main(["train", "--resume", "--out", str(run)]) == 0
     assert losses(run) == losses(whole)
@@ -267,7 +268,7 @@ def test_the_profile_tells_where_a_step_goes_and_keeps_nothing(data, tmp_path, c
 
 def test_the_memory_of_a_step_holds_what_it_must_and_grows_with_the_batch(data):
     """Weights, momentum and gradients, and then so much a patch."""
-    from rplib.reference.profiling import profile
+    from rplib.reference.training.profiling import profile
 
     config = load_recipe("la-4-supervised", TINY)
     weights = sum(p.nbytes for p in checkpoint.build_network(config).parameters())
@@ -281,7 +282,7 @@ def test_the_memory_of_a_step_holds_what_it_must_and_grows_with_the_batch(data):
 
 def test_the_work_of_a_step_by_hand():
     """A first convolution of 3 x 3 x 3: 2 x 27 x channels x filters operations a voxel; a backward pass costs twice a forward."""
-    from rplib.reference.profiling import work
+    from rplib.reference.training.profiling import work
 
     config = load_recipe("la-4", TINY)
     whole, window = work(config)
@@ -294,8 +295,8 @@ def test_the_work_of_a_step_by_hand():
 
 def test_the_parts_of_a_measured_step_are_those_of_a_plain_one():
     """Marks change nothing, and each comes once, in order; the loss's backward pass ends before the network's begins."""
-    from rplib.reference.peers import build_objective
-    from rplib.reference.step import PARTS, training_step
+    from rplib.reference.training.methods import build_objective
+    from rplib.reference.training.step import PARTS, training_step
 
     images, labels, weights, marks = torch.randn(2, 1, 32, 16, 16), torch.zeros(1, 32, 16, 16).long(), [], []
     for mark in (None, marks.append):
@@ -324,4 +325,4 @@ def test_a_compiler_that_does_not_work_is_told_in_one_sentence(data, tmp_path, c
 
     monkeypatch.setattr(torch, "compile", compiled)
     line = mistake(capsys, *start(data, tmp_path / "run", "compile=true"))
-    assert line == "compile=true does not work on this machine (No working C++ compiler found); train with compile=false."
+    assert line == "compile=true does not work on this machine (No working C++ compiler found); set compile=false."

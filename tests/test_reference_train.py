@@ -15,9 +15,10 @@ from reference_tools import TINY, mistake, write_case, write_dataset
 import rplib
 from rplib import cli
 from rplib.errors import UserError
-from rplib.reference import checkpoint, trainer
+from rplib.reference import checkpoint
 from rplib.reference.config import KEYS, load_config, load_recipe
-from rplib.reference.runlog import read_metrics
+from rplib.reference.reporting.run_log import read_metrics
+from rplib.reference.training import trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -132,7 +133,7 @@ def test_the_folder_refuses_another_name():
 # Each runs `rplib train` with a trap that kills the process, as `kill -9` does, at one exact moment.
 TRAPS = {
     "between two checkpoints": """
-from rplib.reference import trainer
+from rplib.reference.training import trainer
 def step(*words, calls=[0], genuine=trainer.training_step):
     calls[0] += 1
     if calls[0] == 9: die()
@@ -153,7 +154,7 @@ def save(content, file, calls=[0], genuine=torch.save):
 torch.save = save
 """,
     "before the first checkpoint": """
-from rplib.reference import trainer
+from rplib.reference.training import trainer
 def step(*words, calls=[0], genuine=trainer.training_step):
     calls[0] += 1
     if calls[0] == 4: die()
@@ -174,7 +175,7 @@ def test_a_killed_training_goes_on_with_the_same_bits(finished, data, tmp_path, 
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (run / "curves.png").exists()
     if "middle" in moment:
-        assert [path for path in run.iterdir() if path.name.startswith(".last.pt")]  # half of it is on the disk
+        assert [path for path in run.iterdir() if path.name.startswith(".rplib-")]  # half of it is on the disk
         assert checkpoint.load(run / "last.pt")["iteration"] == 5
 
     assert cli.main(["train", "--resume", "--out", str(run), "--device", "cpu"]) == 0
@@ -314,7 +315,7 @@ def test_paper_keeps_the_first_best_on_the_test_list(data, tmp_path, monkeypatch
     dice = {row.iteration: row.validation_dice for row in losses(tmp_path / "run") if row.validation_dice is not None}
     assert dice == {4: 0.0, 6: 0.3, 8: 0.5, 10: 0.5, 12: 0.4}
     out, err = capsys.readouterr()
-    assert "the weights are chosen on the TEST list" in err
+    assert "weights are selected on the TEST list" in err
     assert "on the TEST list; protocol 'paper'" in out
 
 
@@ -355,7 +356,7 @@ def test_validation_moves_labelled_cases_out(data, tmp_path, monkeypatch):
 
 def test_the_validation_dice_counts_an_empty_prediction_as_zero():
     """By real windows of a network whose last layer decides everywhere alike."""
-    from rplib.reference.datasets import Case
+    from rplib.reference.datasets.layouts import Case
 
     config = tiny()
     network = checkpoint.build_network(config).eval()
@@ -383,7 +384,7 @@ def test_labelled_only_training_reads_no_unlabelled_case(tmp_path):
 def test_unlabelled_cases_train_without_labels_and_labels_there_change_nothing(tmp_path):
     names = write_dataset(tmp_path / "with")
     write_dataset(tmp_path / "without")
-    from rplib.reference.datasets import open_dataset
+    from rplib.reference.datasets.layouts import open_dataset
 
     for name in names[3:5]:
         image = open_dataset(tmp_path / "without").load(name).image
@@ -403,7 +404,7 @@ def test_unlabelled_cases_train_without_labels_and_labels_there_change_nothing(t
         ([], "--recipe is missing"),
         (["--recipe", "la-8", "--set", "filtre=4"], "unknown setting 'filtre'; did you mean filters"),
         (["--recipe", "la-8"], "labelled=8 but train.list in"),
-        (["--recipe", "la-4", "--set", "labelled=5"], "none is left unlabelled"),
+        (["--recipe", "la-4", "--set", "labelled=5"], "leaves none unlabelled"),
         (["--recipe", "la-4", "--device", "cpu", "--set", "amp=bfloat16"], "amp=bfloat16 on a CPU: "),
         (["--recipe", "la-4", "--device", "warp"], "--device warp does not work on this machine"),
         (["--recipe", "la-4", "--set", "impl=triton"], "impl=triton: "),
@@ -437,7 +438,7 @@ def test_a_folder_with_something_in_it_is_left_alone(data, tmp_path, capsys):
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
     start = ["train", "--recipe", "la-4", "--data", data, "--out", tmp_path / "run", "--set", *TINY]
     assert "is not empty; choose another folder" in mistake(capsys, *start)
-    assert "is no run folder" in mistake(capsys, *start, "--resume")
+    assert "is not a run folder" in mistake(capsys, *start, "--resume")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
     assert "is a file" in mistake(capsys, *start[:5], "--out", tmp_path / "run" / "thesis.txt")
 

@@ -1,0 +1,1 @@
+"""Conversion of raw public releases to the h5 layouts, and downsampling."""

@@ -1,0 +1,1 @@
+"""Evaluation of a trained run: metrics, the fixed-box baseline, reliability maps."""

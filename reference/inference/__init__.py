@@ -1,0 +1,1 @@
+"""Sliding-window segmentation of whole images, and prediction on new image files."""

@@ -1,0 +1,33 @@
+"""Dice of a network on validation cases during training."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from rplib.reference.config import Config
+from rplib.reference.datasets.cases import Case
+from rplib.reference.inference.windows import labels
+from rplib.reference.progress import progress
+
+
+def case_dice(network: nn.Module, cases: Sequence[Case], config: Config, device: torch.device) -> list[float]:
+    """Decoder-1 Dice of each case, mean over the foreground classes; an empty prediction counts 0.
+
+    Windows, averages, decision and counts stay on the device, which is synchronised once per case. The precision is
+    that of the training (`amp`, `tf32`).
+    """
+    found = []
+    autocast = torch.bfloat16 if config.amp == "bfloat16" else None
+    for case in progress(cases, "validating"):
+        ours = labels(network, case.image, config.patch, config.stride, config.window_batch, device, autocast)
+        truth = torch.as_tensor(case.label).to(device)
+        counts = torch.stack(
+            [
+                torch.stack([(mine & true).sum(), mine.sum(), true.sum()])
+                for mine, true in ((ours == c, truth == c) for c in range(1, config.classes))
+            ]
+        ).tolist()
+        scores = [2 * both / (mine + true) if mine else 0.0 for both, mine, true in counts]
+        found.append(sum(scores) / len(scores))
+    return found

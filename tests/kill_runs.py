@@ -1,0 +1,237 @@
+"""Faults while a command runs, at random moments, and what is left afterwards.
+
+    python tests/kill_runs.py --runs 50 [--seed 1] [train evaluate predict shrink phantom]
+
+Each run is disturbed once: killed (SIGKILL), terminated (SIGTERM), interrupted (SIGINT), out of room at a random size, without
+one of its input files, or joined by a second process with the same words. Then the command is given once more (a training with
+--resume). It must end with 0 and leave what an undisturbed run leaves, to the bit, and nothing of ours beside it. A disturbed run
+itself may end with 0, 2 (one line), 130 (SIGINT) or 143 (SIGTERM), and never shows a traceback.
+"""
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+FAULTS = ("kill", "kill", "kill", "terminate", "interrupt", "no room", "vanished file", "two writers")
+LONGEST = 600  # seconds
+
+
+class Job(NamedTuple):
+    """A command, what it is given, how it goes on, and what it leaves that counts."""
+
+    words: list[str]
+    again: list[str]
+    inputs: Path
+    out: Path
+    alone: bool = True  # whether a second writer is refused
+
+
+def jobs(folder: Path) -> dict[str, Callable[[Path], Job]]:
+    """Every job with an output folder to be chosen; inputs lie in `folder`."""
+    from reference_tools import TINY, write_dataset
+
+    data, run = folder / "data", folder / "run"
+    names = write_dataset(data, train=5, test=3)
+    settings = [*TINY, "checkpoint_every=2", "log_every=1", "protocol=paper", "validate_from=4", "validate_every=4"]
+    words = ["train", "--recipe", "la-4", "--data", str(data), "--device", "cpu", "--set", *settings]
+    code, told = finish(start([*words, "--out", str(run)], folder / "log"))
+    assert code == 0, told
+    images = [str(data / "2018LA_Seg_Training Set" / name / "mri_norm2.h5") for name in names[5:]]
+
+    def train(out: Path) -> Job:
+        mine = [*words, "--out", str(out)]
+        return Job(mine, [*mine, "--resume"], data, out)
+
+    def evaluate(out: Path) -> Job:
+        mine = ["evaluate", str(run), "--data", str(data), "--out", str(out), "--nifti", "all", "--device", "cpu"]
+        return Job(mine, mine, data, out)
+
+    def predict(out: Path) -> Job:
+        mine = ["predict", str(run), *images, "--out", str(out), "--score", "--device", "cpu", "--existing", "skip"]
+        return Job(mine, mine, data, out, alone=False)
+
+    def shrink(out: Path) -> Job:
+        mine = ["data", "shrink", str(data), str(out)]
+        return Job(mine, mine, data, out)
+
+    def phantom(out: Path) -> Job:
+        mine = ["data", "phantom", str(out), "--cases", "2", "--size", "32", "32", "32"]
+        return Job(mine, mine, folder / "nothing", out)
+
+    return {"train": train, "evaluate": evaluate, "predict": predict, "shrink": shrink, "phantom": phantom}
+
+
+def start(words: list[str], log: Path, room: int | None = None) -> tuple[int, Path]:
+    """A forked process that runs a command; its id and its log."""
+    process = os.fork()
+    if process:
+        return process, log
+    code = 99
+    try:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        for stream in (1, 2):
+            os.dup2(out, stream)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.alarm(LONGEST)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if room is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        from rplib import cli
+
+        code = cli.main(words)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+    raise AssertionError
+
+
+def finish(process: tuple[int, Path]) -> tuple[int, str]:
+    _, status = os.waitpid(process[0], 0)
+    return os.waitstatus_to_exitcode(status), process[1].read_text(errors="replace")
+
+
+def left(job: Job) -> dict[str, str]:
+    """What lies in the output folder, by name: hashes, without what a clock or a path has written."""
+    import torch
+
+    found = {}
+    for path in sorted(p for p in job.out.rglob("*") if p.is_file()):
+        name = str(path.relative_to(job.out))
+        if name.startswith("events.") or name in ("environment.json", "curves.png", "report.html", "last.previous.pt"):
+            continue
+        if path.suffix == ".pt":
+            content = torch.load(path, weights_only=True)
+            text = repr([(k, v.tolist()) for k, v in content["network"].items()]) + str(content["iteration"])
+        elif name == "metrics.csv":
+            with path.open(newline="") as file:
+                text = repr([[v for k, v in row.items() if k != "seconds"] for row in csv.DictReader(file)])
+        elif path.suffix == ".h5":
+            import h5py
+
+            with h5py.File(path) as file:
+                text = repr([(k, file[k][()].tobytes()) for k in file])
+        else:
+            text = repr(path.read_bytes())
+        found[name] = hashlib.sha256(text.encode()).hexdigest()
+    return found
+
+
+def disturbed(fault: str, job: Job, seconds: float, draw: random.Random, log: Path) -> str:
+    """Runs the job with the fault; what is wrong with how it ended, or ""."""
+    room = draw.choice((100, 1000, 5000, 20_000, 100_000, 1_000_000)) if fault == "no room" else None
+    if fault == "two writers":
+        both = [start(job.words, log), start(job.words, log.with_suffix(".second"))]
+        ends = [finish(process) for process in both]
+        codes = sorted(code for code, _ in ends)
+        told = ends[0][1] + ends[1][1]
+        refused = ("another rplib process", "is not empty", "not an empty folder")
+        right = codes in ([0, 0], [0, 2]) if not job.alone or job.words[0] != "train" else codes == [0, 2]
+        if codes == [0, 2] and not any(text in told for text in refused):
+            right = False
+        return "" if right and "Traceback" not in told else f"exit codes {codes}: {told[-500:]}"
+    process = start(job.words, log, room)
+    gone = None
+    if fault != "no room":
+        time.sleep(draw.uniform(0, 1.1 * seconds))
+    if fault in ("kill", "terminate", "interrupt"):
+        number = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}[fault]
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process[0], number)
+    elif fault == "vanished file":
+        files = sorted(path for path in job.inputs.rglob("*") if path.is_file()) if job.inputs.is_dir() else []
+        if files:
+            gone = draw.choice(files)
+            content = gone.read_bytes()
+            gone.unlink()
+    code, told = finish(process)
+    if gone is not None:
+        gone.write_bytes(content)
+    allowed = {"kill": (-signal.SIGKILL, 0), "terminate": (143, 0), "interrupt": (130, 0)}.get(fault, (0, 2))
+    if code not in allowed or "Traceback" in told:
+        return f"exit code {code}: {told[-800:]}"
+    mistakes = [line for line in told.splitlines() if line.startswith("rplib: error: ")]
+    return "" if code != 2 or len(mistakes) == 1 else f"{len(mistakes)} lines of errors: {told[-500:]}"
+
+
+def run(names: list[str], runs: int, seed: int) -> tuple[Counter[tuple[str, str]], list[str]]:
+    """Disturbs each job so often; counts by (job, fault), and the failures."""
+    counts: Counter[tuple[str, str]] = Counter()
+    failures = []
+    with tempfile.TemporaryDirectory() as base:
+        folder = Path(base).resolve()
+        every = jobs(folder)
+        for name in names:
+            whole = every[name](folder / f"{name}-whole")
+            began = time.monotonic()
+            code, told = finish(start(whole.words, folder / "log"))
+            seconds = time.monotonic() - began
+            assert code == 0, told
+            expected = left(whole)
+            for k in range(runs):
+                draw = random.Random(f"{name} {seed} {k}")
+                fault = FAULTS[k % len(FAULTS)] if runs >= len(FAULTS) else draw.choice(FAULTS)
+                job = every[name](folder / f"{name}-{k}")
+                wrong = disturbed(fault, job, seconds, draw, folder / "log")
+                if not wrong:
+                    unfinished = job.out.exists() and left(job) != expected
+                    if unfinished and name == "phantom":  # written into an empty folder only: it is to be emptied
+                        shutil.rmtree(job.out)
+                        unfinished = False
+                    if unfinished or not job.out.exists():
+                        code, told = finish(start(job.again, folder / "log"))
+                        wrong = f"given again: exit code {code}: {told[-800:]}" if code else ""
+                    if not wrong and left(job) != expected:
+                        found = left(job)
+                        wrong = f"left something else: {[n for n in {*found, *expected} if found.get(n) != expected.get(n)]}"
+                counts[name, fault] += 1
+                if wrong:
+                    failures.append(f"{name}, seed {seed}, run {k} ({fault}): {wrong}")
+                shutil.rmtree(job.out, ignore_errors=True)
+    return counts, failures
+
+
+def main() -> int:
+    every = ("train", "evaluate", "predict", "shrink", "phantom")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("jobs", nargs="*", default=every, metavar="JOB", help=", ".join(every))
+    parser.add_argument("--runs", type=int, default=8, metavar="N", help="of each job (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    bad = []
+    for name in args.jobs:
+        counts, failures = run([name], args.runs, args.seed)
+        told = ", ".join(f"{fault} {n}" for (_, fault), n in sorted(counts.items()))
+        print(f"{name}: {sum(counts.values())} runs ({told}), {len(failures)} failures", flush=True)
+        for failure in failures:
+            print(f"  {failure}", flush=True)
+        bad += failures
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Once, and not in every process.
+
+    sys.exit(main())
