@@ -151,8 +151,8 @@ def _geometry(shape: tuple[int, ...], stride: tuple[int, ...]) -> Geometry:
                 break
     span = sum((n - 1) * step for n, step in zip(shape[1:], stride[1:], strict=True))
     kind = _kind(shape, sample, channel, flat, flat_stride)
-    strides = (0, 0, *axes)[-3:]
-    return Geometry((sample, channel, *strides), flat_stride, kind, flat, span)
+    axis0, axis1, axis2 = (0, 0, *axes)[-3:]
+    return Geometry((sample, channel, axis0, axis1, axis2), flat_stride, kind, flat, span)
 
 
 def _kind(shape: tuple[int, ...], sample: int, channel: int, flat: bool, flat_stride: int) -> int:

@@ -279,20 +279,25 @@ def _store_features(
 
 
 @triton.jit
-def _store_members(out, members, voxels, CLASSES: tl.constexpr):
+def _store_members(out, members, voxels, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr):
     """Write the voxels of each class; ``voxels``: of this program, so that class 0 is what the others leave."""
+    cls = tl.arange(0, CLASSES_PAD)
+    totals = tl.zeros((CLASSES_PAD,), tl.int32)
     rest = voxels
     for c in tl.static_range(1, CLASSES):
         total = tl.sum(members[c - 1], axis=0)
-        tl.store(out + c, total)
+        totals = tl.where(cls == c, total, totals)
         rest -= total
-    tl.store(out, rest)
+    tl.store(out + cls, tl.where(cls == 0, rest, totals), mask=cls < CLASSES)
 
 
 @triton.jit
-def _store_per_class(out, sums, CLASSES: tl.constexpr):
+def _store_per_class(out, sums, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr):
+    cls = tl.arange(0, CLASSES_PAD)
+    totals = tl.zeros((CLASSES_PAD,), sums[0].dtype)
     for c in tl.static_range(CLASSES):
-        tl.store(out + c, tl.sum(sums[c], axis=0))
+        totals = tl.where(cls == c, tl.sum(sums[c], axis=0), totals)
+    tl.store(out + cls, totals, mask=cls < CLASSES)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -354,15 +359,15 @@ def statistics_kernel(
         mine = here * CLASSES
         plane = all_programs * CLASSES
         if WITH_FEATURES:
-            _store_members(members + mine, sums.members_a, sums.seen, CLASSES)
-            _store_members(members + plane + mine, sums.members_b, sums.seen, CLASSES)
+            _store_members(members + mine, sums.members_a, sums.seen, CLASSES, CLASSES_PAD)
+            _store_members(members + plane + mine, sums.members_b, sums.seen, CLASSES, CLASSES_PAD)
         if WITH_DICE:
             if sample < labelled:
-                _store_per_class(members + 2 * plane + mine, sums.truth, CLASSES)
-                _store_per_class(dice + 4 * mine, sums.overlap_a, CLASSES)
-                _store_per_class(dice + 4 * mine + CLASSES, sums.overlap_b, CLASSES)
-                _store_per_class(dice + 4 * mine + 2 * CLASSES, sums.soft_a, CLASSES)
-                _store_per_class(dice + 4 * mine + 3 * CLASSES, sums.soft_b, CLASSES)
+                _store_per_class(members + 2 * plane + mine, sums.truth, CLASSES, CLASSES_PAD)
+                _store_per_class(dice + 4 * mine, sums.overlap_a, CLASSES, CLASSES_PAD)
+                _store_per_class(dice + 4 * mine + CLASSES, sums.overlap_b, CLASSES, CLASSES_PAD)
+                _store_per_class(dice + 4 * mine + 2 * CLASSES, sums.soft_a, CLASSES, CLASSES_PAD)
+                _store_per_class(dice + 4 * mine + 3 * CLASSES, sums.soft_b, CLASSES, CLASSES_PAD)
 
 
 @triton.jit

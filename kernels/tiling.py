@@ -105,7 +105,9 @@ def weighting_tiles(
     if channels_last:
         return WeightingTiles(128 // group, group, pad, min(widest, 8 if itemsize == 4 else 16), classes <= 4, 4)
     block = 2048 // itemsize if aligned else 256  # 16 bytes a thread: the features of a block lie in no other thread's registers
-    return WeightingTiles(block // group, group, pad, min(widest, 8 if classes <= 4 else 4), False, 4)
+    if classes > 16:  # one voxel a thread: the logits of both networks alone take 2 C registers
+        return WeightingTiles(128 // group, group, pad, min(widest, 8), False, 4)
+    return WeightingTiles(block // group, group, pad, min(widest, 8 if classes <= 4 else 2), False, 4)
 
 
 def gradient_tiles(classes: int, itemsize: int, *, aligned: bool = True) -> GradientTiles:
