@@ -36,6 +36,9 @@ def save(path: Path, content: dict[str, Any]) -> None:
         raise
 
 
+Weights = Literal["best", "last", "averaged"]
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, with ``weights_only=True``, after its checksums.
 
@@ -79,27 +82,30 @@ def _instead_of(path: Path) -> str:
     return "use another one or train again"
 
 
-def load_network(run: str | Path, which: Literal["best", "last"] | None = None) -> tuple[MutualVNet, Config]:
+def load_network(run: str | Path, which: Weights | None = None) -> tuple[MutualVNet, Config]:
     """The network of a run, in evaluation mode on the CPU, and its settings.
 
     Args:
         run: a run folder, one of its checkpoints, or a state dict of the authors' `mine3d_v1` (the network's
             size is then inferred from the weights; other settings are those of the recipe la-8).
-        which: ``"best"`` or ``"last"``; None loads best.pt if it exists, else last.pt.
+        which: ``"best"``, ``"last"`` or ``"averaged"`` (in last.pt); None loads best.pt if it exists, else last.pt.
 
     Raises:
         UserError: no such run or checkpoint, a damaged one, or weights that do not fit the network.
     """
     run = Path(run)
     if run.is_dir():
-        path = run / {"best": BEST, "last": LAST, None: BEST if (run / BEST).is_file() else LAST}[which]
+        by_default = BEST if (run / BEST).is_file() else LAST
+        path = run / {"best": BEST, "last": LAST, "averaged": LAST, None: by_default}[which]
         if not path.is_file():
             raise UserError(f"{run} holds no {path.name}; expected a run folder of `rplib train` with a saved checkpoint.")
     else:
         path = run
     content = load(path)
+    if which == "averaged" and "averaged" not in content:
+        raise UserError(f"{path} holds no averaged weights; train with average=0.99, or take --weights best or last.")
     if "network" in content:
-        weights, settings = content["network"], content.get("config")
+        weights, settings = content["averaged" if which == "averaged" else "network"], content.get("config")
         if not isinstance(weights, dict) or not (run.is_dir() or isinstance(settings, str)):
             missing = "settings ('config')" if isinstance(weights, dict) else "weights ('network')"
             raise UserError(f"{path} lacks its {missing}; expected a checkpoint of `rplib train`: {_instead_of(path)}.")

@@ -105,8 +105,13 @@ class Config:
     filters: int = _key(16, "channels at full resolution; 16 gives 12,347,716 parameters", least=1, most=_MOST_CHANNELS)
     dropout: float = _key(0.5, "after the deepest block and before each output convolution", least=0.0, most=0.99)
 
-    dice_weight: float = _key(0.5, "factor of the sum of both decoders' Dice losses", least=0.0, section="objective")
+    dice_weight: float = _key(0.5, "factor of the sum of both decoders' supervised losses", least=0.0, section="objective")
+    supervised: str = _key(
+        "dice", "loss on the labels; of two the mean is taken", choices=("dice", "cross_entropy", "dice+cross_entropy")
+    )
     consistency: float = _key(1.0, "maximum weight of the mutual loss; 0: train on labels alone", least=0.0)
+    warmup: int = _key(0, "iterations on labels alone before the ramp-up begins", least=0, most=_MOST_COUNT)
+    await_classes: bool = _key(False, "the ramp-up begins only once both decoders predict every labelled class")
     ramp_length: int = _key(40, "steps of the ramp-up of that weight; 0: maximum from the start", least=0, most=_MOST_COUNT)
     ramp_every: int = _key(150, "iterations per step", least=1, most=_MOST_COUNT)
     method: str = _key("both", "the paper's loss, an ablation or an alternative; see training/README.md", choices=METHODS)
@@ -121,7 +126,14 @@ class Config:
     learning_rate: float = _key(0.01, "of SGD", above=0.0)
     momentum: float = _key(0.9, "of SGD", least=0.0, most=0.9999)
     weight_decay: float = _key(0.0001, "of SGD", least=0.0)
-    schedule: str = _key("constant", "'polynomial': times (1 - t/iterations)^0.9", choices=("constant", "polynomial"))
+    schedule: str = _key(
+        "constant",
+        "'polynomial': times (1 - t/iterations)^0.9; 'cosine': times (1 + cos(pi t/iterations))/2",
+        choices=("constant", "polynomial", "cosine"),
+    )
+    average: float = _key(
+        0.0, "decay of the weights' exponential moving average, which is then evaluated; 0: none", least=0.0, most=0.9999
+    )
     seed: int = _key(1337, "for weights, dropout, order of cases, crops", least=0, most=2**63 - 1)
     amp: str = _key("off", "mixed precision of the network, on a GPU", choices=("off", "bfloat16"))
     tf32: bool = _key(True, "TensorFloat-32 convolutions on GPUs that support them (PyTorch's default)")
@@ -210,6 +222,8 @@ class Config:
         out = _LEAVES_OUT[self.method]
         return {
             "dice_weight": self.dice_weight,
+            "supervised": self.supervised,
+            "statistics": True,
             "confidence": None if "confidence" in out else self.confidence,
             "weighting": None if "weighting" in out else "similarity",
             "cross_entropy_on": self.cross_entropy_on,

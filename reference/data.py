@@ -52,10 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     phantom.add_argument(
         "--size",
         type=int,
-        nargs=3,
+        nargs="+",
         default=(48, 48, 40),
-        metavar=("X", "Y", "Z"),
-        help="voxels; the first two axes vary by up to a quarter between cases (default: 48 48 40)",
+        metavar="N",
+        help="voxels of X, Y and Z, or of X and Y; the first two vary by up to a quarter between cases (default: 48 48 40)",
+    )
+    phantom.add_argument(
+        "--classes", type=int, default=2, help="with background; from 3 on NIfTI files for the recipe generic (default: 2)"
     )
     phantom.add_argument("--seed", type=int, default=1337, help="the same seed writes the same voxels (default: %(default)s)")
 
@@ -86,13 +89,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _phantom(args: argparse.Namespace) -> int:
+    from rplib.errors import UserError
     from rplib.reference.datasets.phantom import write_phantoms
+    from rplib.reference.datasets.phantom_organs import write_organs
 
     test_cases = args.cases // 4 + 1 if args.test_cases is None else args.test_cases
-    written = write_phantoms(args.dest, args.cases, test_cases, tuple(args.size), args.seed)
+    size = tuple(args.size)
+    if args.classes > 2:
+        written = write_organs(args.dest, args.cases, test_cases, size, args.classes, args.seed)
+    elif len(size) != 3:
+        raise UserError(f"--size has {len(size)} numbers; expected three, or two with --classes 3 or more.")
+    else:
+        written = write_phantoms(args.dest, args.cases, test_cases, size, args.seed)
     print(
         f"{args.dest}: {len(written.train)} training and {len(written.test)} test cases; "
-        f"the best single threshold finds the organ with Dice {written.threshold_dice:.2f} at most"
+        f"the best single threshold finds an organ with Dice {written.threshold_dice:.2f} at most"
     )
     return 0
 

@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="output folder (default: RUN/evaluation-SPLIT)")
     parser.add_argument(
         "--weights",
-        choices=("best", "last"),
-        help="checkpoint of the run (default: best if it exists, else last)",
+        choices=("best", "last", "averaged"),
+        help="weights of the run (default: best if they exist, else last); averaged weights are evaluated beside the last ones",
     )
     parser.add_argument("--split", choices=("test", "train", "val"), default="test", help="list of cases (default: %(default)s)")
     parser.add_argument("--cases", type=positive, metavar="N", help="evaluate only the first N cases of the list")

@@ -30,6 +30,7 @@ COMMANDS = {
     "train": Command("rplib.reference.train", "train the two-decoder V-Net with a recipe"),
     "evaluate": Command("rplib.reference.evaluate", "evaluate a trained run: CSV, NIfTI, pictures, and an HTML report"),
     "compare": Command("rplib.reference.compare", "compare evaluated runs: seeds averaged, recipes case by case"),
+    "sweep": Command("rplib.reference.sweep", "train and compare recipes x settings x seeds from one file; resumable"),
     "predict": Command("rplib.reference.predict", "segment new NIfTI or h5 images: one label map each, on the image's grid"),
     "demo": Command("rplib.reference.demo", "train and evaluate on generated data in one to two minutes"),
 }

@@ -13,7 +13,8 @@ MUTUAL = [f"la-{n}" for n in LABELLED] + ["pancreas-6", "pancreas-12", "brats-25
 
 
 def test_the_recipes_are_there():
-    assert recipe_names() == sorted([f"{name}{rest}" for name in MUTUAL for rest in ("", "-supervised")])
+    names = [f"{name}{rest}" for name in MUTUAL for rest in ("", "-supervised")]
+    assert recipe_names() == sorted([*names, *(f"la-{n}-robust" for n in LABELLED)])
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -21,13 +22,14 @@ def test_every_recipe_says_only_what_differs_and_carries_its_name(name):
     table = tomllib.loads((RECIPES / f"{name}.toml").read_text())
     assert table["name"] == name
     base = table.pop("base")
-    assert base == (name.removesuffix("-supervised") if name.endswith("-supervised") else BASE)
+    plain = name.removesuffix("-supervised").removesuffix("-robust")
+    assert base == (BASE if plain == name else plain)
     below = Config() if base == BASE else load_recipe(base)
     stated = {"name", "labelled"}  # worth reading in the recipe even where they are the base's
     for key, value in table.items():
         assert key in stated or getattr(below, key) != (tuple(value) if isinstance(value, list) else value), key
     first, _, rest = name.partition("-")
-    number = rest.removesuffix("supervised").removesuffix("-")
+    number = rest.removesuffix("supervised").removesuffix("robust").removesuffix("-")
     assert load_recipe(name).labelled == int(number or 0)  # 0: all that have a label
     assert load_recipe(name).dataset == {"la": "left-atrium"}.get(first, first)
 
@@ -73,6 +75,14 @@ def test_recipes_of_the_other_data_sets_have_the_paper_settings():
         expected = {"dataset": "brats", "patch": (96,) * 3, "stride": (64,) * 3, "iterations": 30000, "schedule": "polynomial"}
         name = f"brats-{labelled}"
         assert load_recipe(name) == la.replace(name=name, labelled=labelled, **expected)
+
+
+def test_robust_recipes_and_generic_share_one_objective():
+    robust = {"supervised": "dice+cross_entropy", "consistency": 0.1, "schedule": "polynomial", "average": 0.99}
+    for n in LABELLED:
+        assert load_recipe(f"la-{n}-robust") == load_recipe(f"la-{n}").replace(name=f"la-{n}-robust", **robust)
+    assert {key: getattr(load_recipe("generic"), key) for key in robust} == robust
+    assert load_recipe("generic").await_classes
 
 
 @pytest.mark.parametrize("name", MUTUAL)

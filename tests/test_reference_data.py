@@ -15,6 +15,7 @@ from rplib import cli
 from rplib.errors import UserError
 from rplib.reference.datasets.layouts import LeftAtrium, open_dataset
 from rplib.reference.datasets.phantom import MOST_THRESHOLD_DICE, best_threshold_dice, phantom_case
+from rplib.reference.datasets.phantom_organs import organs_case
 
 # ------------------------------------------------------------------------------------------------------ reading cases
 
@@ -190,13 +191,36 @@ def test_rplib_data_phantom_writes_what_rplib_data_check_accepts(tmp_path, capsy
     assert "no problems found" in out
 
 
+@pytest.mark.parametrize(("size", "classes"), [((48, 48), 4), ((48, 40, 36), 3), ((64, 64), 5)])
+def test_phantoms_of_several_organs(tmp_path, capsys, size, classes):
+    words = ["--cases", "2", "--test-cases", "1", "--size", *map(str, size), "--classes", str(classes), "--seed", "3"]
+    assert cli.main(["data", "phantom", str(tmp_path / "a"), *words]) == 0
+    dataset = open_dataset(tmp_path / "a", "generic", classes)
+    assert (len(dataset.names("train")), len(dataset.names("test"))) == (2, 1)
+    for index, name in enumerate([*dataset.names("train"), *dataset.names("test")]):
+        case = dataset.load(name, needs_label=True)
+        assert set(np.unique(case.label)) == set(range(classes))
+        assert case.label.ndim == len(size)
+        for k in range(1, classes):
+            assert best_threshold_dice(case.image, case.label == k) < MOST_THRESHOLD_DICE
+        again = organs_case(name, size, classes, 3, index)
+        assert np.array_equal(again.label, case.label)
+        assert np.allclose(again.image, case.image, atol=1e-4)
+        assert not np.array_equal(organs_case(name, size, classes, 4, index).label, case.label)
+    capsys.readouterr()
+    assert cli.main(["data", "check", str(tmp_path / "a")]) == 0
+    assert f"classes={classes}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--cases", "0"], "0 training and 1 test cases"),
         (["--size", "8", "32", "32"], "at least 32 voxels"),
         (["--seed", "-1"], "--seed is -1"),
-        (["--size", "32"], "expected 3 arguments"),
+        (["--size", "32"], "--size has 1 numbers; expected three"),
+        (["--size", "32", "--classes", "3"], "expected two or three axes of at least 32 voxels"),
+        (["--size", "48", "48", "--classes", "9"], "classes is 9; expected 3 to 5"),
         (["--cases", "many"], "invalid int value: 'many'"),
     ],
 )

@@ -21,6 +21,10 @@ _SIZES = {
 }  # fmt: skip
 
 
+_MOST_HEADER = 1 << 20  # bytes of an NRRD header that are looked at
+_MOST_LINE = 500  # bytes of a field of it
+
+
 class Placed(NamedTuple):
     """A label on its image's grid, and whether its own header placed it there."""
 
@@ -132,25 +136,39 @@ def _check_nifti(path: Path) -> None:
 
 
 def _check_header(path: Path) -> None:
-    """What an NRRD file (or another one that ITK reads) declares, before the voxels are read."""
+    """Check what an NRRD file (or another format that ITK reads) declares, before the voxels are read."""
+    stored, compressed = _check_nrrd(path)
     header = sitk.ImageFileReader()
     header.SetFileName(str(path))
     header.ReadImageInformation()
     item = np.dtype(_SIZES.get(header.GetPixelID(), np.uint8)).itemsize * max(header.GetNumberOfComponents(), 1)
-    stored, compressed = _stored(path)
     check_size(path, header.GetSize(), item, stored, compressed)
 
 
-def _stored(path: Path) -> tuple[int | None, bool]:
-    """Bytes that an NRRD file has for its voxels, at most, and whether they are compressed; None where it is another kind."""
+def _check_nrrd(path: Path) -> tuple[int | None, bool]:
+    """The most bytes that an NRRD file has for its voxels, and whether they are compressed; None for other formats.
+
+    Raises:
+        UserError: a header line that ITK would not survive: its parser overflows a buffer on long ones.
+    """
     with open(path, "rb") as file:
-        head = file.read(1 << 16).partition(b"\n\n")[0].lower()
-    encoding = re.search(rb"^encoding:\s*(\w+)", head, re.MULTILINE)
-    if not head.startswith(b"nrrd") or encoding is None or re.search(rb"^data ?file:", head, re.MULTILINE):
+        content = file.read(_MOST_HEADER)
+    if not content.startswith(b"NRRD"):
+        return None, False
+    head = re.split(rb"\r?\n\r?\n", content, maxsplit=1)[0]
+    fields = [line for line in head.splitlines() if not line.startswith(b"#") and b":=" not in line]
+    longest = max(map(len, fields))
+    if longest > _MOST_LINE:
+        raise UserError(
+            f"{path} has a header line of {longest} bytes, at most {_MOST_LINE} are usual; it is damaged: copy it again from its "
+            "source."
+        )
+    encoding = re.search(rb"^encoding:\s*(\w+)", head.lower(), re.MULTILINE)
+    if encoding is None or re.search(rb"^data ?file:", head.lower(), re.MULTILINE):
         return None, False
     if encoding[1] in (b"raw", b"gzip", b"gz"):
         return path.stat().st_size, encoding[1] != b"raw"
-    return None, False  # text takes two bytes a value at least, bzip2 packs without a bound
+    return None, False  # text takes at least two bytes per value, bzip2 has no bound
 
 
 def _check_finite(values: np.ndarray, path: Path) -> None:

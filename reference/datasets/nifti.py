@@ -262,9 +262,7 @@ def image_files(folder: Path, series: bool = True) -> dict[str, Path]:
     return files
 
 
-def group_channels(
-    images: dict[str, Path], labels: dict[str, Path], channels: int | None, folder: Path
-) -> dict[str, list[Path]]:
+def group_channels(images: dict[str, Path], labels: dict[str, Path], channels: int | None, folder: Path) -> dict[str, list[Path]]:
     """Files of every case, in channel order.
 
     Raises:

@@ -83,10 +83,7 @@ def write_phantoms(dest: Path, cases: int, test_cases: int, size: tuple[int, int
     Raises:
         UserError: the folder is not empty, or a number is too small.
     """
-    if dest.exists() and (not dest.is_dir() or not is_empty(dest)):
-        raise UserError(f"{dest} exists and is not an empty folder; choose another DEST or empty it.")
-    if cases < 1 or test_cases < 1:
-        raise UserError(f"{cases} training and {test_cases} test cases requested; expected at least 1 each.")
+    check_new(dest, cases, test_cases)
     if min(size) < LEAST_SIZE:
         raise UserError(f"size is {size}; expected at least {LEAST_SIZE} voxels per axis.")
     check_size(dest, [size[0] * 5 // 4, size[1] * 5 // 4, size[2]], 4, what="--size")
@@ -131,6 +128,18 @@ def _write(dest: Path, names: list[str], cases: int, size: tuple[int, int, int],
     return easiest
 
 
+def check_new(dest: Path, cases: int, test_cases: int) -> None:
+    """Refuse a folder with something in it, and sets without a case.
+
+    Raises:
+        UserError: either.
+    """
+    if dest.exists() and (not dest.is_dir() or not is_empty(dest)):
+        raise UserError(f"{dest} exists and is not an empty folder; choose another DEST or empty it.")
+    if cases < 1 or test_cases < 1:
+        raise UserError(f"{cases} training and {test_cases} test cases requested; expected at least 1 each.")
+
+
 def _name(seed: int, index: int) -> str:
     """20 characters, like the real case names."""
     letters = np.random.default_rng([seed, index, 1]).choice(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"), 10)
@@ -147,35 +156,35 @@ def _draw(size: tuple[int, int, int], random: np.random.Generator) -> tuple[np.n
     scale = float(min(shape))
     taken = np.zeros(shape, bool)
 
-    organ = _body(grid, scale * random.uniform(0.2, 0.25), random, taken, margin=0.25)
-    bright = [_body(grid, scale * random.uniform(0.18, 0.25), random, taken) for _ in range(4)]
-    dark = [_body(grid, scale * random.uniform(0.15, 0.2), random, taken) for _ in range(2)]
+    organ = body(grid, scale * random.uniform(0.2, 0.25), random, taken, margin=0.25)
+    bright = [body(grid, scale * random.uniform(0.18, 0.25), random, taken) for _ in range(4)]
+    dark = [body(grid, scale * random.uniform(0.15, 0.2), random, taken) for _ in range(2)]
 
     contrast = random.uniform(0.9, 1.3)
     strength = random.uniform(0.4, 0.6)
-    stripes = strength * np.sqrt(2.0) * _stripes(grid, random)
-    mottle = strength * _smooth_noise(shape, 3.0, random)
+    fine = strength * np.sqrt(2.0) * stripes(grid, random)
+    mottle = strength * smooth_noise(shape, 3.0, random)
     bodies = np.any([organ, *bright], axis=0)
     striped = np.any([organ, *dark], axis=0)
-    image = contrast * bodies + np.where(striped, stripes, 0) + np.where(np.any(bright, axis=0) & ~organ, mottle, 0)
-    image = ndimage.gaussian_filter(image, 0.5) + 0.2 * _smooth_noise(shape, 4.0, random)
-    image *= 1 + 0.25 * _smooth_noise(shape, scale / 4, random)
+    image = contrast * bodies + np.where(striped, fine, 0) + np.where(np.any(bright, axis=0) & ~organ, mottle, 0)
+    image = ndimage.gaussian_filter(image, 0.5) + 0.2 * smooth_noise(shape, 4.0, random)
+    image *= 1 + 0.25 * smooth_noise(shape, scale / 4, random)
     image += 0.2 * random.standard_normal(shape)
     image = (image - image.mean()) / image.std()
     return image.astype(np.float32), organ.astype(np.uint8)
 
 
-def _body(grid: np.ndarray, radius: float, random: np.random.Generator, taken: np.ndarray, margin: float = 0.1) -> np.ndarray:
+def body(grid: np.ndarray, radius: float, random: np.random.Generator, taken: np.ndarray, margin: float = 0.1) -> np.ndarray:
     """An ellipsoid with two veins, in a free place if one is found; marks it in `taken`."""
-    shape = np.array(grid.shape[1:], np.float32)
+    shape, dims = np.array(grid.shape[1:], np.float32), len(grid)
     for _ in range(30):
-        centre = shape * random.uniform(margin, 1 - margin, 3)
-        axes = radius * random.uniform(0.75, 1.25, 3)
-        mask = sum(((grid[a] - centre[a]) / axes[a]) ** 2 for a in range(3)) < 1
+        centre = shape * random.uniform(margin, 1 - margin, dims)
+        axes = radius * random.uniform(0.75, 1.25, dims)
+        mask = sum(((grid[a] - centre[a]) / axes[a]) ** 2 for a in range(dims)) < 1
         for _ in range(2):
-            direction = random.standard_normal(3)
+            direction = random.standard_normal(dims)
             direction /= np.linalg.norm(direction)
-            offset = grid - centre[:, None, None, None]
+            offset = grid - centre.reshape(dims, *[1] * dims)
             along = np.tensordot(direction, offset, 1)
             across = (offset**2).sum(0) - along**2
             mask |= (across < (0.3 * radius) ** 2) & (along > 0) & (along < 1.7 * radius)
@@ -186,14 +195,14 @@ def _body(grid: np.ndarray, radius: float, random: np.random.Generator, taken: n
     return mask
 
 
-def _stripes(grid: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    direction = random.standard_normal(3)
+def stripes(grid: np.ndarray, random: np.random.Generator, periods: tuple[float, float] = (3.5, 5.0)) -> np.ndarray:
+    direction = random.standard_normal(len(grid))
     direction /= np.linalg.norm(direction)
-    period = random.uniform(3.5, 5.0)
+    period = random.uniform(*periods)
     return np.sin(2 * np.pi / period * np.tensordot(direction, grid, 1) + random.uniform(0, 2 * np.pi))
 
 
-def _smooth_noise(shape: tuple[int, ...], sigma: float, random: np.random.Generator) -> np.ndarray:
+def smooth_noise(shape: tuple[int, ...], sigma: float, random: np.random.Generator) -> np.ndarray:
     """Noise with standard deviation 1 and a correlation length of `sigma` voxels."""
     noise = ndimage.gaussian_filter(random.standard_normal(shape).astype(np.float32), sigma, mode="wrap")
     return (noise - noise.mean()) / noise.std()

@@ -20,7 +20,8 @@ from rplib.reference.evaluation.metrics import Scores, score
 from rplib.reference.evaluation.reliability import ReliabilityMaps, Verdict, map_stride, reliability_maps, verdict
 from rplib.reference.inference.components import largest_components
 from rplib.reference.inference.window_bar import window_bar
-from rplib.reference.inference.windows import DECODER_1, OUTPUTS, Segmentation, segment_outputs, window_overlap
+from rplib.reference.inference.windows import DECODER_1, LAST_WEIGHTS, Segmentation, segment_outputs, window_overlap
+from rplib.reference.network import MutualVNet
 from rplib.reference.progress import progress
 
 BOX = "fixed box"
@@ -123,7 +124,8 @@ def evaluate(
     Args:
         run: run folder of a training, or a checkpoint file.
         data: folder of the data set.
-        weights: ``"best"`` or ``"last"``; None uses best if it exists.
+        weights: ``"best"``, ``"last"`` or ``"averaged"``; None uses best if it exists. Beside averaged weights, decoder 1 is
+            also evaluated with the last ones.
         split: ``"test"``, ``"train"`` or, if the data set has one, ``"val"``; unlabelled training cases are
             skipped.
         cases: only the first N cases.
@@ -140,6 +142,9 @@ def evaluate(
     where = find_device(device)
     network, config = checkpoint.load_network(run, weights)  # type: ignore[arg-type]
     network = network.to(where)
+    last = _last_beside(run, weights, config)
+    if last is not None:
+        last = last.to(where)
     stride = tuple(stride) if stride is not None else config.stride
     window_overlap(config.patch, stride)  # reject an invalid stride before reading data
     dataset = open_for(config, data)
@@ -161,6 +166,9 @@ def evaluate(
             continue
         with window_bar(network, case.label.shape, config.patch, stride, name):
             found = segment_outputs(network, case.image, config.patch, stride, batch or config.window_batch, where)
+            if last is not None:
+                windows = config.patch, stride, batch or config.window_batch
+                found[LAST_WEIGHTS] = segment_outputs(last, case.image, *windows, where, (DECODER_1,))[DECODER_1]
         if keep_largest:
             found = {output: one._replace(label=largest_components(one.label)) for output, one in found.items()}
         predictions[name] = found[DECODER_1].label
@@ -168,7 +176,7 @@ def evaluate(
         unmeasured += edges is None
         for klass in range(1, config.classes):
             truth = case.label == klass
-            masks = {output: found[output].label == klass for output in OUTPUTS}
+            masks = {output: one.label == klass for output, one in found.items()}
             if klass in boxes:
                 masks[BOX] = boxes[klass].mask(truth.shape) > 0
             rows += [CaseScores(name, method, klass, score(mask, truth, edges)) for method, mask in masks.items()]
@@ -230,14 +238,22 @@ def _fit_boxes(dataset: Dataset, config: Config) -> tuple[dict[int, FixedBox], s
     )
 
 
+def _last_beside(run: Path, weights: str | None, config: Config) -> MutualVNet | None:
+    """The network with the last weights, where averaged ones are scored and the run has both."""
+    if weights == "last" or not config.average or not run.is_dir() or not (run / checkpoint.LAST).is_file():
+        return None
+    return checkpoint.load_network(run, "last")[0]
+
+
 def _which_weights(run: Path, weights: str | None, config: Config) -> str:
     """One sentence on the protocol and the evaluated weights."""
     if not run.is_dir():
         return f"Recipe {config.title}; weights of {run.name}."
-    last = weights == "last" or not (run / checkpoint.BEST).is_file()
+    last = weights in ("last", "averaged") or not (run / checkpoint.BEST).is_file()
     content = checkpoint.load(run / (checkpoint.LAST if last else checkpoint.BEST))
     # last.pt is for resuming; best.pt records how it was selected.
-    chosen = "last checkpoint" if last else content.get("chosen_by", "unknown selection")
+    averaged = ", averaged weights" if weights == "averaged" else ""
+    chosen = f"last checkpoint{averaged}" if last else content.get("chosen_by", "unknown selection")
     if "test list" in chosen:
         chosen = f"{chosen}: WEIGHTS SELECTED ON THE TEST LIST"
     return (

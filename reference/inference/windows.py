@@ -19,6 +19,7 @@ from rplib.reference.network import MutualVNet
 DECODER_1 = "decoder 1"
 MEAN = "mean of both"
 OUTPUTS = (DECODER_1, MEAN)
+LAST_WEIGHTS = "decoder 1, last weights"  # beside averaged ones
 
 
 class Segmentation(NamedTuple):

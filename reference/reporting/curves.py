@@ -17,6 +17,7 @@ from rplib.reference.reporting.run_log import METRICS_FILE, LogRow, read_metrics
 
 CURVES = "curves.png"
 _POINTS = 60  # points per curve; losses are noisy, so each point averages a range, whose spread is drawn as a band
+_LINES = ("#2E86C1", "#D9822B", "#159A6C", "#B44FA0")
 _LINE, _WEIGHT = "#2E86C1", "#159A6C"  # legible on white and on black
 _INK = "#010203"  # placeholder for the page's text colour
 
@@ -47,9 +48,11 @@ def curves_svg(rows: Sequence[LogRow], config: Config) -> str:
 
 def _figure(rows: Sequence[LogRow], config: Config, ink: str) -> Figure:
     validated = [(row.iteration, row.validation_dice) for row in rows if row.validation_dice is not None]
-    figure = Figure(figsize=(11, 3.5 if not validated else 6.4), layout="constrained")
-    axes = figure.subplots(2 if validated else 1, 2, squeeze=False)
-    _curve(axes[0, 0], rows, "dice", "Dice loss, sum of both decoders")
+    watched = [row for row in rows if row.pseudo_labels]
+    height = 1 + bool(validated) + bool(watched)
+    figure = Figure(figsize=(11, (3.5, 6.4, 9.3)[height - 1]), layout="constrained")
+    axes = figure.subplots(height, 2, squeeze=False)
+    _curve(axes[0, 0], rows, "dice", "supervised loss, sum of both decoders")
     _curve(axes[0, 1], rows, "mutual", "mutual loss")
     weight = axes[0, 1].twinx()
     weight.plot([row.iteration for row in rows], [row.consistency_weight for row in rows], color=_WEIGHT, linewidth=1.2)
@@ -63,6 +66,9 @@ def _figure(rows: Sequence[LogRow], config: Config, ink: str) -> Figure:
         _validation(axes[1, 0], validated, config)
         _curve(axes[1, 1], rows, "total", "total loss")
         drawn += [*axes[1]]
+    if watched:
+        _pseudo_labels(axes[-1], watched, ink)
+        drawn += [*axes[-1]]
     for axis in drawn:
         axis.tick_params(colors=ink, which="both")
         axis.set_facecolor("none")
@@ -72,7 +78,7 @@ def _figure(rows: Sequence[LogRow], config: Config, ink: str) -> Figure:
             spine.set_color(ink)
         axis.spines["top"].set_visible(False)
     weight.tick_params(axis="y", colors=_WEIGHT)
-    for axis in (*axes[0, :1], *(axes[1] if validated else ())):
+    for axis in (*axes[0, :1], *axes[1:].flat):
         axis.spines["right"].set_visible(False)
     return figure
 
@@ -82,6 +88,24 @@ def _curve(axis: Any, rows: Sequence[LogRow], name: str, title: str) -> None:
     axis.fill_between(iterations, low, high, color=_LINE, alpha=0.25, linewidth=0)
     axis.plot(iterations, mean, color=_LINE, linewidth=1.5, label=f"mean and range of {_width(len(rows))} iterations")
     axis.set(title=title, xlabel="iteration")
+
+
+def _pseudo_labels(axes: Any, rows: Sequence[LogRow], ink: str) -> None:
+    """What the decoders teach: how often and how strongly, and which classes."""
+    at = [row.iteration for row in rows]
+    lines = {"decoder 1 teaches": "taught_by_1", "decoder 2 teaches": "taught_by_2", "mean weight": "mean_weight"}
+    for k, (label, name) in enumerate({**lines, "decoders disagree": "disagreement"}.items()):
+        axes[0].plot(*binned(at, [getattr(row, name) for row in rows])[:2], color=_LINES[k], linewidth=1.3, label=label)
+    axes[0].set(title="pseudo-labels: share of the voxels, and mean weight", xlabel="iteration", ylim=(0, None))
+    classes = min(len(shares) for row in rows for shares in row.pseudo_labels or ())
+    for decoder, style in ((0, "-"), (1, "--")):
+        for k in range(1, classes):
+            shares = [row.pseudo_labels[decoder][k] for row in rows if row.pseudo_labels]
+            label = f"class {k}, decoder {decoder + 1}"
+            axes[1].plot(*binned(at, shares)[:2], style, color=_LINES[(k - 1) % len(_LINES)], linewidth=1.3, label=label)
+    axes[1].set(title="share of each class among the pseudo-labels", xlabel="iteration", ylim=(0, None))
+    for axis in axes:
+        axis.legend(frameon=False, labelcolor=ink, fontsize=8, ncols=2)
 
 
 def _validation(axis: Any, validated: Sequence[tuple[int, float]], config: Config) -> None:

@@ -1,5 +1,6 @@
 """What a run folder records: metrics.csv, TensorBoard events, environment.json."""
 
+import contextlib
 import csv
 import importlib.metadata
 import io
@@ -26,11 +27,16 @@ class LogRow(NamedTuple):
 
     Attributes:
         iteration: counted from 1.
-        total, dice, mutual: the loss terms of `rplib.MutualObjective`; dice is the sum over both decoders.
+        total, dice, mutual: the loss terms of `rplib.MutualObjective`; dice is the supervised
+            term, whatever `supervised` selects, summed over both decoders.
         consistency_weight: factor of `mutual` in `total`.
         learning_rate: of this step.
         seconds: wall time per iteration, averaged since the last logged losses.
         validation_dice: mean decoder-1 Dice, if a validation followed this iteration.
+        taught_by_1, taught_by_2: share of the voxels at which decoder 1 (2) teaches the other.
+        mean_weight: of the pseudo-labels at those voxels.
+        disagreement: share of the voxels where the decoders predict different classes.
+        pseudo_labels: for each decoder, the share of the voxels of each class, background first; in the file "0.9 0.1;0.8 0.2".
     """
 
     iteration: int
@@ -41,6 +47,11 @@ class LogRow(NamedTuple):
     learning_rate: float
     seconds: float
     validation_dice: float | None = None
+    taught_by_1: float | None = None
+    taught_by_2: float | None = None
+    mean_weight: float | None = None
+    disagreement: float | None = None
+    pseudo_labels: tuple[tuple[float, ...], ...] | None = None
 
 
 class RunLog:
@@ -79,6 +90,12 @@ class RunLog:
             self._events.add_scalar("schedule/learning_rate", row.learning_rate, row.iteration)
             if row.validation_dice is not None:
                 self._events.add_scalar("validation/dice", row.validation_dice, row.iteration)
+            for name in ("taught_by_1", "taught_by_2", "mean_weight", "disagreement"):
+                if getattr(row, name) is not None:
+                    self._events.add_scalar(f"pseudo_labels/{name}", getattr(row, name), row.iteration)
+            for decoder, shares in enumerate(row.pseudo_labels or (), start=1):
+                for k, share in enumerate(shares):
+                    self._events.add_scalar(f"pseudo_labels/decoder_{decoder}_class_{k}", share, row.iteration)
         self._events.flush()
 
     def close(self) -> None:
@@ -94,18 +111,15 @@ def read_metrics(path: Path) -> list[LogRow]:
     """
     with reading(path, "metrics.csv", "take it away; a resumption writes a new one"):
         text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")  # a kill may leave a line of zeros
-        header, *lines = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
-    if tuple(header) != LogRow._fields:
+        whole = text[: text.rfind("\n") + 1]
+        header, *lines = list(csv.reader(io.StringIO(whole, newline=""))) or [[]]
+    if tuple(header) != LogRow._fields[: len(header)] or len(header) < 8:  # older runs have fewer columns
         raise UserError(f"{path} has the columns {', '.join(header) or 'none'}; expected {', '.join(LogRow._fields)}.")
     rows = []
     for cells in lines:
-        try:
-            iteration, *numbers, validated = cells
-            total, dice, mutual, weight, rate, seconds = map(float, numbers)
-            validation = float(validated) if validated else None
-            rows.append(LogRow(int(iteration), total, dice, mutual, weight, rate, seconds, validation))
-        except ValueError:
-            continue
+        with contextlib.suppress(ValueError):
+            if len(cells) == len(header):
+                rows.append(_row(cells))
     return rows
 
 
@@ -141,11 +155,25 @@ def read_sessions(run: Path) -> list[dict[str, Any]]:
         return []
 
 
+def _row(cells: list[str]) -> LogRow:
+    """The inverse of `_cells`; raises ValueError for anything else."""
+    iteration, *numbers = cells[:7]
+    optional = {name: float(cell) if cell else None for name, cell in zip(LogRow._fields[7:12], cells[7:12], strict=False)}
+    shares = tuple(tuple(map(float, part.split())) for part in cells[12].split(";")) if len(cells) > 12 and cells[12] else None
+    total, dice, mutual, weight, rate, seconds = map(float, numbers)
+    rest: dict[str, Any] = {**optional, "pseudo_labels": shares}
+    return LogRow(int(iteration), total, dice, mutual, weight, rate, seconds, **rest)
+
+
 def _cells(row: LogRow) -> list[str]:
     # repr of a float is lossless
-    return [
-        "" if value is None else repr(round(value, 6) if name == "seconds" else value) for name, value in row._asdict().items()
-    ]
+    cells = []
+    for name, value in row._asdict().items():
+        if name == "pseudo_labels":
+            cells.append(";".join(" ".join(map(repr, shares)) for shares in value or ()))
+        else:
+            cells.append("" if value is None else repr(round(value, 6) if name == "seconds" else value))
+    return cells
 
 
 def _version(package: str) -> str | None:

@@ -90,11 +90,11 @@ def memory_needed(config: Config) -> int:
 
 
 def room_needed(out: Path, config: Config) -> int:
-    """Bytes that a run may still write: last.pt holds weights and momentum, and exists three times while it is replaced."""
+    """Bytes that a run may still write: last.pt (weights, their average, momentum) exists three times while it is replaced."""
     with torch.device("meta"):
         network = checkpoint.build_network(config)
     weights = sum(t.numel() * t.element_size() for t in network.state_dict().values())
-    last = 2 * weights + (1 << 16)  # names, sizes, generator states
+    last = (3 if config.average else 2) * weights + (1 << 16)  # names, sizes, generator states
     files = last + sum(last for name in (LAST, PREVIOUS) if not (out / name).is_file())
     files += 0 if (out / BEST).is_file() else weights
     return files + _ROW * config.iterations + _REST

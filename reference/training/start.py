@@ -11,6 +11,7 @@ from rplib.reference.checkpoint import CONFIG, LAST
 from rplib.reference.config import Config, differences, load_config, load_recipe, parse
 from rplib.reference.devices import find_device
 from rplib.reference.reporting.run_log import read_sessions
+from rplib.reference.training.beside_labels import beside_labelled_only
 from rplib.reference.training.distributed import joined, own_device, started_by_torchrun
 from rplib.reference.training.trainer import train
 
@@ -43,6 +44,8 @@ def start(
         config, data, was_deterministic = settings
         try:
             train(config, data, out, resume=resume, device=where, deterministic=deterministic or was_deterministic, ranks=ranks)
+            if ranks.first and (told := beside_labelled_only(config, out, data, recipe)):
+                print(told)
         except KeyboardInterrupt as error:
             if ranks.first:
                 kept = f" after {error}, saved in {out / LAST}" if isinstance(error, Terminated) and error.args else ""

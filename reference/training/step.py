@@ -17,7 +17,7 @@ def training_step(
     consistency_weight: float | Tensor,
     autocast_dtype: torch.dtype | None = None,
     mark: Callable[[str], None] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Forward, backward and update; does not synchronise the device.
 
     Args:
@@ -29,7 +29,8 @@ def training_step(
         mark: called with the name of each of `PARTS` when it is finished, for timing.
 
     Returns:
-        (total, dice, mutual), detached 0-dim tensors on the device.
+        (total, dice, mutual), detached 0-dim tensors on the device; then, if the objective reports them, the fields of its
+        `statistics` (`rplib.ObjectiveStatistics`).
     """
     optimiser.zero_grad(set_to_none=True)
     with torch.autocast(images.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
@@ -44,7 +45,7 @@ def training_step(
     _mark(mark, "backward")
     optimiser.step()
     _mark(mark, "optimiser")
-    return loss.total.detach(), loss.dice, loss.mutual
+    return loss.total.detach(), loss.dice, loss.mutual, *(getattr(loss, "statistics", None) or ())
 
 
 def _mark(mark: Callable[[str], None] | None, part: str) -> None:

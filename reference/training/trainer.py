@@ -11,6 +11,7 @@ from typing import Any, NoReturn, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import rplib
 from rplib.errors import Terminated, UserError, reading
@@ -20,14 +21,17 @@ from rplib.reference.config import Config
 from rplib.reference.datasets.layouts import LAYOUTS, Case, load_cases, open_for, split_training
 from rplib.reference.devices import find_device, numerics
 from rplib.reference.files import write_text_atomically
+from rplib.reference.network import MutualVNet
 from rplib.reference.progress import Progress
 from rplib.reference.reporting.curves import write_curves
-from rplib.reference.reporting.run_log import LogRow, RunLog, record_session
+from rplib.reference.reporting.run_log import METRICS_FILE, LogRow, RunLog, read_metrics, record_session
 from rplib.reference.training import run_folder
 from rplib.reference.training.batches import TwoStreamBatches
 from rplib.reference.training.distributed import Ranks, distributed, synchronise_batch_norm
 from rplib.reference.training.feeding import Feed
 from rplib.reference.training.methods import build_objective
+from rplib.reference.training.monitor import Monitor
+from rplib.reference.training.packed import pack
 from rplib.reference.training.step import training_step
 from rplib.reference.training.validation import case_dice
 
@@ -37,6 +41,8 @@ PAPER_WARNING = (
     "protocol 'paper': weights are selected on the {} list, as in the published results. "
     "Scores of this run are optimistic; compare them only with scores selected in the same way."
 )
+_AWAIT_EVERY = 50  # iterations between looks whether every class is predicted, under await_classes
+_AVERAGE_EVERY = 10  # iterations between updates of the averaged weights, with the decay of that many iterations
 _DEVICE_SHARE = 0.2  # fraction of GPU memory for volumes under cache=auto
 
 
@@ -123,9 +129,19 @@ class Training:
         last = torch.channels_last_3d if config.network_dims == 3 else torch.channels_last
         memory_format = last if config.channels_last else torch.contiguous_format
         self.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+        if device.type == "cpu":
+            pack(self.network)
+        self.averaged: AveragedModel | None = None
+        if config.average:  # every rank averages the same weights; plain batch normalisation is all that a scoring needs
+            update = get_ema_multi_avg_fn(config.average**_AVERAGE_EVERY)
+            self.averaged = AveragedModel(self.network, multi_avg_fn=update, use_buffers=True)
         synchronise_batch_norm(self.network, ranks, device)
         self.optimiser = torch.optim.SGD(
-            self.network.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
+            self.network.parameters(),
+            config.learning_rate,
+            config.momentum,
+            weight_decay=config.weight_decay,
+            fused=True if device.type in ("cpu", "cuda") else None,
         )
         self.objective = build_objective(config, ranks.group)
         # Used by steps; checkpoints and validations use the network itself.
@@ -137,6 +153,9 @@ class Training:
         of_images = torch.contiguous_format if config.slices else memory_format  # slices come with a third axis of one voxel
         self.batches, self.feed = batches, Feed(batches, device, of_images)
 
+        if saved is None:  # the iteration that the ramp-up counts from; None: not yet
+            self.ramp_from: int | None = None if config.await_classes and config.consistency else config.warmup
+        self.monitor = Monitor(_class_shares(labelled, config.classes), config.consistency, config.iterations)
         self.log: RunLog | None = None
         if ranks.first:
             if saved is not None:
@@ -144,12 +163,13 @@ class Training:
             write_text_atomically(out / CONFIG, config.to_toml())
             record_session(out, device, data, self.done, deterministic, ranks.size)
             self.log = RunLog(out, self.done)
+            self.monitor.look(read_metrics(out / METRICS_FILE))
 
     def run(self) -> Path:
         config, began = self.config, time.monotonic()
         if config.protocol == "paper" and self.ranks.first:
             print(PAPER_WARNING.format(_paper_list(config).upper()), file=sys.stderr)
-        pending: list[tuple[int, float, float, list[str], tuple[Tensor, Tensor, Tensor]]] = []
+        pending: list[tuple[int, float, float, list[str], tuple[Tensor, ...]]] = []
         autocast = torch.bfloat16 if config.amp == "bfloat16" else None
         self.model.train()
         window_began = time.monotonic()
@@ -170,19 +190,24 @@ class Training:
         ):
             for t in progress:
                 batch = self.feed.next()
-                weight = config.consistency * rplib.ramp(t, config.ramp_length, config.ramp_every)
+                weight = self._consistency_weight(t)
                 rate = self._set_learning_rate(t)
                 terms = training_step(self.model, self.objective, self.optimiser, batch.images, batch.labels, weight, autocast)
+                if self.averaged is not None and t % _AVERAGE_EVERY == 0:
+                    self.averaged.update_parameters(self.network)
                 pending.append((t, weight, rate, batch.names, terms))
 
                 validating, saving = self._validates_at(t), t % config.checkpoint_every == 0 or t == config.iterations
                 stopping = self.ranks.size == 1 and terminated()
-                if not (validating or saving or stopping or t % config.log_every == 0):
+                deciding = self.ramp_from is None and t >= config.warmup and t % _AWAIT_EVERY == 0
+                if not (validating or saving or stopping or deciding or t % config.log_every == 0):
                     continue
                 if self.ranks.size > 1:  # one rank may hear of it a step before another: they stop together
                     stopping = any(self.ranks.gather(terminated()))
                 saving = saving or stopping
                 rows = self._look_at(pending, window_began)
+                if deciding and self.ranks.from_first(self.monitor.knows_every_class()):
+                    self.ramp_from = t
                 if validating or saving:
                     self._check_weights(t, batch.names)
                 if validating:
@@ -199,17 +224,19 @@ class Training:
 
     def _look_at(self, pending: list[Any], window_began: float) -> list[LogRow]:
         """The collected losses as rows; the only place where training synchronises the device."""
-        losses = torch.stack([torch.stack([x.double() for x in terms]) for *_, terms in pending]).tolist()
+        flat = [torch.cat([x.double().flatten() for x in terms]) for *_, terms in pending]
+        losses = torch.stack(flat).tolist()
         seconds = (time.monotonic() - window_began) / len(pending)
         rows: list[LogRow] = []
-        for (t, weight, rate, names, _), values in zip(pending, losses, strict=True):
-            if not all(map(math.isfinite, values)):
+        for (t, weight, rate, names, _), (total, dice, mutual, *statistics) in zip(pending, losses, strict=True):
+            if not all(map(math.isfinite, (total, dice, mutual))):
                 self._write_rows(rows)
-                self._not_finite(
-                    f"the loss is not finite at iteration {t} (total {values[0]}, dice {values[1]}, mutual {values[2]}", names
-                )
-            total, dice, mutual = values
-            rows.append(LogRow(t, total, dice, mutual, weight, rate, seconds))
+                self._not_finite(f"the loss is not finite at iteration {t} (total {total}, dice {dice}, mutual {mutual}", names)
+            row = LogRow(t, total, dice, mutual, weight, rate, seconds)
+            rows.append(_with_statistics(row, statistics, self.config.classes) if statistics else row)
+        for warning in self.monitor.look(rows):
+            if self.ranks.first:
+                Progress.write(f"warning: {warning}", file=sys.stderr)
         return rows
 
     def _check_weights(self, t: int, names: list[str]) -> None:
@@ -229,10 +256,23 @@ class Training:
             f"{what}; cases {', '.join(names)}); {kept}; lower learning_rate, or check the data with `rplib data check`."
         )
 
+    def _consistency_weight(self, t: int) -> float:
+        config = self.config
+        if self.ramp_from is None or t <= self.ramp_from:
+            return 0.0
+        return config.consistency * rplib.ramp(t - self.ramp_from, config.ramp_length, config.ramp_every)
+
+    @property
+    def scored(self) -> nn.Module:
+        """The network that is validated and declared final: the averaged one where there is one."""
+        return self.network if self.averaged is None else self.averaged.module
+
     def _set_learning_rate(self, t: int) -> float:
-        rate = self.config.learning_rate
+        rate, done = self.config.learning_rate, (t - 1) / self.config.iterations
         if self.config.schedule == "polynomial":
-            rate *= (1 - (t - 1) / self.config.iterations) ** 0.9
+            rate *= (1 - done) ** 0.9
+        elif self.config.schedule == "cosine":
+            rate *= (1 + math.cos(math.pi * done)) / 2
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         return rate
@@ -245,10 +285,10 @@ class Training:
 
     def _validate(self, t: int) -> float:
         """Mean decoder-1 Dice over the validation cases; saves the weights if they are the best so far."""
-        self.network.eval()
+        network = self.scored.eval()
         mine = self.validation[self.ranks.rank :: self.ranks.size]
-        found = self.ranks.gather(case_dice(self.network, mine, self.config, self.device))
-        self.network.train()
+        found = self.ranks.gather(case_dice(network, mine, self.config, self.device))
+        network.train()
         # Restore list order, so that the sum does not depend on the number of ranks.
         scores = [found[i % self.ranks.size][i // self.ranks.size] for i in range(len(self.validation))]
         mean = float(np.mean(scores))
@@ -274,16 +314,24 @@ class Training:
             "iteration": t,
             "best_score": self.best_score,
             "best_iteration": self.best_iteration,
+            "ramp_from": self.ramp_from,
             "cases": self.case_names,
             "config": self.config.to_toml(),
         }
+        if self.averaged is not None:
+            content["averaged"] = self.averaged.module.state_dict()
+            content["averaged_updates"] = int(self.averaged.n_averaged)
         self._write(LAST, content)
 
     def _restore(self, saved: dict[str, Any], batches: TwoStreamBatches) -> None:
         self.optimiser.load_state_dict(saved["optimiser"])
+        if self.averaged is not None:
+            checkpoint.load_weights(cast(MutualVNet, self.averaged.module), saved["averaged"], self.out / LAST)
+            self.averaged.n_averaged.fill_(saved["averaged_updates"])
         batches.restore(saved["batches"])
         self.done = saved["iteration"]
         self.best_score, self.best_iteration = saved["best_score"], saved["best_iteration"]
+        self.ramp_from = saved.get("ramp_from", self.config.warmup)
         others = saved.get("other_ranks_random", [])
         if self.ranks.rank > len(others):  # more ranks than before
             torch.manual_seed(_seed(self.config.seed, self.ranks.rank, self.done))
@@ -294,7 +342,7 @@ class Training:
             torch.cuda.set_rng_state(cuda, self.device)
 
     def _save_best(self, t: int, chosen_by: str, score: float | None) -> None:
-        content = {"network": self.network.state_dict(), "iteration": t, "chosen_by": chosen_by, "score": score}
+        content = {"network": self.scored.state_dict(), "iteration": t, "chosen_by": chosen_by, "score": score}
         self._write(BEST, {**content, "config": self.config.to_toml()})
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
@@ -326,8 +374,9 @@ class Training:
         if not self.best_iteration:
             if self.validation and self.ranks.first:
                 print("no validation gave a Dice above 0: best.pt holds the last weights", file=sys.stderr)
-            self._save_best(t, "last iteration", None)
-            final = f"best.pt: iteration {t}, the last"
+            averaged = "" if self.averaged is None else ", averaged weights"
+            self._save_best(t, f"last iteration{averaged}", None)
+            final = f"best.pt: iteration {t}, the last{averaged}"
         else:
             where = self._validated_on().replace("the test list", "the TEST list")
             final = f"best.pt: iteration {self.best_iteration}, Dice {self.best_score:.4f} on {where}"
@@ -355,6 +404,26 @@ def _read_cases(config: Config, data: Path, ranks: Ranks) -> tuple[list[Case], l
     if config.protocol == "paper":
         validation = load_cases(dataset, dataset.names(dataset.paper_split), True, f"{dataset.paper_split} cases")
     return labelled, unlabelled, validation
+
+
+def _class_shares(labelled: Sequence[Case], classes: int) -> list[float]:
+    """Share of each class among the labelled voxels."""
+    labels = [np.ravel(case.label).astype(np.int64) for case in labelled if case.label is not None]
+    counts = np.sum([np.bincount(label, minlength=classes) for label in labels], axis=0)
+    return [float(count) for count in counts / counts.sum()]
+
+
+def _with_statistics(row: LogRow, statistics: list[float], classes: int) -> LogRow:
+    """The fields of `rplib.ObjectiveStatistics` of two decoders, flattened; pairs are (student 1, teacher 2), (2, 1)."""
+    by_2, by_1, weight_2, weight_1, _, _, *shares, disagreement = statistics
+    taught = by_1 + by_2
+    return row._replace(
+        taught_by_1=by_1,
+        taught_by_2=by_2,
+        mean_weight=(by_1 * weight_1 + by_2 * weight_2) / taught if taught else 0.0,
+        disagreement=disagreement,
+        pseudo_labels=(tuple(shares[:classes]), tuple(shares[classes:])),
+    )
 
 
 def _paper_list(config: Config) -> str:

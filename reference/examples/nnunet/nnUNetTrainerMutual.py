@@ -1,8 +1,8 @@
 """An nnU-Net v2 trainer that learns from unlabelled cases, too: two networks of the plan, each teaching the other.
 
-    python add_unlabelled.py $nnUNet_raw/Dataset001_NAME       # once, before plan and preprocess
-    export nnUNet_extTrainer=<this folder>
-    nnUNetv2_train 1 3d_fullres 0 -tr nnUNetTrainerMutual      # and nnUNetv2_predict -d 1 ... -tr nnUNetTrainerMutual
+python add_unlabelled.py $nnUNet_raw/Dataset001_NAME       # once, before plan and preprocess
+export nnUNet_extTrainer=<this folder>
+nnUNetv2_train 1 3d_fullres 0 -tr nnUNetTrainerMutual      # and nnUNetv2_predict -d 1 ... -tr nnUNetTrainerMutual
 """
 
 import torch
