@@ -1,4 +1,4 @@
-"""Segment new images with a trained run: NIfTI or h5 in, one NIfTI label map per image out, on the image's grid.
+"""Segment new images with a trained run: NIfTI, DICOM or h5 in, one NIfTI label map per image out, on the image's grid.
 
 NIfTI files are raw images and are preprocessed like the training data (Left Atrium: z-score; Pancreas-CT: reoriented, 1 mm,
 windowed, z-score; BraTS: FLAIR, reoriented, z-score over the brain; generic: the recipe's normalisation); the label map is
@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder of `rplib train`, or a checkpoint (*.pt, *.pth)")
     parser.add_argument(
         "images", type=Path, nargs="+", metavar="IMAGE",
-        help="NIfTI (.nii.gz, .nii) or h5 files; several channels in one file, or as NAME_0000.nii.gz NAME_0001.nii.gz ...",
+        help="NIfTI (.nii.gz, .nii) or h5 files, or folders of a DICOM series; several channels in one file, or as "
+        "NAME_0000.nii.gz NAME_0001.nii.gz ...",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="output folder")
     parser.add_argument(
