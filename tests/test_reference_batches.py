@@ -33,6 +33,7 @@ def test_labelled_samples_come_first_and_labels_fit_their_images():
         batch = batches.next()
         assert (tuple(batch.images.shape), tuple(batch.labels.shape)) == ((4, 1, 16, 16, 16), (2, 16, 16, 16))
         assert [name[0] for name in batch.names] == ["L", "L", "U", "U"]
+        assert str(batch.labels.dtype) == "torch.uint8" and str(batch.images.dtype) == "torch.float32"
         assert np.array_equal(label_of(batch.images[:2, 0].numpy()), batch.labels.numpy())
 
 
