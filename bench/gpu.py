@@ -21,6 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rplib.bench.command import main
+from rplib.bench.machine.prediction import gpu_named, predicted
+from rplib.bench.machine.report import read_csv
 from rplib.bench.shapes import SHAPES
 from rplib.errors import UserError
 
@@ -74,6 +76,11 @@ def parts(out: Path, data: Path | None) -> list[Part]:
         Part("identical", "200 runs, bitwise equal", [_PYTHON, "-m", "rplib.bench.gpu_checks", "identical"]),
         Part("large", "a tensor past 2^31 elements", [_PYTHON, "-m", "rplib.bench.gpu_checks", "large"]),
         Part("bench", "the benchmark table", [*bench, "--csv", str(out / "bench.csv"), "--plot", str(out / "bench.png")]),
+        Part(
+            "kernels",
+            "the time of each kernel beside the predicted one",
+            [_PYTHON, "-m", "rplib.bench.machine.beside_gpu", "--csv", str(out / "kernels.csv")],
+        ),
         *(
             Part(
                 tool,
@@ -209,7 +216,9 @@ def run(args: argparse.Namespace) -> int:
         _note(table, part, result, time.monotonic() - begin, versions)
         print(f"{name}: {result}, {time.monotonic() - begin:.0f} s", flush=True)
         if name == "ncu" and result == "good":
-            _print_bytes((args.out / "ncu.log").read_text())
+            _print_bytes((args.out / "ncu.log").read_text(), versions["gpu"])
+        if name == "kernels" and result == "good":
+            print("".join(f"  {line}\n" for line in (args.out / "kernels.log").read_text().splitlines()[2:]), end="", flush=True)
         results.append(result)
     return 1 if "failed" in results else 0
 
@@ -219,12 +228,19 @@ def parts_now(name: str, args: argparse.Namespace) -> Part:
     return {part.name: part for part in parts(args.out, args.data)}[name]
 
 
-def _print_bytes(log: str) -> None:
-    voxels = SHAPES["left-atrium"].voxels
+def _print_bytes(log: str, gpu_name: str) -> None:
+    """Bytes and time of each kernel as the profiler saw them, beside the counted bytes and the predicted time."""
+    voxels, gpu = SHAPES["left-atrium"].voxels, gpu_named(gpu_name)
+    counted = {row.kernel: row for row in read_csv() if row.case == (2, 16, "float32", "contiguous")}
     for kernel, metrics in bytes_per_kernel(log).items():
         moved = metrics.get("dram__bytes_read.sum", 0.0) + metrics.get("dram__bytes_write.sum", 0.0)
         seconds = metrics.get("gpu__time_duration.sum", 0.0)
-        print(f"  {kernel}: {moved / voxels:.2f} B/voxel of DRAM traffic, {1e6 * seconds:.1f} us", flush=True)
+        expected = ""
+        if kernel in counted:
+            needs = counted[kernel].needs
+            time = f", {1e6 * voxels * predicted(needs, gpu):.1f} us" if gpu else ""
+            expected = f" (the machine: {needs.bytes:.2f} B/voxel{time})"
+        print(f"  {kernel}: {moved / voxels:.2f} B/voxel of DRAM traffic, {1e6 * seconds:.1f} us{expected}", flush=True)
 
 
 def _succeeded(table: Path) -> set[str]:

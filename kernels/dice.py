@@ -17,7 +17,7 @@ The sums lie in one vector behind the value that marks non-finite input (see sta
 import triton
 import triton.language as tl
 
-from rplib.kernels.voxels import pick
+from rplib.kernels.voxels import probabilities
 
 _SMOOTH = tl.constexpr(1e-8)
 
@@ -28,62 +28,66 @@ def load_target(target, offsets, labelled, valid, MASKED: tl.constexpr):
     if MASKED:
         known = valid & labelled
     else:
-        known = tl.broadcast_to(labelled, offsets.shape)  # one value for the whole tile, so that wide loads stay wide
+        known = tl.broadcast_to(labelled, offsets.shape)  # one value for the whole block, so that wide loads stay wide
     t = tl.load(target + offsets, mask=known, other=0).to(tl.float32)
     return tl.where(known, t, -1.0), known
 
 
 @triton.jit
-def _chosen(cls, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """True for the classes in the mean: bits of LOW (classes 0..31) and HIGH (32..63)."""
-    c = cls.to(tl.int64)
-    low = tl.full(cls.shape, LOW, tl.int64) >> tl.minimum(c, 31)
-    high = tl.full(cls.shape, HIGH, tl.int64) >> tl.maximum(c - 32, 0)
-    return (tl.where(c < 32, low, high) & 1) != 0
-
-
-@triton.jit
-def _sums_of(sums, network, cls, CLASSES: tl.constexpr):
-    """(overlap, soft + truth) of one network (0 or 1), shaped as cls."""
-    inside = cls < CLASSES
-    at = sums + 1 + cls
-    overlap = tl.load(at + network * CLASSES, mask=inside, other=0.0)
-    soft = tl.load(at + (2 + network) * CLASSES, mask=inside, other=0.0)
-    truth = tl.load(at + 4 * CLASSES, mask=inside, other=0.0)
+def _sums_of(sums, network, c, CLASSES: tl.constexpr):
+    """(overlap, soft + truth) of one network (0 or 1) and class."""
+    at = sums + 1 + c
+    overlap = tl.load(at + network * CLASSES)
+    soft = tl.load(at + (2 + network) * CLASSES)
+    truth = tl.load(at + 4 * CLASSES)
     return overlap, soft + truth
 
 
 @triton.jit
-def dice_value(
-    sums, network, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, CHOSEN: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr
-):  # fmt: skip
-    """Dice loss of one network; CHOSEN classes in the mean."""
-    cls = tl.arange(0, CLASSES_PAD)
-    overlap, size = _sums_of(sums, network, cls, CLASSES)
-    term = 1.0 - (2.0 * overlap + _SMOOTH) / (size + _SMOOTH)
-    return tl.sum(tl.where(_chosen(cls, LOW, HIGH), term, 0.0), axis=0) / CHOSEN
+def dice_value(sums, network, CLASSES: tl.constexpr, CHOSEN: tl.constexpr, BITS: tl.constexpr):
+    """Dice loss of one network; CHOSEN classes in the mean, the ones in BITS."""
+    total = 0.0
+    for c in tl.static_range(CLASSES):
+        if (BITS >> c) & 1:
+            overlap, size = _sums_of(sums, network, c, CLASSES)
+            total += 1.0 - (2.0 * overlap + _SMOOTH) / (size + _SMOOTH)
+    return total / CHOSEN
 
 
 @triton.jit
-def dice_coefficients(
-    sums, network, factor, cls, CLASSES: tl.constexpr, CHOSEN: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr
-):  # fmt: skip
-    """factor * (alpha, beta) of one network, shaped as cls."""
-    overlap, size = _sums_of(sums, network, cls, CLASSES)
-    inverse = 1.0 / (size + _SMOOTH)
-    chosen = _chosen(cls, LOW, HIGH)
+def dice_coefficients(sums, network, factor, CLASSES: tl.constexpr, CHOSEN: tl.constexpr, BITS: tl.constexpr):
+    """factor * (alpha, beta) of one network: two tuples of scalars."""
     share = factor / CHOSEN
-    alpha = tl.where(chosen, -2.0 * inverse * share, 0.0)
-    beta = tl.where(chosen, (2.0 * overlap + _SMOOTH) * inverse * inverse * share, 0.0)
+    alpha = ()
+    beta = ()
+    for c in tl.static_range(CLASSES):
+        if (BITS >> c) & 1:
+            overlap, size = _sums_of(sums, network, c, CLASSES)
+            inverse = 1.0 / (size + _SMOOTH)
+            alpha = alpha + (-2.0 * inverse * share,)
+            beta = beta + ((2.0 * overlap + _SMOOTH) * inverse * inverse * share,)
+        else:
+            alpha = alpha + (0.0,)
+            beta = beta + (0.0,)
     return alpha, beta
 
 
 @triton.jit
-def dice_slope(p, rest, alpha, beta, t, cls, CLASSES: tl.constexpr):
-    """dDice/dz (CLASSES_PAD, ...) of a network at voxels of class t (...); of class 0 alone, (...), for C = 2."""
-    u = tl.where(cls.to(tl.float32) == tl.expand_dims(t, 0), alpha, 0.0) + beta
+def dice_slope(of, coefficients, t, CLASSES: tl.constexpr):
+    """dDice/dz, a tuple of tiles, of a network at voxels of class t; of class 0 alone for C = 2."""
+    alpha, beta = coefficients
+    u = ()
+    for c in tl.static_range(CLASSES):
+        u = u + (tl.where(t == c, alpha[c], 0.0) + beta[c],)
     if CLASSES == 2:
         # p(0) p(1) = rest / (1 + rest)^2, whichever class is the larger
-        return rest / ((1.0 + rest) * (1.0 + rest)) * (pick(u, cls, 0) - pick(u, cls, 1))
+        return (of.rest / ((1.0 + of.rest) * (1.0 + of.rest)) * (u[0] - u[1]),)
     else:
-        return p * (u - tl.expand_dims(tl.sum(p * u, axis=0), 0))
+        p = probabilities(of, CLASSES, True, True)
+        mean = tl.zeros(t.shape, tl.float32)
+        for c in tl.static_range(CLASSES):
+            mean += p[c] * u[c]
+        result = ()
+        for c in tl.static_range(CLASSES):
+            result = result + (p[c] * (u[c] - mean),)
+        return result

@@ -7,22 +7,76 @@ in float32 before the cast to the gradient's dtype. C = 2 reads the record alone
 everywhere with ``confidence=None``.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from rplib.kernels.dice import dice_coefficients, dice_slope, load_target
-from rplib.kernels.voxels import batch_stride, channel_offsets, load, sectors, slope, softmax_parts, voxel_offsets
+from rplib.kernels.voxels import (
+    SIZES,
+    load,
+    load_logits,
+    opinion,
+    sample_offset,
+    sectors,
+    slope,
+    store_logits,
+    strides_of,
+    voxel_offsets,
+    voxels_of,
+)
+
+
+class Tensors(NamedTuple):
+    """What a program reads and writes: pointers at its sample, strides, sizes; and what scales its results."""
+
+    za: tl.tensor
+    zb: tl.tensor
+    target: tl.tensor
+    record: tl.tensor
+    second_plane: tl.tensor
+    code: tl.tensor
+    out_a: tl.tensor
+    out_b: tl.tensor
+    za_strides: tl.tuple
+    zb_strides: tl.tuple
+    target_strides: tl.tuple
+    out_a_strides: tl.tuple
+    out_b_strides: tl.tuple
+    labelled: tl.tensor
+    voxels: tl.tensor
+    size1: tl.tensor
+    size2: tl.tensor
+    factor: tl.tensor
+    dice_a: tl.tuple
+    dice_b: tl.tuple
+
+
+class Options(NamedTuple):
+    """The constants of gradient_kernel that a block needs."""
+
+    CLASSES: tl.constexpr
+    CLASSES_PAD: tl.constexpr
+    GROUPS: tl.constexpr
+    GROUP: tl.constexpr
+    BOTH: tl.constexpr
+    WITH_DICE: tl.constexpr
+    ON_LOGITS: tl.constexpr
+    LAYOUT: tl.constexpr
+    FLAT: tl.constexpr
+    WIDE: tl.constexpr
 
 
 @triton.jit
-def _both_planes(record, second_plane, v, valid, MASKED: tl.constexpr):
-    return load(record + v, valid, MASKED), load(record + second_plane + v, valid, MASKED)
+def _both_planes(i, v, valid, MASKED: tl.constexpr):
+    return load(i.record + v, valid, MASKED), load(i.record + i.second_plane + v, valid, MASKED)
 
 
 @triton.jit
-def _one_plane(record, v, valid, MASKED: tl.constexpr):
+def _one_plane(i, v, valid, MASKED: tl.constexpr):
     """The record of either student, 0 where it does not learn; C = 2."""
-    packed = load(record + v, valid, MASKED)
+    packed = load(i.record + v, valid, MASKED)
     bits = packed.to(tl.int32, bitcast=True)
     value = (bits & -2).to(tl.float32, bitcast=True)
     student_is_b = (bits & 1) != 0
@@ -30,139 +84,128 @@ def _one_plane(record, v, valid, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _student_alone(
-    za, zb, za_c, zb_c, za_v, zb_v, record, code, v, valid, cls,
-    CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, ON_LOGITS: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Gradients (CLASSES_PAD, GROUPS, GROUP) of both networks where at most one learns; reads that one's logits."""
-    weight = load(record + v, valid, MASKED)
+def _weight_and_code(i, v, valid, MASKED: tl.constexpr):
+    weight = load(i.record + v, valid, MASKED)
     if MASKED:
-        bits = tl.load(code + v, mask=valid, other=0).to(tl.int32)
+        bits = tl.load(i.code + v, mask=valid, other=0).to(tl.int32)
     else:
-        bits = tl.load(code + v).to(tl.int32)
-    label = bits & 63
-    is_b = (bits & 64) != 0
-    is_a = (bits >= 128) & (is_b == 0)
-    inside = cls < CLASSES
-    read_a = inside & sectors(is_a, valid, MASKED)[None, :, :]
-    read_b = inside & sectors(is_b, valid, MASKED)[None, :, :]
-    a = tl.load(za + channel_offsets(cls, za_c, WIDE) + za_v[None, :, :], mask=read_a, other=0.0).to(tl.float32)
-    b = tl.load(zb + channel_offsets(cls, zb_c, WIDE) + zb_v[None, :, :], mask=read_b, other=0.0).to(tl.float32)
-    _, own, rest, e = softmax_parts(tl.where(is_b[None, :, :], b, a), cls, CLASSES, CLASSES_PAD)
-    p = e / (1.0 + rest)[None, :, :]
-    grad = slope(p, rest, own, label, cls, ON_LOGITS, CLASSES) * weight[None, :, :]
-    return tl.where(is_a[None, :, :], grad, 0.0), tl.where(is_b[None, :, :], grad, 0.0)
+        bits = tl.load(i.code + v).to(tl.int32)
+    return weight, bits
 
 
 @triton.jit
-def _both_networks(
-    za, zb, za_c, zb_c, za_v, zb_v, target, t_v, labelled, alpha_a, beta_a, alpha_b, beta_b,
-    record, second_plane, code, v, valid, cls,
-    CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, BOTH: tl.constexpr, WITH_DICE: tl.constexpr,
-    ON_LOGITS: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Gradients (CLASSES_PAD, GROUPS, GROUP) of both networks from both networks' logits."""
-    inside = cls < CLASSES
-    if MASKED:
-        inside = inside & valid[None, :, :]
-    ragged: tl.constexpr = CLASSES_PAD != CLASSES
-    a = load(za + channel_offsets(cls, za_c, WIDE) + za_v[None, :, :], inside, MASKED or ragged)
-    b = load(zb + channel_offsets(cls, zb_c, WIDE) + zb_v[None, :, :], inside, MASKED or ragged)
-    _, label_a, rest_a, e_a = softmax_parts(a, cls, CLASSES, CLASSES_PAD)
-    _, label_b, rest_b, e_b = softmax_parts(b, cls, CLASSES, CLASSES_PAD)
-    p_a = e_a / (1.0 + rest_a)[None, :, :]
-    p_b = e_b / (1.0 + rest_b)[None, :, :]
-    if BOTH:
-        w_a, w_b = _both_planes(record, second_plane, v, valid, MASKED)
-    else:
-        weight = load(record + v, valid, MASKED)
-        if MASKED:
-            bits = tl.load(code + v, mask=valid, other=0).to(tl.int32)
-        else:
-            bits = tl.load(code + v).to(tl.int32)
-        is_b = (bits & 64) != 0
-        w_a = tl.where(is_b, 0.0, weight)
-        w_b = tl.where(is_b, weight, 0.0)
-    grad_a = slope(p_a, rest_a, label_a, label_b, cls, ON_LOGITS, CLASSES) * w_a[None, :, :]
-    grad_b = slope(p_b, rest_b, label_b, label_a, cls, ON_LOGITS, CLASSES) * w_b[None, :, :]
-    if WITH_DICE:
-        t, known = load_target(target, t_v, labelled, valid, MASKED)
-        known = known[None, :, :]
-        grad_a += tl.where(known, dice_slope(p_a, rest_a, alpha_a, beta_a, t, cls, CLASSES), 0.0)
-        grad_b += tl.where(known, dice_slope(p_b, rest_b, alpha_b, beta_b, t, cls, CLASSES), 0.0)
+def _student_alone(i, v, za_v, zb_v, valid, o, MASKED: tl.constexpr):
+    """Gradients of both networks where at most one learns; reads that one's logits, by sectors."""
+    weight, bits = _weight_and_code(i, v, valid, MASKED)
+    is_b = (bits & 64) != 0
+    is_a = (bits >= 128) & (is_b == 0)
+    read_a = sectors(is_a, valid, MASKED)
+    read_b = sectors(is_b, valid, MASKED)
+    za = load_logits(i.za, za_v, i.za_strides.channel, read_a, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, True)
+    zb = load_logits(i.zb, zb_v, i.zb_strides.channel, read_b, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, True)
+    z = ()
+    for c in tl.static_range(o.CLASSES):
+        z = z + (tl.where(is_b, zb[c], za[c]),)
+    grad = slope(opinion(z, o.CLASSES, True), bits & 63, o.ON_LOGITS, o.CLASSES)
+    weight *= i.factor
+    grad_a = ()
+    grad_b = ()
+    for c in tl.static_range(o.CLASSES):
+        value = grad[c] * weight
+        grad_a = grad_a + (tl.where(is_a, value, 0.0),)
+        grad_b = grad_b + (tl.where(is_b, value, 0.0),)
     return grad_a, grad_b
 
 
 @triton.jit
-def _gradient_block(
-    start, factor, alpha_a, beta_a, alpha_b, beta_b,
-    za, zb, target, labelled, record, second_plane, code, out_a, out_b,
-    voxels, size1, size2, t_0, t_1, t_2,
-    za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2, ga_c, ga_0, ga_1, ga_2, gb_c, gb_0, gb_1, gb_2,
-    CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, BOTH: tl.constexpr,
-    WITH_DICE: tl.constexpr, ON_LOGITS: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    v = start + tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (GROUPS, GROUP)
-    valid = v < voxels
-    cls = tl.arange(0, CLASSES_PAD)[:, None, None]
-    inside = cls < CLASSES
-    if MASKED:
-        inside = inside & valid[None, :, :]
-    ragged: tl.constexpr = CLASSES_PAD != CLASSES
-    if CLASSES == 2:
-        if BOTH:
-            entry_a, entry_b = _both_planes(record, second_plane, v, valid, MASKED)
-        elif WITH_DICE:
-            if labelled:
-                entry_a, entry_b = _both_planes(record, second_plane, v, valid, MASKED)
-            else:
-                entry_a, entry_b = _one_plane(record, v, valid, MASKED)
-        else:
-            entry_a, entry_b = _one_plane(record, v, valid, MASKED)
-        grad_a = tl.where(cls == 0, entry_a[None, :, :], -entry_a[None, :, :])
-        grad_b = tl.where(cls == 0, entry_b[None, :, :], -entry_b[None, :, :])
+def _one_of_both(student, label, weight, coefficients, t, known, factor, o):
+    """Gradient of a network whose Dice counts as well."""
+    grad = slope(student, label, o.ON_LOGITS, o.CLASSES)
+    result = ()
+    if o.WITH_DICE:
+        dice = dice_slope(student, coefficients, t, o.CLASSES)
+        for c in tl.static_range(o.CLASSES):
+            result = result + ((grad[c] * weight + tl.where(known, dice[c], 0.0)) * factor,)
     else:
-        za_v = voxel_offsets(v, size1, size2, za_0, za_1, za_2, FLAT, WIDE)
-        zb_v = voxel_offsets(v, size1, size2, zb_0, zb_1, zb_2, FLAT, WIDE)
-        t_v = v
-        if WITH_DICE:
-            t_v = voxel_offsets(v, size1, size2, t_0, t_1, t_2, FLAT, WIDE)
-        if BOTH:
-            grad_a, grad_b = _both_networks(
-                za, zb, za_c, zb_c, za_v, zb_v, target, t_v, labelled, alpha_a, beta_a, alpha_b, beta_b,
-                record, second_plane, code, v, valid, cls, CLASSES, CLASSES_PAD, BOTH, WITH_DICE, ON_LOGITS, WIDE, MASKED,
-            )  # fmt: skip
-        elif WITH_DICE:
-            if labelled:
-                grad_a, grad_b = _both_networks(
-                    za, zb, za_c, zb_c, za_v, zb_v, target, t_v, labelled, alpha_a, beta_a, alpha_b, beta_b,
-                    record, second_plane, code, v, valid, cls, CLASSES, CLASSES_PAD, BOTH, WITH_DICE, ON_LOGITS, WIDE, MASKED,
-                )  # fmt: skip
-            else:
-                grad_a, grad_b = _student_alone(
-                    za, zb, za_c, zb_c, za_v, zb_v, record, code, v, valid, cls,
-                    CLASSES, CLASSES_PAD, ON_LOGITS, WIDE, MASKED,
-                )  # fmt: skip
-        else:
-            grad_a, grad_b = _student_alone(
-                za, zb, za_c, zb_c, za_v, zb_v, record, code, v, valid, cls,
-                CLASSES, CLASSES_PAD, ON_LOGITS, WIDE, MASKED,
-            )  # fmt: skip
-    grad_a *= factor
-    grad_b *= factor
-    ga_v = voxel_offsets(v, size1, size2, ga_0, ga_1, ga_2, FLAT, WIDE)
-    gb_v = voxel_offsets(v, size1, size2, gb_0, gb_1, gb_2, FLAT, WIDE)
-    at_a = out_a + channel_offsets(cls, ga_c, WIDE) + ga_v[None, :, :]
-    at_b = out_b + channel_offsets(cls, gb_c, WIDE) + gb_v[None, :, :]
-    if MASKED or ragged:
-        tl.store(at_a, grad_a.to(out_a.dtype.element_ty), mask=inside)
-        tl.store(at_b, grad_b.to(out_b.dtype.element_ty), mask=inside)
-    else:
-        tl.store(at_a, grad_a.to(out_a.dtype.element_ty))
-        tl.store(at_b, grad_b.to(out_b.dtype.element_ty))
+        for c in tl.static_range(o.CLASSES):
+            result = result + (grad[c] * weight * factor,)
+    return result
 
 
 @triton.jit
+def _both_networks(i, v, za_v, zb_v, valid, o, MASKED: tl.constexpr):
+    """Gradients of both networks from both networks' logits."""
+    za = load_logits(i.za, za_v, i.za_strides.channel, valid, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED)
+    zb = load_logits(i.zb, zb_v, i.zb_strides.channel, valid, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED)
+    a = opinion(za, o.CLASSES, True)
+    b = opinion(zb, o.CLASSES, True)
+    if o.BOTH:
+        w_a, w_b = _both_planes(i, v, valid, MASKED)
+    else:
+        weight, bits = _weight_and_code(i, v, valid, MASKED)
+        is_b = (bits & 64) != 0
+        w_a = tl.where(is_b, 0.0, weight)
+        w_b = tl.where(is_b, weight, 0.0)
+    t = v
+    known = valid
+    if o.WITH_DICE:
+        t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
+        t, known = load_target(i.target, t_v, i.labelled, valid, MASKED)
+    grad_a = _one_of_both(a, b.label, w_a, i.dice_a, t, known, i.factor, o)
+    grad_b = _one_of_both(b, a.label, w_b, i.dice_b, t, known, i.factor, o)
+    return grad_a, grad_b
+
+
+@triton.jit
+def _two_classes(entry, factor):
+    entry *= factor
+    return entry, -entry
+
+
+@triton.jit
+def _gradient_block(start, i, o, MASKED: tl.constexpr):
+    """Gradients of the block of voxels that begins at ``start``; i: `Tensors`, o: `Options`."""
+    v = start + tl.arange(0, o.GROUPS)[:, None] * o.GROUP + tl.arange(0, o.GROUP)[None, :]  # (GROUPS, GROUP)
+    valid = v < i.voxels
+    if o.CLASSES == 2:
+        if o.BOTH:
+            entry_a, entry_b = _both_planes(i, v, valid, MASKED)
+        elif o.WITH_DICE:
+            if i.labelled:
+                entry_a, entry_b = _both_planes(i, v, valid, MASKED)
+            else:
+                entry_a, entry_b = _one_plane(i, v, valid, MASKED)
+        else:
+            entry_a, entry_b = _one_plane(i, v, valid, MASKED)
+        grad_a = _two_classes(entry_a, i.factor)
+        grad_b = _two_classes(entry_b, i.factor)
+    else:
+        za_v = voxel_offsets(v, i.size1, i.size2, i.za_strides, o.LAYOUT, o.FLAT, o.WIDE)
+        zb_v = voxel_offsets(v, i.size1, i.size2, i.zb_strides, o.LAYOUT, o.FLAT, o.WIDE)
+        if o.BOTH:
+            grad_a, grad_b = _both_networks(i, v, za_v, zb_v, valid, o, MASKED)
+        elif o.WITH_DICE:
+            if i.labelled:
+                grad_a, grad_b = _both_networks(i, v, za_v, zb_v, valid, o, MASKED)
+            else:
+                grad_a, grad_b = _student_alone(i, v, za_v, zb_v, valid, o, MASKED)
+        else:
+            grad_a, grad_b = _student_alone(i, v, za_v, zb_v, valid, o, MASKED)
+    a_v = voxel_offsets(v, i.size1, i.size2, i.out_a_strides, o.LAYOUT, o.FLAT, o.WIDE)
+    b_v = voxel_offsets(v, i.size1, i.size2, i.out_b_strides, o.LAYOUT, o.FLAT, o.WIDE)
+    store_logits(i.out_a, a_v, i.out_a_strides.channel, valid, grad_a, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED)
+    store_logits(i.out_b, b_v, i.out_b_strides.channel, valid, grad_b, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED)
+
+
+@triton.jit
+def _whole_or_tail(start, i, o):
+    if start + o.GROUPS * o.GROUP <= i.voxels:
+        _gradient_block(start, i, o, False)
+    else:
+        _gradient_block(start, i, o, True)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def gradient_kernel(
     upstream, sums, record, code, za, zb, target,
     out_a, out_b,  # out: gradients (B, C, *spatial) in the logits' dtypes
@@ -170,51 +213,31 @@ def gradient_kernel(
     za_b, za_c, za_0, za_1, za_2, zb_b, zb_c, zb_0, zb_1, zb_2,
     ga_b, ga_c, ga_0, ga_1, ga_2, gb_b, gb_c, gb_0, gb_1, gb_2,
     CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
-    BOTH: tl.constexpr, WITH_DICE: tl.constexpr, CHOSEN: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    ON_LOGITS: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr,
+    BOTH: tl.constexpr, WITH_DICE: tl.constexpr, CHOSEN: tl.constexpr, BITS: tl.constexpr,
+    ON_LOGITS: tl.constexpr, LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks, B)."""
-    if PACKED:  # a constant tells the compiler how wide it may load and store
-        za_2 = CLASSES
-        zb_2 = CLASSES
-        ga_2 = CLASSES
-        gb_2 = CLASSES
+    """Grid: (blocks * B,)."""
     BLOCK: tl.constexpr = GROUPS * GROUP
-    sample = tl.program_id(1)
-    start = tl.program_id(0) * BLOCK
-    wide_sample = sample.to(tl.int64)
-    record += wide_sample * record_stride
-    code += wide_sample * record_stride
-    second_plane = record_stride.to(tl.int64) * tl.num_programs(1)
-    za += wide_sample * batch_stride(za_b, CLASSES, PACKED)
-    zb += wide_sample * batch_stride(zb_b, CLASSES, PACKED)
-    out_a += wide_sample * batch_stride(ga_b, CLASSES, PACKED)
-    out_b += wide_sample * batch_stride(gb_b, CLASSES, PACKED)
-    factor = tl.load(upstream).to(tl.float32) + tl.load(sums)
-    is_labelled = sample < labelled
-    alpha_a = tl.zeros((CLASSES_PAD, 1, 1), tl.float32)
-    beta_a = tl.zeros((CLASSES_PAD, 1, 1), tl.float32)
-    alpha_b = tl.zeros((CLASSES_PAD, 1, 1), tl.float32)
-    beta_b = tl.zeros((CLASSES_PAD, 1, 1), tl.float32)
+    blocks = tl.cdiv(voxels, BLOCK)
+    sample = tl.program_id(0) // blocks
+    start = tl.program_id(0) % blocks * BLOCK
+    samples = tl.num_programs(0) // blocks
+    row = sample_offset(sample, record_stride, 1, 1)
+    dice_a = ((), ())
+    dice_b = ((), ())
     if WITH_DICE:
-        target += wide_sample * t_b
+        target += sample_offset(sample, t_b, 1, 0)
         if CLASSES > 2:
-            cls = tl.arange(0, CLASSES_PAD)[:, None, None]
-            alpha_a, beta_a = dice_coefficients(sums, 0, dice_weight, cls, CLASSES, CHOSEN, LOW, HIGH)
-            alpha_b, beta_b = dice_coefficients(sums, 1, dice_weight, cls, CLASSES, CHOSEN, LOW, HIGH)
-    if start + BLOCK <= voxels:
-        _gradient_block(
-            start, factor, alpha_a, beta_a, alpha_b, beta_b,
-            za, zb, target, is_labelled, record, second_plane, code, out_a, out_b,
-            voxels, size1, size2, t_0, t_1, t_2, za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2,
-            ga_c, ga_0, ga_1, ga_2, gb_c, gb_0, gb_1, gb_2,
-            CLASSES, CLASSES_PAD, GROUPS, GROUP, BOTH, WITH_DICE, ON_LOGITS, FLAT, WIDE, False,
-        )  # fmt: skip
-    else:
-        _gradient_block(
-            start, factor, alpha_a, beta_a, alpha_b, beta_b,
-            za, zb, target, is_labelled, record, second_plane, code, out_a, out_b,
-            voxels, size1, size2, t_0, t_1, t_2, za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2,
-            ga_c, ga_0, ga_1, ga_2, gb_c, gb_0, gb_1, gb_2,
-            CLASSES, CLASSES_PAD, GROUPS, GROUP, BOTH, WITH_DICE, ON_LOGITS, FLAT, WIDE, True,
-        )  # fmt: skip
+            dice_a = dice_coefficients(sums, 0, dice_weight, CLASSES, CHOSEN, BITS)
+            dice_b = dice_coefficients(sums, 1, dice_weight, CLASSES, CHOSEN, BITS)
+    tensors = Tensors(
+        za + sample_offset(sample, za_b, CLASSES, LAYOUT), zb + sample_offset(sample, zb_b, CLASSES, LAYOUT), target,
+        record + row, sample_offset(samples, record_stride, 1, 1), code + row,
+        out_a + sample_offset(sample, ga_b, CLASSES, LAYOUT), out_b + sample_offset(sample, gb_b, CLASSES, LAYOUT),
+        strides_of(za_c, za_0, za_1, za_2, CLASSES, LAYOUT), strides_of(zb_c, zb_0, zb_1, zb_2, CLASSES, LAYOUT),
+        strides_of(0, t_0, t_1, t_2, 1, 0),
+        strides_of(ga_c, ga_0, ga_1, ga_2, CLASSES, LAYOUT), strides_of(gb_c, gb_0, gb_1, gb_2, CLASSES, LAYOUT),
+        sample < labelled, voxels_of(voxels, LAYOUT), size1, size2,
+        tl.load(upstream).to(tl.float32) + tl.load(sums), dice_a, dice_b,
+    )  # fmt: skip
+    _whole_or_tail(start, tensors, Options(CLASSES, CLASSES_PAD, GROUPS, GROUP, BOTH, WITH_DICE, ON_LOGITS, LAYOUT, FLAT, WIDE))

@@ -3,15 +3,17 @@
 Nothing here copies, synchronises or looks at values.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
-from itertools import pairwise
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+# The layouts of voxels.py, as numbers.
+ANY, ALIGNED, LAST, PACKED = range(4)
 _INT32_LIMIT = 2**31 - 1
 # Programs per multiprocessor that walk over the voxels; the reduction then reads kilobytes.
 _PROGRAMS_PER_MULTIPROCESSOR = 8
@@ -49,22 +51,51 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     for observer in _observers:
         run = observer(asked) and run
     if run:
-        kernel[grid](*arguments, **constants)
+        _run(kernel, grid, arguments, constants)
 
 
-class Strides(NamedTuple):
-    """Of a tensor (B, channels, *spatial), its spatial axes padded with ones to three."""
+class _Compiled(NamedTuple):
+    """A variant of a kernel, ready to be launched, and the constants that follow its arguments."""
 
-    batch: int
-    channel: int
-    axis0: int
-    axis1: int
-    axis2: int
+    kernel: Any
+    constants: tuple[Any, ...]
+
+
+_compiled: dict[tuple[Any, ...], _Compiled] = {}
+
+
+def _run(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    """kernel[grid](*arguments, **constants), which takes Triton 60 us to look up; here it is a dictionary's work.
+
+    No integer is specialised (voxels.SIZES), so that a variant is known by its constants, the types of its arguments and whether
+    tensors begin at a multiple of 16 bytes.
+    """
+    traits = tuple([_trait(argument) for argument in arguments])
+    key = (kernel, arguments[0].device, traits, *constants.values())
+    found = _compiled.get(key)
+    if found is None or kernel.pre_run_hooks:
+        compiled = kernel[grid](*arguments, **constants)
+        if hasattr(compiled, "launch_metadata"):  # the interpreter returns nothing
+            names = kernel.arg_names[len(arguments) :]
+            _compiled[key] = _Compiled(compiled, tuple(constants[name] for name in names))
+    else:
+        found.kernel[(*grid, 1, 1)[:3]](*arguments, *found.constants)
+
+
+def _trait(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument.bit_length() > 31
+    return None
 
 
 def current_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if tensor.device.type in ("cpu", "meta"):
+        return nullcontext()
+    context: AbstractContextManager[object] = torch.get_device_module(tensor.device).device(tensor.device)
+    return context
 
 
 def sizes(z: Tensor) -> tuple[int, int, int]:
@@ -81,45 +112,71 @@ def channels(features: Sequence[Tensor] | None) -> tuple[int, int]:
     return (features[0].shape[1], features[1].shape[1]) if features else (0, 0)
 
 
-def strides(t: Tensor, flat: bool) -> Strides:
-    """Of (B, channels, *spatial)."""
-    batch, channel, *spatial = t.stride()
-    if flat:  # the kernel uses the last axis alone
-        return Strides(batch, channel, 0, 0, _flat_stride(t))
-    axes = (0, 0, *spatial)[-3:]
-    return Strides(batch, channel, axes[0], axes[1], axes[2])
+class Geometry(NamedTuple):
+    """How a tensor (B, channels, *spatial) lies in memory.
+
+    strides: batch, channel, three spatial axes (flat: the last one leads through all voxels). kind: its layout, see voxels.py.
+    flat: the spatial axes collapse into one. span: of a sample, in elements.
+    """
+
+    strides: tuple[int, int, int, int, int]
+    flat_stride: int
+    kind: int
+    flat: bool
+    span: int
+
+    def axes(self, flat: bool) -> tuple[int, int, int, int, int]:
+        """The strides as a kernel wants them; flat: every tensor of the launch is."""
+        return (*self.strides[:2], 0, 0, self.flat_stride) if flat else self.strides
 
 
-def _is_flat(t: Tensor) -> bool:
-    """True where the spatial axes collapse into one axis of constant stride."""
-    axes = [(size, stride) for size, stride in zip(t.shape[2:], t.stride()[2:], strict=True) if size > 1]
-    return all(s == next_size * next_s for (_, s), (next_size, next_s) in pairwise(axes))
+def geometry(t: Tensor) -> Geometry:
+    return _geometry(t.shape, t.stride())
 
 
-def _flat_stride(t: Tensor) -> int:
-    axes = [stride for size, stride in zip(t.shape[2:], t.stride()[2:], strict=True) if size > 1]
-    return axes[-1] if axes else 1
+@lru_cache(maxsize=4096)
+def _geometry(shape: tuple[int, ...], stride: tuple[int, ...]) -> Geometry:
+    sizes = shape[2:]
+    sample, channel, *axes = stride
+    flat, inner, flat_stride = True, 0, 1
+    for size, step in zip(reversed(sizes), reversed(axes), strict=True):
+        if size > 1:
+            if not inner:
+                flat_stride = step
+            elif step != inner:
+                flat = False
+            inner = size * step
+            if not step:  # expanded: every axis has to be
+                flat = all(a == 0 for n, a in zip(sizes, axes, strict=True) if n > 1)
+                break
+    span = sum((n - 1) * step for n, step in zip(shape[1:], stride[1:], strict=True))
+    kind = _kind(shape, sample, channel, flat, flat_stride)
+    strides = (0, 0, *axes)[-3:]
+    return Geometry((sample, channel, *strides), flat_stride, kind, flat, span)
 
 
-def addressing(tensors: Sequence[Tensor], voxels: int) -> tuple[bool, bool]:
+def _kind(shape: tuple[int, ...], sample: int, channel: int, flat: bool, flat_stride: int) -> int:
+    batch, channels, *sizes = shape
+    one = batch == 1  # then the sample's stride is never used
+    if channel == 1 and channels > 1:
+        packed = flat and flat_stride == channels and (one or sample % channels == 0)
+        return PACKED if packed else LAST
+    side_by_side = flat and flat_stride == 1 and math.prod(sizes) % 16 == 0
+    return ALIGNED if side_by_side and channel % 16 == 0 and (one or sample % 16 == 0) else ANY
+
+
+def layout_of(tensors: Sequence[Geometry]) -> int:
+    """The layout of voxels.py that all of these tensors have."""
+    kinds = {g.kind for g in tensors}
+    if len(kinds) == 1:
+        return kinds.pop()
+    return LAST if kinds == {LAST, PACKED} else ANY
+
+
+def addressing(tensors: Sequence[Geometry]) -> tuple[bool, bool]:
     """(all are flat, some sample spans more elements than int32 counts)."""
-    spans = (
-        sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in tensors
-    )
     # A block may compute (never read) addresses up to a block beyond the last voxel.
-    return all(_is_flat(t) for t in tensors), any(2 * span > _INT32_LIMIT for span in spans)
-
-
-def aligned(tensors: Sequence[Tensor]) -> bool:
-    """True where every channel of every sample begins at a multiple of 16 elements, as the compiler wants for wide loads."""
-    return all(t.stride(0) % 16 == 0 and t.stride(1) % 16 == 0 for t in tensors)
-
-
-def packed(tensors: Sequence[Tensor]) -> bool:
-    """True where every tensor (B, C, *spatial) has its channels side by side, voxel after voxel: channels last."""
-    return all(
-        t.stride(1) == 1 and _is_flat(t) and _flat_stride(t) == t.shape[1] and t.stride(0) % t.shape[1] == 0 for t in tensors
-    )
+    return all(g.flat for g in tensors), any(2 * g.span > _INT32_LIMIT for g in tensors)
 
 
 def split(voxels: int, block: int, batch: int, device: torch.device) -> tuple[int, int]:

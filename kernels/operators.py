@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rplib import ranks
 from rplib.kernels import passes
@@ -54,6 +55,7 @@ def _run(
     consistency_weight: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """This rank's share of the total, and (dice, mutual)."""
+    _refuse_forward_mode(*logits, *([consistency_weight] if isinstance(consistency_weight, Tensor) else []))
     fa, fb = _two(features)
     prototypes_a, prototypes_b, counts, sums = statistics(
         logits[0].detach(), logits[1].detach(), fa, fb, target, options.confidence, options.eps
@@ -67,9 +69,7 @@ def _run(
         weight = torch.full((), consistency_weight, dtype=torch.float32, device=logits[0].device)
     else:
         factor = float(consistency_weight)
-    wanted = torch.is_grad_enabled() and (
-        any(z.requires_grad for z in logits) or (weight is not None and weight.requires_grad)
-    )
+    wanted = torch.is_grad_enabled() and (any(z.requires_grad for z in logits) or (weight is not None and weight.requires_grad))
     value: Tensor
     terms: Tensor
     value, terms, _, _ = weighting(
@@ -292,8 +292,35 @@ def _weighting_backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) ->
         if not torch.is_grad_enabled():  # with create_graph=True the operator must see what it refuses to differentiate
             u, saved = u.detach(), [None if t is None else t.detach() for t in saved]
         grads = gradient(u, *saved, ctx.confidence, ctx.on_logits, ctx.dice_weight, ctx.dice_classes)
-    weight = upstream * ctx.factor * terms[1] if for_weight else None
+    weight: Tensor | None = None
+    if for_weight:
+        weight = upstream * ctx.factor * terms[1]
+        if torch.is_grad_enabled():  # the mutual term depends on the logits, which a second derivative would not see
+            weight = _DifferentiableOnce.apply(weight, *ctx.saved_tensors[4:6])
     return (grads[0] if for_a else None, grads[1] if for_b else None, weight, *nothing)
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """The first argument, as a function of all of them that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *_: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        _refuse_double_backward(ctx)
+
+
+def _refuse_forward_mode(*tensors: Tensor) -> None:
+    """PyTorch would drop the tangents of an operator's arguments without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            "the Triton form of the reliable mutual loss has no forward-mode derivative (torch.func.jvp, "
+            'torch.autograd.forward_ad); use impl="naive".'
+        )
 
 
 def _refuse_double_backward(ctx: Any, *_: Any) -> None:

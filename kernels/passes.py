@@ -8,7 +8,20 @@ from torch import Tensor
 
 from rplib.kernels import tiling
 from rplib.kernels.gradient import gradient_kernel
-from rplib.kernels.launch import addressing, aligned, channels, current_device, launch, packed, sizes, split, strides
+from rplib.kernels.launch import (
+    ANY,
+    LAST,
+    PACKED,
+    Geometry,
+    addressing,
+    channels,
+    current_device,
+    geometry,
+    launch,
+    layout_of,
+    sizes,
+    split,
+)
 from rplib.kernels.statistics import prototypes_kernel, statistics_kernel
 from rplib.kernels.total import loss_kernel
 from rplib.kernels.weighting import weighting_kernel
@@ -52,8 +65,8 @@ class Terms(NamedTuple):
 
     def chosen(self) -> dict[str, int]:
         """The classes in the mean of Dice as constants of a kernel (see dice.py)."""
-        bits = sum(1 << c for c in set(self.dice_classes))
-        return {"CHOSEN": max(len(set(self.dice_classes)), 1), "LOW": bits & 0xFFFFFFFF, "HIGH": bits >> 32}
+        chosen = set(self.dice_classes)
+        return {"CHOSEN": max(len(chosen), 1), "BITS": sum(1 << c for c in chosen)}
 
 
 class Record(NamedTuple):
@@ -82,10 +95,16 @@ def statistics(
     voxels, size1, size2 = sizes(za)
     labels = Terms(target).labels(za)
     labelled = 0 if labels is None else labels.shape[0]
-    flat, wide = addressing([*logits, *(features or []), *([] if labels is None else [labels])], voxels)
     f_a, f_b = channels(features)
     fa, fb = features if features else (za, zb)  # not read without features
-    tiles = tiling.statistics_tiles(classes, max(f_a, f_b), max(fa.element_size(), fb.element_size()))
+    g_za, g_zb, g_fa, g_fb = geometries = [geometry(t) for t in (za, zb, fa, fb)]
+    g_labels = None if labels is None else geometry(labels)
+    flat, wide = addressing(geometries if g_labels is None else [*geometries, g_labels])
+    z_layout, f_layout = layout_of(geometries[:2]), layout_of(geometries[2:])
+    tiles = tiling.statistics_tiles(
+        classes, max(f_a, f_b), max(t.element_size() for t in (za, zb, fa, fb)),
+        channels_last=f_layout in (LAST, PACKED), aligned=f_layout != ANY,
+    )  # fmt: skip
     programs, per_program = split(voxels, tiles.block, batch, za.device)
     feature_blocks = max(1, -(-max(f_a, f_b) // tiles.feature_block))
     new = za.new_empty
@@ -97,14 +116,15 @@ def statistics(
     dice = new((labelled, programs, 4, classes), dtype=torch.float32)
     with current_device(za):
         launch(
-            statistics_kernel, (programs, batch, feature_blocks),
+            statistics_kernel, (programs * batch, feature_blocks),
             za, zb, fa, fb, za if labels is None else labels, sums_a, sums_b, members, dice, counts, poison,
-            labelled, voxels, size1, size2, *_label_strides(labels, flat),
-            *strides(za, flat), *strides(zb, flat), *strides(fa, flat), *strides(fb, flat), per_program,
+            labelled, voxels, size1, size2, *_label_strides(g_labels, flat),
+            *g_za.axes(flat), *g_zb.axes(flat), *g_fa.axes(flat), *g_fb.axes(flat), programs, per_program,
             EPS=eps, CLASSES=classes, CLASSES_PAD=tiles.classes_pad, CLASSES_DOT=tiles.classes_dot,
             FEATURES_A=f_a, FEATURES_B=f_b, FEATURE_BLOCK=tiles.feature_block, BLOCK=tiles.block,
-            CONFIDENCE=confidence or "none", WITH_FEATURES=features is not None, WITH_DICE=labels is not None, DOT=tiles.dot,
-            FLAT=flat, WIDE=wide, PACKED=packed(logits), num_warps=tiles.warps,
+            VECTOR=tiles.vector, CONFIDENCE=confidence or "none", WITH_FEATURES=features is not None,
+            WITH_DICE=labels is not None, DOT=tiles.dot, Z_LAYOUT=z_layout, F_LAYOUT=f_layout, FLAT=flat, WIDE=wide,
+            num_warps=tiles.warps,
         )  # fmt: skip
         prototypes_a = new((batch, classes, f_a), dtype=torch.float32)
         prototypes_b = new((batch, classes, f_b), dtype=torch.float32)
@@ -152,7 +172,7 @@ def weighting(
             loss_kernel, (1,),
             numerators, known.counts, known.sums, _weight_pointer(terms, known), total, both,
             terms.mutual_factor, terms.dice_weight, numerators[0].numel(),
-            EPS=eps, CLASSES=classes, CLASSES_PAD=tiling.power_of_two(classes), WITH_DICE=terms.labels(za) is not None,
+            EPS=eps, CLASSES=classes, WITH_DICE=terms.labels(za) is not None,
             HAS_WEIGHT=terms.mutual_weight is not None, **terms.chosen(), BLOCK=1024, num_warps=4,
         )  # fmt: skip
     return total, both, record
@@ -206,12 +226,16 @@ def _weight(
     voxels, size1, size2 = sizes(za)
     with_record = record is not None and record.values.numel() > 0
     labels = terms.labels(za) if with_record and classes == 2 else None  # for C > 2 the backward pass reads them
-    flat, wide = addressing([*logits, *(features or []), *([] if labels is None else [labels])], voxels)
     f_a, f_b = channels(features)
     fa, fb = features if features else (za, zb)
+    g_za, g_zb, g_fa, g_fb = geometries = [geometry(t) for t in (za, zb, fa, fb)]
+    g_labels = None if labels is None else geometry(labels)
+    flat, wide = addressing(geometries if g_labels is None else [*geometries, g_labels])
+    z_layout, f_layout = layout_of(geometries[:2]), layout_of(geometries[2:])
     tiles = tiling.weighting_tiles(
         classes, max(f_a, f_b), max(fa.element_size(), fb.element_size()),
-        channels_last=fa.stride(1) == 1, aligned=aligned([fa, fb]), plain=flat and with_record, dice=labels is not None,
+        channels_last=f_layout in (LAST, PACKED), aligned=f_layout != ANY,
+        plain=flat and with_record, dice=labels is not None,
     )  # fmt: skip
     programs, per_program = split(voxels, tiles.groups * tiles.group, batch, za.device)
     numerators = za.new_empty((2, batch, programs), dtype=torch.float32)
@@ -220,19 +244,20 @@ def _weight(
     values, code = record if record is not None and with_record else (numerators, numerators)
     with current_device(za):
         launch(
-            weighting_kernel, (programs, batch),
+            weighting_kernel, (programs * batch,),
             za, zb, fa, fb, za if labels is None else labels, known.prototypes_a, known.prototypes_b,
             known.counts, known.sums, _weight_pointer(terms, known),
             numerators, values, code if code.numel() else numerators, weights, masks,
             terms.mutual_factor, terms.dice_weight, 0 if labels is None else labels.shape[0],
-            voxels, values.shape[1] if with_record else 0, size1, size2, *_label_strides(labels, flat),
-            *strides(za, flat), *strides(zb, flat), *strides(fa, flat), *strides(fb, flat), per_program,
+            voxels, values.shape[1] if with_record else 0, size1, size2, *_label_strides(g_labels, flat),
+            *g_za.axes(flat), *g_zb.axes(flat), *g_fa.axes(flat), *g_fb.axes(flat), programs, per_program,
             EPS=eps, CLASSES=classes, CLASSES_PAD=tiles.classes_pad,
             FEATURES_A=f_a, FEATURES_B=f_b, FEATURE_BLOCK=tiles.feature_block,
             GROUPS=tiles.groups, GROUP=tiles.group, CONFIDENCE=confidence or "none",
             WITH_FEATURES=features is not None, ON_LOGITS=on_logits, WITH_RECORD=with_record,
             DICE_IN_RECORD=labels is not None, HAS_WEIGHT=terms.mutual_weight is not None, **terms.chosen(),
-            WITH_MAPS=maps is not None, UNROLL=tiles.unroll, FLAT=flat, WIDE=wide, PACKED=packed(logits), num_warps=tiles.warps,
+            WITH_MAPS=maps is not None, UNROLL=tiles.unroll,
+            Z_LAYOUT=z_layout, F_LAYOUT=f_layout, FLAT=flat, WIDE=wide, num_warps=tiles.warps,
         )  # fmt: skip
     return numerators
 
@@ -252,29 +277,32 @@ def gradient(
     voxels, size1, size2 = sizes(za)
     labels = terms.labels(za)
     grads = torch.empty_like(za), torch.empty_like(zb)
-    flat, wide = addressing([*logits, *grads, *([] if labels is None else [labels])], voxels)
-    tiles = tiling.gradient_tiles(classes, max(za.element_size(), zb.element_size()))
+    g_za, g_zb, g_ga, g_gb = geometries = [geometry(t) for t in (za, zb, *grads)]
+    g_labels = None if labels is None else geometry(labels)
+    flat, wide = addressing(geometries if g_labels is None else [*geometries, g_labels])
+    layout = layout_of(geometries)
+    tiles = tiling.gradient_tiles(classes, max(za.element_size(), zb.element_size()), aligned=layout != ANY)
     with current_device(za):
         launch(
-            gradient_kernel, (-(-voxels // (tiles.groups * tiles.group)), batch),
+            gradient_kernel, (-(-voxels // (tiles.groups * tiles.group)) * batch,),
             upstream, sums, record.values, record.code if record.code.numel() else record.values, za, zb,
             za if labels is None else labels, *grads,
             terms.dice_weight, 0 if labels is None else labels.shape[0],
-            voxels, record.values.shape[1], size1, size2, *_label_strides(labels, flat),
-            *strides(za, flat), *strides(zb, flat), *strides(grads[0], flat), *strides(grads[1], flat),
+            voxels, record.values.shape[1], size1, size2, *_label_strides(g_labels, flat),
+            *g_za.axes(flat), *g_zb.axes(flat), *g_ga.axes(flat), *g_gb.axes(flat),
             CLASSES=classes, CLASSES_PAD=tiles.classes_pad, GROUPS=tiles.groups, GROUP=tiles.group,
             BOTH=confidence is None, WITH_DICE=labels is not None, **terms.chosen(), ON_LOGITS=on_logits,
-            FLAT=flat, WIDE=wide, PACKED=packed([*logits, *grads]), num_warps=tiles.warps,
+            LAYOUT=layout, FLAT=flat, WIDE=wide, num_warps=tiles.warps,
         )  # fmt: skip
     return grads
 
 
-def _label_strides(labels: Tensor | None, flat: bool) -> tuple[int, ...]:
+def _label_strides(labels: Geometry | None, flat: bool) -> tuple[int, ...]:
     """Batch and spatial strides; zeros without labels."""
     if labels is None:
         return 0, 0, 0, 0
-    found = strides(labels, flat)
-    return found.batch, found.axis0, found.axis1, found.axis2
+    batch, _, *axes = labels.axes(flat)
+    return (batch, *axes)
 
 
 def _weight_pointer(terms: Terms, known: Statistics) -> Any:

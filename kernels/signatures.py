@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rplib.kernels import launch, passes
+from rplib.kernels.voxels import SIZES
 
 _TYPES = {
     torch.float16: "*fp16",
@@ -119,13 +120,9 @@ def spec(recorded: launch.Launch) -> KernelSpec:
             attrs[(position,)] = [["tt.divisibility", 16]]  # allocators align to 256 bytes or more
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif value == 1:  # as at run time: strides of 1 are constants
-            signature[name] = "constexpr"
-            constexprs[name] = 1
-        else:
+        else:  # no integer is specialised, see voxels.SIZES
+            assert name in SIZES, f"{kernel.fn.__name__}: {name} is not in voxels.SIZES"
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                attrs[(position,)] = [["tt.divisibility", 16]]
     for name, value in recorded.constants.items():
         if name not in _OPTIONS:
             signature[name] = "constexpr"

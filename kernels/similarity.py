@@ -2,107 +2,136 @@
 
     s_j(c) = <f_j, mu_j(c)> / max(||f_j||, 1e-8)        r_j = 1 - (1/C) sum_c (s_j(c) - p_j(c))^2
 
-The prototypes are of unit length or zero. Features are read where their network teaches, by 32-byte sectors. Up to four
-classes the loops over classes and blocks of features are unrolled; beyond, one class's products live at a time.
+The prototypes are of unit length or zero. Features are read where their network teaches, by 32-byte sectors.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from rplib.kernels.voxels import channel_offsets, sectors
+from rplib.kernels.voxels import channel_offset, widened
+
+
+class Products(NamedTuple):
+    """Of one network's features: squared length (ROWS, VECTOR), and the products with its prototypes, a tuple over classes."""
+
+    square: tl.tensor
+    dots: tl.tuple
 
 
 @triton.jit
-def _load_features(
-    base, offsets, stride_c, use, valid, f,
-    FEATURES: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
-    WIDE: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr,
+def _add_block(
+    s, base, at, stride, prototypes, wanted, first,
+    FEATURES: tl.constexpr, FEATURE_BLOCK: tl.constexpr, CLASSES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Features of the voxels in use, zero elsewhere: (FEATURE_BLOCK, GROUPS, GROUP)."""
-    wanted = sectors(use, valid, MASKED)[None, :, :]
-    if RAGGED:
-        wanted = wanted & (f < FEATURES)[:, None, None]
-    pointers = base + channel_offsets(f, stride_c, WIDE)[:, None, None] + offsets[None, :, :]
-    x = tl.load(pointers, mask=wanted, other=0.0).to(tl.float32)
-    return tl.where(use[None, :, :], x, 0.0)
-
-
-@triton.jit
-def _product(x, prototypes, c, f, FEATURES: tl.constexpr, RAGGED: tl.constexpr):
-    """<f, mu_c> over one block of features: (GROUPS, GROUP)."""
-    at = prototypes + c * FEATURES + f
-    if RAGGED:
-        mu = tl.load(at, mask=f < FEATURES, other=0.0)
-    else:
-        mu = tl.load(at)
-    return tl.sum(x * mu[:, None, None], axis=0)
-
-
-@triton.jit
-def _add_similarity(
-    dots, square, base, prototypes, offsets, stride_c, use, valid, first,
-    FEATURES: tl.constexpr, FEATURE_BLOCK: tl.constexpr, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, UNROLL: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Add one block of the teacher's features: products with its prototypes, and the square of the feature's length."""
     RAGGED: tl.constexpr = FEATURES % FEATURE_BLOCK != 0
     f = first + tl.arange(0, FEATURE_BLOCK)
-    x = _load_features(base, offsets, stride_c, use, valid, f, FEATURES, GROUPS, GROUP, WIDE, RAGGED, MASKED)
-    square += tl.sum(x * x, axis=0)
-    cls = tl.arange(0, CLASSES_PAD)[:, None, None]
-    if UNROLL:
-        for c in tl.static_range(CLASSES):
-            dots += tl.where(cls == c, _product(x, prototypes, c, f, FEATURES, RAGGED)[None, :, :], 0.0)
-    else:  # one class's products live at a time
-        for c in range(CLASSES):
-            dots += tl.where(cls == c, _product(x, prototypes, c, f, FEATURES, RAGGED)[None, :, :], 0.0)
-    return dots, square
+    inside = f < FEATURES
+    mask = wanted[None, :, :]
+    if RAGGED:
+        mask = mask & inside[:, None, None]
+    pointers = base + channel_offset(f, stride, WIDE)[:, None, None] + at[None, :, :]
+    x = widened(tl.load(pointers, mask=mask, other=0.0))  # (FEATURE_BLOCK, ROWS, VECTOR)
+    dots = ()
+    for c in tl.static_range(CLASSES):
+        if RAGGED:
+            mu = tl.load(prototypes + c * FEATURES + f, mask=inside, other=0.0)
+        else:
+            mu = tl.load(prototypes + c * FEATURES + f)
+        dots = dots + (s.dots[c] + tl.sum(x * mu[:, None, None], axis=0),)
+    return Products(s.square + tl.sum(x * x, axis=0), dots)
 
 
 @triton.jit
-def _add_similarities(
-    dots, square, base, prototypes, offsets, stride_c, use, valid,
-    FEATURES: tl.constexpr, FEATURE_BLOCK: tl.constexpr, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, UNROLL: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+def products(
+    base, at, stride, prototypes, wanted,
+    FEATURES: tl.constexpr, FEATURE_BLOCK: tl.constexpr, CLASSES: tl.constexpr, UNROLL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """`_add_similarity` for all blocks of features."""
+    """`Products` of one network where wanted (constant over a sector), 0 elsewhere."""
+    zero = tl.zeros(wanted.shape, tl.float32)
+    dots = ()
+    for _ in tl.static_range(CLASSES):
+        dots = dots + (zero,)
+    s = Products(zero, dots)
     if UNROLL:
         for first in tl.static_range(0, FEATURES, FEATURE_BLOCK):
-            dots, square = _add_similarity(
-                dots, square, base, prototypes, offsets, stride_c, use, valid, first, FEATURES, FEATURE_BLOCK,
-                CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE, MASKED,
+            s = _add_block(s, base, at, stride, prototypes, wanted, first, FEATURES, FEATURE_BLOCK, CLASSES, WIDE)
+    else:
+        for first in range(0, FEATURES, FEATURE_BLOCK):
+            s = _add_block(s, base, at, stride, prototypes, wanted, first, FEATURES, FEATURE_BLOCK, CLASSES, WIDE)
+    return s
+
+
+@triton.jit
+def taken_products(
+    base_a, base_b, at_a, at_b, stride, prototypes_a, prototypes_b, take_b, wanted,
+    FEATURES: tl.constexpr, FEATURE_BLOCK: tl.constexpr, CLASSES: tl.constexpr, UNROLL: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """`Products` of network b where ``take_b``, of a elsewhere, where wanted: one load for both networks.
+
+    For features of one voxel side by side: a voxel's features are whole sectors, whichever network they belong to.
+    """
+    pointers = tl.where(take_b, base_b + at_b, base_a + at_a)
+    zero = tl.zeros(wanted.shape, tl.float32)
+    dots = ()
+    for _ in tl.static_range(CLASSES):
+        dots = dots + (zero,)
+    s = Products(zero, dots)
+    if UNROLL:
+        for first in tl.static_range(0, FEATURES, FEATURE_BLOCK):
+            s = _take_block(
+                s, pointers, stride, prototypes_a, prototypes_b, take_b, wanted, first, FEATURES, FEATURE_BLOCK, CLASSES, WIDE
             )  # fmt: skip
     else:
         for first in range(0, FEATURES, FEATURE_BLOCK):
-            dots, square = _add_similarity(
-                dots, square, base, prototypes, offsets, stride_c, use, valid, first, FEATURES, FEATURE_BLOCK,
-                CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE, MASKED,
+            s = _take_block(
+                s, pointers, stride, prototypes_a, prototypes_b, take_b, wanted, first, FEATURES, FEATURE_BLOCK, CLASSES, WIDE
             )  # fmt: skip
-    return dots, square
+    return s
 
 
 @triton.jit
-def reliability(
-    p, use_a, use_b, valid, fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls,
-    READ_A: tl.constexpr, READ_B: tl.constexpr,
-    FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr,
-    CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
-    UNROLL: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+def _take_block(
+    s, pointers, stride, prototypes_a, prototypes_b, take_b, wanted, first,
+    FEATURES: tl.constexpr, FEATURE_BLOCK: tl.constexpr, CLASSES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """r of the teacher with probabilities p: network a where use_a, network b where use_b: (GROUPS, GROUP)."""
-    dots = tl.zeros((CLASSES_PAD, GROUPS, GROUP), tl.float32)
-    square = tl.zeros((GROUPS, GROUP), tl.float32)
-    if READ_A:
-        dots, square = _add_similarities(
-            dots, square, fa, prototypes_a, fa_v, fa_c, use_a, valid, FEATURES_A, FEATURE_BLOCK,
-            CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE, MASKED,
-        )  # fmt: skip
-    if READ_B:
-        dots, square = _add_similarities(
-            dots, square, fb, prototypes_b, fb_v, fb_c, use_b, valid, FEATURES_B, FEATURE_BLOCK,
-            CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE, MASKED,
-        )  # fmt: skip
-    inverse = 1.0 / tl.maximum(tl.sqrt(square), 1e-8)
-    difference = tl.where(cls < CLASSES, dots * inverse[None, :, :] - p, 0.0)
+    RAGGED: tl.constexpr = FEATURES % FEATURE_BLOCK != 0
+    f = first + tl.arange(0, FEATURE_BLOCK)
+    inside = f < FEATURES
+    mask = wanted[None, :, :]
+    if RAGGED:
+        mask = mask & inside[:, None, None]
+    x = widened(tl.load(pointers[None, :, :] + channel_offset(f, stride, WIDE)[:, None, None], mask=mask, other=0.0))
+    of_b = take_b[None, :, :]
+    dots = ()
+    for c in tl.static_range(CLASSES):
+        if RAGGED:
+            mu_a = tl.load(prototypes_a + c * FEATURES + f, mask=inside, other=0.0)
+            mu_b = tl.load(prototypes_b + c * FEATURES + f, mask=inside, other=0.0)
+        else:
+            mu_a = tl.load(prototypes_a + c * FEATURES + f)
+            mu_b = tl.load(prototypes_b + c * FEATURES + f)
+        dots = dots + (s.dots[c] + tl.sum(x * tl.where(of_b, mu_b[:, None, None], mu_a[:, None, None]), axis=0),)
+    return Products(s.square + tl.sum(x * x, axis=0), dots)
+
+
+@triton.jit
+def where_products(mask, a, b, CLASSES: tl.constexpr):
+    """The `Products` a where the mask is true, b elsewhere."""
+    dots = ()
+    for c in tl.static_range(CLASSES):
+        dots = dots + (tl.where(mask, a.dots[c], b.dots[c]),)
+    return Products(tl.where(mask, a.square, b.square), dots)
+
+
+@triton.jit
+def reliability(of, p, CLASSES: tl.constexpr):
+    """r of a teacher with these `Products` and probabilities p: (ROWS, VECTOR)."""
+    inverse = tl.rsqrt(tl.maximum(of.square, 1e-16))
+    total = tl.zeros(of.square.shape, tl.float32)
+    for c in tl.static_range(CLASSES):
+        difference = of.dots[c] * inverse - p[c]
+        total += difference * difference
     # square * 0: a feature whose square overflows float32 gives NaN, not a similarity of 0
-    return 1.0 - tl.sum(difference * difference, axis=0) / CLASSES + square * 0.0
+    return (CLASSES - total) * (1.0 / CLASSES) + of.square * 0.0

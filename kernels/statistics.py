@@ -4,134 +4,298 @@ One read of all logits, features and labels. Every program walks over a run of b
 writes one partial result; a second, tiny kernel adds the partials in a fixed order. Non-finite values end up in ``poison``.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from rplib.kernels.dice import load_target
-from rplib.kernels.voxels import batch_stride, channel_offsets, doubt, load, more_doubt, softmax_parts, voxel_offsets
+from rplib.kernels.voxels import (
+    SIZES,
+    channel_offset,
+    load,
+    load_logits,
+    more_doubt,
+    opinion,
+    probabilities,
+    sample_offset,
+    strides_of,
+    voxel_offsets,
+    voxels_of,
+)
+
+
+class Sums(NamedTuple):
+    """What a program adds up. Tiles of one number per row (ROWS,); tuples over classes where there are some.
+
+    seen: voxels. ab, ba: reliable voxels of student a and b. poison: 0 or NaN. members_a, members_b: voxels whose pseudo-label is
+    class 1, 2 .. (those of class 0 are the rest). features_a, features_b: sums of features, (FEATURE_BLOCK, ROWS) or with DOT one
+    tile (CLASSES_DOT, FEATURE_BLOCK). overlap_a, overlap_b, soft_a, soft_b, truth: of Dice.
+    """
+
+    seen: tl.tensor
+    ab: tl.tensor
+    ba: tl.tensor
+    poison: tl.tensor
+    members_a: tl.tuple
+    members_b: tl.tuple
+    features_a: tl.tuple
+    features_b: tl.tuple
+    overlap_a: tl.tuple
+    overlap_b: tl.tuple
+    soft_a: tl.tuple
+    soft_b: tl.tuple
+    truth: tl.tuple
+
+
+@triton.jit
+def _zeros(SHAPE: tl.constexpr, DTYPE: tl.constexpr, N: tl.constexpr):
+    """A tuple of N tiles of zeros."""
+    tiles = ()
+    for _ in tl.static_range(N):
+        tiles = tiles + (tl.zeros(SHAPE, DTYPE),)
+    return tiles
+
+
+@triton.jit
+def _rows(tile):
+    """Sums of the rows of a tile (ROWS, VECTOR)."""
+    return tl.sum(tile, axis=1)
+
+
+@triton.jit
+def _add_members(members, label, valid, CLASSES: tl.constexpr, MASKED: tl.constexpr):
+    added = ()
+    for c in tl.static_range(1, CLASSES):
+        of_class = label == c
+        if MASKED:
+            of_class = of_class & valid
+        added = added + (members[c - 1] + _rows(of_class.to(tl.int32)),)
+    return added
+
+
+@triton.jit
+def _add_tiles(sums, tiles, t, known, OF_CLASS: tl.constexpr, CLASSES: tl.constexpr):
+    """Add a tuple of tiles where the target is known, or with OF_CLASS where it is the tile's class."""
+    added = ()
+    for c in tl.static_range(CLASSES):
+        if OF_CLASS:
+            added = added + (sums[c] + _rows(tl.where(t == c, tiles[c], 0.0)),)
+        else:
+            added = added + (sums[c] + _rows(tl.where(known, tiles[c], 0.0)),)
+    return added
+
+
+@triton.jit
+def _add_truth(sums, t, CLASSES: tl.constexpr):
+    added = ()
+    for c in tl.static_range(CLASSES):
+        added = added + (sums[c] + _rows((t == c).to(tl.int32)),)
+    return added
 
 
 @triton.jit
 def _add_features(
-    total, base, offsets, stride_c, f, label, valid,
-    FEATURES: tl.constexpr, CLASSES_PAD: tl.constexpr, CLASSES_DOT: tl.constexpr,
+    sums, base, at, stride, f, label, valid,
+    FEATURES: tl.constexpr, CLASSES: tl.constexpr, CLASSES_DOT: tl.constexpr,
     DOT: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Add one block of features to the sums per class.
 
-    Few classes: a tile (CLASSES_PAD, FEATURE_BLOCK, BLOCK), reduced over voxels only once at the end of the program. Many:
-    (CLASSES_DOT, FEATURE_BLOCK), a product with the one-hot labels.
+    With DOT a product with the one-hot labels: one tile (CLASSES_DOT, FEATURE_BLOCK) instead of one number per thread for every
+    class and feature.
     """
-    pointers = base + channel_offsets(f, stride_c, WIDE)[:, None] + offsets[None, :]
-    inside = (f < FEATURES)[:, None]
+    pointers = base + channel_offset(f, stride, WIDE)[:, None, None] + at[None, :, :]
+    inside = (f < FEATURES)[:, None, None]
     if MASKED:
-        inside = inside & valid[None, :]
-    x = load(pointers, inside, MASKED or RAGGED)  # (FEATURE_BLOCK, BLOCK)
+        inside = inside & valid[None, :, :]
+    x = load(pointers, inside, MASKED or RAGGED)  # (FEATURE_BLOCK, ROWS, VECTOR)
+    added = ()
     if DOT:
-        one_hot = (tl.arange(0, CLASSES_DOT)[:, None] == label[None, :]).to(tl.float32)  # (CLASSES_DOT, BLOCK)
-        total += tl.dot(one_hot, tl.trans(x), input_precision="ieee")
+        VOXELS: tl.constexpr = x.shape[1] * x.shape[2]
+        labels = tl.reshape(label, (1, VOXELS))
+        if MASKED:
+            labels = tl.where(tl.reshape(valid, (1, VOXELS)), labels, CLASSES_DOT)
+        one_hot = (tl.arange(0, CLASSES_DOT)[:, None] == labels).to(tl.float32)  # (CLASSES_DOT, voxels)
+        x = tl.reshape(x, (x.shape[0], VOXELS))
+        added = (sums[0] + tl.dot(one_hot, tl.trans(x), input_precision="ieee"),)
     else:
-        cls = tl.arange(0, CLASSES_PAD)[:, None, None]
-        total += tl.where(cls == label[None, None, :], x[None, :, :], 0.0)
-    return total
+        label = label[None, :, :]
+        for c in tl.static_range(CLASSES):  # beyond the end x is 0
+            added = added + (sums[c] + tl.sum(x * (label == c).to(tl.float32), axis=2),)
+    return added
+
+
+class Inputs(NamedTuple):
+    """Where a program reads: pointers at its sample, strides, sizes."""
+
+    za: tl.tensor
+    zb: tl.tensor
+    fa: tl.tensor
+    fb: tl.tensor
+    target: tl.tensor
+    za_strides: tl.tuple
+    zb_strides: tl.tuple
+    fa_strides: tl.tuple
+    fb_strides: tl.tuple
+    target_strides: tl.tuple
+    labelled: tl.tensor
+    voxels: tl.tensor
+    size1: tl.tensor
+    size2: tl.tensor
+    first_feature: tl.tensor
+
+
+class Options(NamedTuple):
+    """The constants of statistics_kernel that a block needs."""
+
+    EPS: tl.constexpr
+    CLASSES: tl.constexpr
+    CLASSES_PAD: tl.constexpr
+    CLASSES_DOT: tl.constexpr
+    FEATURES_A: tl.constexpr
+    FEATURES_B: tl.constexpr
+    FEATURE_BLOCK: tl.constexpr
+    ROWS: tl.constexpr
+    VECTOR: tl.constexpr
+    COMPARE: tl.constexpr  # confidences
+    BY_ENTROPY: tl.constexpr
+    WITH_FEATURES: tl.constexpr
+    WITH_DICE: tl.constexpr
+    DOT: tl.constexpr
+    Z_LAYOUT: tl.constexpr
+    F_LAYOUT: tl.constexpr
+    FLAT: tl.constexpr
+    WIDE: tl.constexpr
 
 
 @triton.jit
-def _block(
-    start, total_a, total_b, count_ab, count_ba, poison, members_a, members_b, overlap_a, overlap_b, soft_a, soft_b, truth,
-    za, zb, fa, fb, target, labelled,
-    voxels, size1, size2, t_0, t_1, t_2,
-    za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2, fa_c, fa_0, fa_1, fa_2, fb_c, fb_0, fb_1, fb_2,
-    first_feature, eps,
-    CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, CLASSES_DOT: tl.constexpr,
-    FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-    CONFIDENCE: tl.constexpr, WITH_FEATURES: tl.constexpr, WITH_DICE: tl.constexpr, DOT: tl.constexpr,
-    FLAT: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    v = start + tl.arange(0, BLOCK)
-    valid = v < voxels
-    cls = tl.arange(0, CLASSES_PAD)
-    cls_ok = (cls < CLASSES)[:, None]
+def _block(start, s, i, o, MASKED: tl.constexpr):
+    """Add the block of voxels that begins at ``start`` to the `Sums` s; i: `Inputs`, o: `Options`."""
+    CLASSES: tl.constexpr = o.CLASSES
+    row = tl.arange(0, o.ROWS)[:, None]
+    v = start + row * o.VECTOR + tl.arange(0, o.VECTOR)[None, :]  # (ROWS, VECTOR)
+    valid = v < i.voxels
+    za_v = voxel_offsets(v, i.size1, i.size2, i.za_strides, o.Z_LAYOUT, o.FLAT, o.WIDE)
+    zb_v = voxel_offsets(v, i.size1, i.size2, i.zb_strides, o.Z_LAYOUT, o.FLAT, o.WIDE)
+    za = load_logits(i.za, za_v, i.za_strides.channel, valid, CLASSES, o.CLASSES_PAD, o.Z_LAYOUT, o.WIDE, MASKED)
+    zb = load_logits(i.zb, zb_v, i.zb_strides.channel, valid, CLASSES, o.CLASSES_PAD, o.Z_LAYOUT, o.WIDE, MASKED)
+    a = opinion(za, CLASSES, False)
+    b = opinion(zb, CLASSES, False)
+    m_ab, m_ba = more_doubt(a, b, o.EPS, CLASSES, o.COMPARE, o.BY_ENTROPY)
     if MASKED:
-        cls_ok = cls_ok & valid[None, :]
-    ragged: tl.constexpr = CLASSES_PAD != CLASSES
-    column = cls[:, None]
-
-    za_v = voxel_offsets(v, size1, size2, za_0, za_1, za_2, FLAT, WIDE)
-    zb_v = voxel_offsets(v, size1, size2, zb_0, zb_1, zb_2, FLAT, WIDE)
-    # (CLASSES_PAD, BLOCK)
-    a = load(za + channel_offsets(cls, za_c, WIDE)[:, None] + za_v[None, :], cls_ok, MASKED or ragged)
-    b = load(zb + channel_offsets(cls, zb_c, WIDE)[:, None] + zb_v[None, :], cls_ok, MASKED or ragged)
-    # One network after the other: with many classes their tiles do not fit into registers together.
-    top_a, label_a, rest_a, e_a = softmax_parts(a, column, CLASSES, CLASSES_PAD)
-    p_a = e_a / (1.0 + rest_a)[None, :]
-    doubt_a, error_a = doubt(a, p_a, rest_a, column, eps, CLASSES, CONFIDENCE)
-    top_b, label_b, rest_b, e_b = softmax_parts(b, column, CLASSES, CLASSES_PAD)
-    p_b = e_b / (1.0 + rest_b)[None, :]
-    doubt_b, error_b = doubt(b, p_b, rest_b, column, eps, CLASSES, CONFIDENCE)
-    m_ab, m_ba = more_doubt(doubt_a, error_a, doubt_b, error_b, CLASSES, CONFIDENCE)
-
-    if MASKED:  # no class counts a voxel beyond the end
         m_ab = m_ab & valid
         m_ba = m_ba & valid
-        label_a = tl.where(valid, label_a, CLASSES_DOT)
-        label_b = tl.where(valid, label_b, CLASSES_DOT)
-    count_ab += m_ab.to(tl.int32)
-    count_ba += m_ba.to(tl.int32)
-    poison += (top_a + rest_a + top_b + rest_b) * 0.0  # 0, or NaN where a logit is NaN or +inf
-    if WITH_DICE:
-        t_v = voxel_offsets(v, size1, size2, t_0, t_1, t_2, FLAT, WIDE)
-        t, known = load_target(target, t_v, labelled, valid, MASKED)
-        of_class = column.to(tl.float32) == t[None, :]  # (CLASSES_PAD, BLOCK)
-        overlap_a += tl.where(of_class, p_a, 0.0)
-        overlap_b += tl.where(of_class, p_b, 0.0)
-        soft_a += tl.where(known[None, :], p_a, 0.0)
-        soft_b += tl.where(known[None, :], p_b, 0.0)
-        truth += of_class.to(tl.int32)
-    if WITH_FEATURES:
-        members_a += (column == label_a[None, :]).to(tl.int32)
-        members_b += (column == label_b[None, :]).to(tl.int32)
-        f = first_feature + tl.arange(0, FEATURE_BLOCK)
-        fa_v = voxel_offsets(v, size1, size2, fa_0, fa_1, fa_2, FLAT, WIDE)
-        fb_v = voxel_offsets(v, size1, size2, fb_0, fb_1, fb_2, FLAT, WIDE)
-        total_a = _add_features(
-            total_a, fa, fa_v, fa_c, f, label_a, valid, FEATURES_A, CLASSES_PAD, CLASSES_DOT,
-            DOT, WIDE, MASKED, FEATURES_A % FEATURE_BLOCK != 0 or FEATURES_A != FEATURES_B,
+    seen = s.seen
+    if MASKED:
+        seen += i.voxels % (o.ROWS * o.VECTOR)
+    ab = s.ab + _rows(m_ab.to(tl.int32))
+    ba = s.ba + _rows(m_ba.to(tl.int32))
+    if CLASSES == 2:  # the tops alone know of every NaN and +inf
+        bad = tl.maximum(a.top, b.top, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        bad = a.top + a.rest + b.top + b.rest
+    poison = s.poison + _rows(bad * 0.0)  # 0, or NaN where a logit is NaN or +inf
+    members_a = s.members_a
+    members_b = s.members_b
+    features_a = s.features_a
+    features_b = s.features_b
+    overlap_a = s.overlap_a
+    overlap_b = s.overlap_b
+    soft_a = s.soft_a
+    soft_b = s.soft_b
+    truth = s.truth
+    if o.WITH_DICE:
+        t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
+        t, known = load_target(i.target, t_v, i.labelled, valid, MASKED)
+        p_a = probabilities(a, CLASSES, True, True)
+        p_b = probabilities(b, CLASSES, True, True)
+        overlap_a = _add_tiles(overlap_a, p_a, t, known, True, CLASSES)
+        overlap_b = _add_tiles(overlap_b, p_b, t, known, True, CLASSES)
+        soft_a = _add_tiles(soft_a, p_a, t, known, False, CLASSES)
+        soft_b = _add_tiles(soft_b, p_b, t, known, False, CLASSES)
+        truth = _add_truth(truth, t, CLASSES)
+    if o.WITH_FEATURES:
+        members_a = _add_members(members_a, a.label, valid, CLASSES, MASKED)
+        members_b = _add_members(members_b, b.label, valid, CLASSES, MASKED)
+        f = i.first_feature + tl.arange(0, o.FEATURE_BLOCK)
+        fa_v = voxel_offsets(v, i.size1, i.size2, i.fa_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
+        fb_v = voxel_offsets(v, i.size1, i.size2, i.fb_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
+        features_a = _add_features(
+            features_a, i.fa, fa_v, i.fa_strides.channel, f, a.label, valid, o.FEATURES_A, CLASSES, o.CLASSES_DOT,
+            o.DOT, o.WIDE, MASKED, o.FEATURES_A % o.FEATURE_BLOCK != 0 or o.FEATURES_A != o.FEATURES_B,
         )  # fmt: skip
-        total_b = _add_features(
-            total_b, fb, fb_v, fb_c, f, label_b, valid, FEATURES_B, CLASSES_PAD, CLASSES_DOT,
-            DOT, WIDE, MASKED, FEATURES_B % FEATURE_BLOCK != 0 or FEATURES_A != FEATURES_B,
+        features_b = _add_features(
+            features_b, i.fb, fb_v, i.fb_strides.channel, f, b.label, valid, o.FEATURES_B, CLASSES, o.CLASSES_DOT,
+            o.DOT, o.WIDE, MASKED, o.FEATURES_B % o.FEATURE_BLOCK != 0 or o.FEATURES_A != o.FEATURES_B,
         )  # fmt: skip
-    return (
-        total_a, total_b, count_ab, count_ba, poison, members_a, members_b, overlap_a, overlap_b, soft_a, soft_b, truth
+    return Sums(
+        seen, ab, ba, poison, members_a, members_b, features_a, features_b, overlap_a, overlap_b, soft_a, soft_b, truth
     )  # fmt: skip
 
 
 @triton.jit
-def _store_sums(
-    out, total, f, FEATURES: tl.constexpr, CLASSES: tl.constexpr,
-    CLASSES_PAD: tl.constexpr, CLASSES_DOT: tl.constexpr, DOT: tl.constexpr,
+def _walk(i, program, programs, blocks_per_program, o):
+    """`Sums` of a program: whole blocks first, and for the last program of a sample the ragged tail."""
+    BLOCK: tl.constexpr = o.ROWS * o.VECTOR
+    PER_CLASS: tl.constexpr = o.CLASSES if o.WITH_DICE else 0
+    if o.DOT:
+        features = _zeros((o.CLASSES_DOT, o.FEATURE_BLOCK), tl.float32, 1)
+    else:
+        features = _zeros((o.FEATURE_BLOCK, o.ROWS), tl.float32, o.CLASSES if o.WITH_FEATURES else 0)
+    members = _zeros((o.ROWS,), tl.int32, o.CLASSES - 1 if o.WITH_FEATURES else 0)
+    per_class = _zeros((o.ROWS,), tl.float32, PER_CLASS)
+    zero = tl.zeros((o.ROWS,), tl.int32)
+    first = program * blocks_per_program
+    whole = tl.minimum(first + blocks_per_program, i.voxels // BLOCK)
+    sums = Sums(
+        tl.maximum(whole - first, 0) * BLOCK, zero, zero, tl.zeros((o.ROWS,), tl.float32), members, members, features, features,
+        per_class, per_class, per_class, per_class, _zeros((o.ROWS,), tl.int32, PER_CLASS),
+    )  # fmt: skip
+    for block in range(first, whole):
+        sums = _block(block * BLOCK, sums, i, o, False)
+    if (program == programs - 1) & (i.voxels % BLOCK != 0):
+        sums = _block(i.voxels // BLOCK * BLOCK, sums, i, o, True)
+    return sums
+
+
+@triton.jit
+def _store_features(
+    out, sums, f, FEATURES: tl.constexpr, CLASSES: tl.constexpr, CLASSES_DOT: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
     """Write one network's sums (C, F) of this program; returns 0, or NaN where one of them is not finite."""
     if DOT:
         cls = tl.arange(0, CLASSES_DOT)
-        sums = total
+        inside = (cls < CLASSES)[:, None] & (f < FEATURES)[None, :]
+        tl.store(out + cls[:, None] * FEATURES + f[None, :], sums[0], mask=inside)
+        return tl.sum(tl.sum(sums[0] * 0.0, axis=0), axis=0)
     else:
-        cls = tl.arange(0, CLASSES_PAD)
-        sums = tl.sum(total, axis=2)
-    inside = (cls < CLASSES)[:, None] & (f < FEATURES)[None, :]
-    tl.store(out + cls[:, None] * FEATURES + f[None, :], sums, mask=inside)
-    return tl.sum(tl.sum(sums * 0.0, axis=0), axis=0)
+        bad = tl.zeros(f.shape, tl.float32)
+        for c in tl.static_range(CLASSES):
+            total = tl.sum(sums[c], axis=1)
+            tl.store(out + c * FEATURES + f, total, mask=f < FEATURES)
+            bad += total * 0.0
+        return tl.sum(bad, axis=0)
 
 
 @triton.jit
-def _store_per_class(out, tile, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr):
-    """Write the sums over voxels of a tile (CLASSES_PAD, BLOCK)."""
-    cls = tl.arange(0, CLASSES_PAD)
-    tl.store(out + cls, tl.sum(tile, axis=1), mask=cls < CLASSES)
+def _store_members(out, members, voxels, CLASSES: tl.constexpr):
+    """Write the voxels of each class; ``voxels``: of this program, so that class 0 is what the others leave."""
+    rest = voxels
+    for c in tl.static_range(1, CLASSES):
+        total = tl.sum(members[c - 1], axis=0)
+        tl.store(out + c, total)
+        rest -= total
+    tl.store(out, rest)
 
 
 @triton.jit
+def _store_per_class(out, sums, CLASSES: tl.constexpr):
+    for c in tl.static_range(CLASSES):
+        tl.store(out + c, tl.sum(sums[c], axis=0))
+
+
+@triton.jit(do_not_specialize=SIZES)
 def statistics_kernel(
     za, zb, fa, fb,  # logits and features of networks a and b
     target,  # classes of the first `labelled` samples
@@ -143,97 +307,62 @@ def statistics_kernel(
     labelled, voxels, size1, size2, t_b, t_0, t_1, t_2,
     za_b, za_c, za_0, za_1, za_2, zb_b, zb_c, zb_0, zb_1, zb_2,
     fa_b, fa_c, fa_0, fa_1, fa_2, fb_b, fb_c, fb_0, fb_1, fb_2,
-    blocks_per_program,
+    programs, blocks_per_program,
     EPS: tl.constexpr, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, CLASSES_DOT: tl.constexpr,
     FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-    CONFIDENCE: tl.constexpr, WITH_FEATURES: tl.constexpr, WITH_DICE: tl.constexpr, DOT: tl.constexpr,
-    FLAT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr,
+    VECTOR: tl.constexpr, CONFIDENCE: tl.constexpr, WITH_FEATURES: tl.constexpr, WITH_DICE: tl.constexpr, DOT: tl.constexpr,
+    Z_LAYOUT: tl.constexpr, F_LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (programs, B, feature blocks)."""
-    if PACKED:  # a constant tells the compiler how wide it may load
-        za_2 = CLASSES
-        zb_2 = CLASSES
-    program = tl.program_id(0)
-    sample = tl.program_id(1)
-    feature_block = tl.program_id(2)
-    batch = tl.num_programs(1)
-    programs = tl.num_programs(0)
-    wide_sample = sample.to(tl.int64)
-    za += wide_sample * batch_stride(za_b, CLASSES, PACKED)
-    zb += wide_sample * batch_stride(zb_b, CLASSES, PACKED)
+    """Grid: (programs * B, feature blocks)."""
+    here = tl.program_id(0)
+    sample = here // programs
+    program = here % programs
+    feature_block = tl.program_id(1)
+    all_programs = tl.num_programs(0)
     first_feature = feature_block * FEATURE_BLOCK
+    za += sample_offset(sample, za_b, CLASSES, Z_LAYOUT)
+    zb += sample_offset(sample, zb_b, CLASSES, Z_LAYOUT)
     if WITH_FEATURES:
-        fa += wide_sample * fa_b
-        fb += wide_sample * fb_b
-    read_target = (sample < labelled) & (feature_block == 0)
+        fa += sample_offset(sample, fa_b, FEATURES_A, F_LAYOUT)
+        fb += sample_offset(sample, fb_b, FEATURES_B, F_LAYOUT)
     if WITH_DICE:
-        target += wide_sample * t_b
-
-    count_ab = tl.zeros((BLOCK,), tl.int32)
-    count_ba = tl.zeros((BLOCK,), tl.int32)
-    bad = tl.zeros((BLOCK,), tl.float32)
-    members_a = tl.zeros((CLASSES_PAD, BLOCK), tl.int32)
-    members_b = tl.zeros((CLASSES_PAD, BLOCK), tl.int32)
-    overlap_a = tl.zeros((CLASSES_PAD, BLOCK), tl.float32)
-    overlap_b = tl.zeros((CLASSES_PAD, BLOCK), tl.float32)
-    soft_a = tl.zeros((CLASSES_PAD, BLOCK), tl.float32)
-    soft_b = tl.zeros((CLASSES_PAD, BLOCK), tl.float32)
-    truth = tl.zeros((CLASSES_PAD, BLOCK), tl.int32)
-    if DOT:
-        total_a = tl.zeros((CLASSES_DOT, FEATURE_BLOCK), tl.float32)
-        total_b = tl.zeros((CLASSES_DOT, FEATURE_BLOCK), tl.float32)
-    else:
-        total_a = tl.zeros((CLASSES_PAD, FEATURE_BLOCK, BLOCK), tl.float32)
-        total_b = tl.zeros((CLASSES_PAD, FEATURE_BLOCK, BLOCK), tl.float32)
-
-    first = program * blocks_per_program
-    whole = tl.minimum(first + blocks_per_program, voxels // BLOCK)
-    for block in range(first, whole):
-        (
-            total_a, total_b, count_ab, count_ba, bad, members_a, members_b, overlap_a, overlap_b, soft_a, soft_b, truth
-        ) = _block(
-            block * BLOCK, total_a, total_b, count_ab, count_ba, bad, members_a, members_b,
-            overlap_a, overlap_b, soft_a, soft_b, truth, za, zb, fa, fb, target, read_target,
-            voxels, size1, size2, t_0, t_1, t_2, za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2,
-            fa_c, fa_0, fa_1, fa_2, fb_c, fb_0, fb_1, fb_2, first_feature, EPS,
-            CLASSES, CLASSES_PAD, CLASSES_DOT, FEATURES_A, FEATURES_B, FEATURE_BLOCK, BLOCK,
-            CONFIDENCE, WITH_FEATURES, WITH_DICE, DOT, FLAT, WIDE, False,
-        )  # fmt: skip
-    if (program == programs - 1) & (voxels % BLOCK != 0):
-        (
-            total_a, total_b, count_ab, count_ba, bad, members_a, members_b, overlap_a, overlap_b, soft_a, soft_b, truth
-        ) = _block(
-            voxels // BLOCK * BLOCK, total_a, total_b, count_ab, count_ba, bad, members_a, members_b,
-            overlap_a, overlap_b, soft_a, soft_b, truth, za, zb, fa, fb, target, read_target,
-            voxels, size1, size2, t_0, t_1, t_2, za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2,
-            fa_c, fa_0, fa_1, fa_2, fb_c, fb_0, fb_1, fb_2, first_feature, EPS,
-            CLASSES, CLASSES_PAD, CLASSES_DOT, FEATURES_A, FEATURES_B, FEATURE_BLOCK, BLOCK,
-            CONFIDENCE, WITH_FEATURES, WITH_DICE, DOT, FLAT, WIDE, True,
-        )  # fmt: skip
-
-    here = sample * programs + program
-    all_bad = tl.sum(bad, axis=0)
+        target += sample_offset(sample, t_b, 1, 0)
+    inputs = Inputs(
+        za, zb, fa, fb, target,
+        strides_of(za_c, za_0, za_1, za_2, CLASSES, Z_LAYOUT), strides_of(zb_c, zb_0, zb_1, zb_2, CLASSES, Z_LAYOUT),
+        strides_of(fa_c, fa_0, fa_1, fa_2, FEATURES_A, F_LAYOUT), strides_of(fb_c, fb_0, fb_1, fb_2, FEATURES_B, F_LAYOUT),
+        strides_of(0, t_0, t_1, t_2, 1, 0),
+        (sample < labelled) & (feature_block == 0), voxels_of(voxels, Z_LAYOUT), size1, size2, first_feature,
+    )  # fmt: skip
+    sums = _walk(
+        inputs, program, programs, blocks_per_program,
+        Options(
+            EPS, CLASSES, CLASSES_PAD, CLASSES_DOT, FEATURES_A, FEATURES_B, FEATURE_BLOCK, BLOCK // VECTOR, VECTOR,
+            CONFIDENCE != "none", CONFIDENCE == "entropy", WITH_FEATURES, WITH_DICE, DOT, Z_LAYOUT, F_LAYOUT, FLAT, WIDE,
+        ),
+    )  # fmt: skip
+    bad = tl.sum(sums.poison, axis=0)
     if WITH_FEATURES:
         f = first_feature + tl.arange(0, FEATURE_BLOCK)
         row = here.to(tl.int64) * CLASSES
-        all_bad += _store_sums(sums_a + row * FEATURES_A, total_a, f, FEATURES_A, CLASSES, CLASSES_PAD, CLASSES_DOT, DOT)
-        all_bad += _store_sums(sums_b + row * FEATURES_B, total_b, f, FEATURES_B, CLASSES, CLASSES_PAD, CLASSES_DOT, DOT)
-    tl.store(poison + here * tl.num_programs(2) + feature_block, all_bad)
+        bad += _store_features(sums_a + row * FEATURES_A, sums.features_a, f, FEATURES_A, CLASSES, CLASSES_DOT, DOT)
+        bad += _store_features(sums_b + row * FEATURES_B, sums.features_b, f, FEATURES_B, CLASSES, CLASSES_DOT, DOT)
+    tl.store(poison + here * tl.num_programs(1) + feature_block, bad)
     if feature_block == 0:
-        tl.store(counts + here, tl.sum(count_ab, axis=0))
-        tl.store(counts + batch * programs + here, tl.sum(count_ba, axis=0))
-        per_class = here * CLASSES
-        plane = batch * programs * CLASSES
+        tl.store(counts + here, tl.sum(sums.ab, axis=0))
+        tl.store(counts + all_programs + here, tl.sum(sums.ba, axis=0))
+        mine = here * CLASSES
+        plane = all_programs * CLASSES
         if WITH_FEATURES:
-            _store_per_class(members + per_class, members_a, CLASSES, CLASSES_PAD)
-            _store_per_class(members + plane + per_class, members_b, CLASSES, CLASSES_PAD)
+            _store_members(members + mine, sums.members_a, sums.seen, CLASSES)
+            _store_members(members + plane + mine, sums.members_b, sums.seen, CLASSES)
         if WITH_DICE:
             if sample < labelled:
-                _store_per_class(members + 2 * plane + per_class, truth, CLASSES, CLASSES_PAD)
-                _store_per_class(dice + 4 * per_class, overlap_a, CLASSES, CLASSES_PAD)
-                _store_per_class(dice + 4 * per_class + CLASSES, overlap_b, CLASSES, CLASSES_PAD)
-                _store_per_class(dice + 4 * per_class + 2 * CLASSES, soft_a, CLASSES, CLASSES_PAD)
-                _store_per_class(dice + 4 * per_class + 3 * CLASSES, soft_b, CLASSES, CLASSES_PAD)
+                _store_per_class(members + 2 * plane + mine, sums.truth, CLASSES)
+                _store_per_class(dice + 4 * mine, sums.overlap_a, CLASSES)
+                _store_per_class(dice + 4 * mine + CLASSES, sums.overlap_b, CLASSES)
+                _store_per_class(dice + 4 * mine + 2 * CLASSES, sums.soft_a, CLASSES)
+                _store_per_class(dice + 4 * mine + 3 * CLASSES, sums.soft_b, CLASSES)
 
 
 @triton.jit
@@ -275,7 +404,7 @@ def _column_sum(values, n, stride, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     return tl.sum(total, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def prototypes_kernel(
     sums_a, sums_b, members, counts, poison, dice,  # what statistics_kernel wrote
     prototypes_a, prototypes_b,  # out: (B, C, F) float32

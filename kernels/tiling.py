@@ -20,7 +20,7 @@ def power_of_two(n: int) -> int:
 
 
 class StatisticsTiles(NamedTuple):
-    """Tiles of statistics_kernel; dot: sums per class by a product with one-hot labels."""
+    """Tiles of statistics_kernel: block // vector rows of vector voxels; dot: sums per class by a product with one-hot labels."""
 
     block: int
     classes_pad: int
@@ -28,11 +28,12 @@ class StatisticsTiles(NamedTuple):
     feature_block: int
     dot: bool
     warps: int
+    vector: int
 
 
 class WeightingTiles(NamedTuple):
-    """Tiles of weighting_kernel: groups x group voxels, a group being one sector of features; unroll: the loops over
-    classes and blocks of features."""
+    """Tiles of weighting_kernel: groups x group voxels, a group being one sector of features; unroll: the loop over blocks of
+    features."""
 
     groups: int
     group: int
@@ -51,21 +52,33 @@ class GradientTiles(NamedTuple):
     warps: int
 
 
-def statistics_tiles(classes: int, features: int, itemsize: int) -> StatisticsTiles:
-    """Tiles for C classes and at most this many features per network (0: none are read) of ``itemsize`` bytes."""
+def statistics_tiles(
+    classes: int, features: int, itemsize: int, *, channels_last: bool = False, aligned: bool = True
+) -> StatisticsTiles:
+    """Tiles for C classes and at most this many features per network (0: none are read) of ``itemsize`` bytes.
+
+    Args:
+        channels_last: the features of a voxel lie side by side.
+        aligned: every row of voxels begins at a multiple of 16 elements.
+    """
     pad = power_of_two(classes)
     widest = power_of_two(max(features, 1))
     if classes <= 4:
-        # Running sums of both networks: 2 tiles (pad, feature_block, block) of 4096 values, 64 registers a thread.
+        # A thread keeps one number per class and feature of its row: at most 128 for both networks, or the features of a row are
+        # shared by two warps or more.
         feature_block = min(widest, 32)
-        block = min(max(4096 // (pad * feature_block), 32), 512)
-        return StatisticsTiles(block, pad, 16, feature_block, False, 4)
+        rows = min(max(128 * 32 // (pad * feature_block), 32), 128)
+        vector = 1
+        if aligned and not channels_last:
+            vector = 4 if classes == 2 else 16 // itemsize
+            rows = 128 if pad * feature_block <= 32 else 64 if pad * feature_block <= 64 else 32
+        return StatisticsTiles(rows * vector, pad, 16, feature_block, False, 4, vector)
     # Sums by a product: (pad, feature_block) per network; operands go through shared memory, of which gfx942 has 64 KB.
     feature_block = min(max(widest, 16), 128)
     if feature_block <= 32:
         block, warps = (32, 4) if itemsize == 4 else (64, 8)  # 128-bit loads of either type, no spills
-        return StatisticsTiles(block, pad, max(pad, 16), feature_block, True, warps)
-    return StatisticsTiles(32 if feature_block == 64 else 16, pad, max(pad, 16), feature_block, True, 8)
+        return StatisticsTiles(block, pad, max(pad, 16), feature_block, True, warps, 1)
+    return StatisticsTiles(32 if feature_block == 64 else 16, pad, max(pad, 16), feature_block, True, 8, 1)
 
 
 def weighting_tiles(
@@ -73,7 +86,7 @@ def weighting_tiles(
     features: int,
     itemsize: int,
     *,
-    channels_last: bool,
+    channels_last: bool = False,
     aligned: bool = True,
     plain: bool = True,
     dice: bool = False,
@@ -82,38 +95,22 @@ def weighting_tiles(
 
     Args:
         channels_last: the features of a voxel lie side by side.
-        aligned: every row of voxels begins at a multiple of 16 elements. Elsewhere (an odd number of voxels) a 128-bit load
-            falls into four of 32 bits, each with an address in registers.
+        aligned: every row of voxels begins at a multiple of 16 elements.
         plain: one stride leads through all voxels, and a record is written: the variant that trainings use.
         dice: the record of labelled samples carries the gradient of Dice too, which takes registers.
     """
     group = SECTOR // itemsize
     pad = power_of_two(classes)
     widest = power_of_two(max(features, 1))
-    if classes > 4:
-        # Prototypes are read once a block: small blocks would read them more often than features. Loops stay rolled.
-        many = pad >= 32 or (pad == 16 and (channels_last or not aligned or not plain))
-        block = {8: 128 if channels_last else 256, 16: 128, 32: 256, 64: 64}[pad]
-        feature_block = 16
-        if channels_last and pad < 32:
-            feature_block = 32
-        elif (pad == 32 and itemsize == 2 and not channels_last) or (pad == 16 and not plain):
-            feature_block = 8  # 16 spill: the first on sm_100, the second in slices and with offsets of 64 bits
-        return WeightingTiles(block // group, group, pad, min(widest, feature_block), False, 8 if many else 4)
-    if channels_last:  # a sector or two of every voxel
-        block = (512 if plain or itemsize == 4 else 256) // itemsize // pad
-        return WeightingTiles(block // group, group, pad, min(widest, 8 if dice and itemsize == 2 else 16), True, 4)
-    large = itemsize == 4 and aligned and plain
-    block = 1024 if large else 512
-    if (dice and not large) or (itemsize == 2 and not plain):
-        block = 256
-    return WeightingTiles(block // pad // group, group, pad, min(widest, 8), True, 4)
+    if channels_last:
+        return WeightingTiles(128 // group, group, pad, min(widest, 8 if itemsize == 4 else 16), classes <= 4, 4)
+    block = 2048 // itemsize if aligned else 256  # 16 bytes a thread: the features of a block lie in no other thread's registers
+    return WeightingTiles(block // group, group, pad, min(widest, 8 if classes <= 4 else 4), False, 4)
 
 
-def gradient_tiles(classes: int, itemsize: int) -> GradientTiles:
+def gradient_tiles(classes: int, itemsize: int, *, aligned: bool = True) -> GradientTiles:
     """Tiles for C classes and logits of ``itemsize`` bytes."""
     pad = power_of_two(classes)
     group = SECTOR // itemsize
-    # C > 4: one 128-bit load a thread; larger tiles at C = 14 keep the compiler for gfx942 (triton 3.7.1) busy for minutes.
-    block = 2048 // pad if classes <= 4 else max(512 // pad, 32)
+    block = 1024 if classes == 2 else 512
     return GradientTiles(block // group, group, pad, 4)

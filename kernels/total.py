@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from rplib.kernels.dice import dice_value
+from rplib.kernels.voxels import SIZES
 
 
 @triton.jit
@@ -15,14 +16,14 @@ def mutual_weight_of(factor, weight, HAS_WEIGHT: tl.constexpr):
         return factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def loss_kernel(
     numerators, counts, sums, mutual_weight,
     total,  # out: () float32, cw * mutual + dice_weight * dice
     terms,  # out: (2,) float32: dice (sum over both networks), mutual
     mutual_factor, dice_weight, n,
-    EPS: tl.constexpr, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, WITH_DICE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    CHOSEN: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK: tl.constexpr,
+    EPS: tl.constexpr, CLASSES: tl.constexpr, WITH_DICE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    CHOSEN: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (1,). mutual = sum of L_ij = numerator_ij / (count_ij + eps), in a fixed order."""
     i = tl.arange(0, BLOCK)
@@ -38,8 +39,8 @@ def loss_kernel(
     value = mutual * mutual_weight_of(mutual_factor, mutual_weight, HAS_WEIGHT)
     dice = 0.0
     if WITH_DICE:
-        dice = dice_value(sums, 0, CLASSES, CLASSES_PAD, CHOSEN, LOW, HIGH)
-        dice += dice_value(sums, 1, CLASSES, CLASSES_PAD, CHOSEN, LOW, HIGH)
+        dice = dice_value(sums, 0, CLASSES, CHOSEN, BITS)
+        dice += dice_value(sums, 1, CLASSES, CHOSEN, BITS)
         value += dice_weight * dice
     tl.store(total, value)
     tl.store(terms, dice)

@@ -2,7 +2,7 @@
 
 Where one network is more confident only that network teaches, so only its features are read. Loads are skipped by whole
 32-byte sectors (GROUP neighbouring voxels), because a mask that changes from voxel to voxel would split a 128-bit load into
-32-bit ones and save nothing: memory moves by sectors. Tiles are therefore shaped (channels, BLOCK // GROUP, GROUP).
+32-bit ones and save nothing: memory moves by sectors. A row of a tile is therefore one sector: (GROUPS, GROUP).
 
 The record holds what the gradient needs, complete but for the upstream factor. Where one network learns at a voxel:
 
@@ -17,34 +17,95 @@ alone. The second planes follow the first ones: row B + b of the record belongs 
 Programs and their blocks run in the reverse order of the first pass: what that read last is still in the L2 cache.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from rplib.kernels.dice import dice_coefficients, dice_slope, load_target
-from rplib.kernels.similarity import reliability
+from rplib.kernels.similarity import products, reliability, taken_products, where_products
 from rplib.kernels.total import mutual_weight_of
 from rplib.kernels.voxels import (
-    batch_stride,
-    channel_offsets,
+    ALIGNED,
+    ANY,
+    LAST,
+    PACKED,
+    SIZES,
     cross_entropy,
-    doubt,
-    load,
+    first_slope,
+    load_logits,
     more_doubt,
-    pick,
+    opinion,
     probabilities,
-    slope,
-    softmax_parts,
+    sample_offset,
+    sectors,
+    strides_of,
     voxel_offsets,
+    voxels_of,
+    where,
 )
 
 
-@triton.jit
-def _entry(p, rest, own, label, cls, CLASSES: tl.constexpr, ON_LOGITS: tl.constexpr):
-    """What the record holds besides the weight (see the head of this file): dCE/dz(0) for C = 2, else 1."""
-    if CLASSES == 2:
-        return pick(slope(p, rest, own, label, cls, ON_LOGITS, CLASSES), cls, 0)
-    else:
-        return tl.full(rest.shape, 1.0, tl.float32)
+class Inputs(NamedTuple):
+    """Where a program reads: pointers at its sample, strides, sizes; and what scales its results."""
+
+    za: tl.tensor
+    zb: tl.tensor
+    fa: tl.tensor
+    fb: tl.tensor
+    target: tl.tensor
+    prototypes_a: tl.tensor
+    prototypes_b: tl.tensor
+    za_strides: tl.tuple
+    zb_strides: tl.tuple
+    fa_strides: tl.tuple
+    fb_strides: tl.tuple
+    target_strides: tl.tuple
+    labelled: tl.tensor
+    voxels: tl.tensor
+    size1: tl.tensor
+    size2: tl.tensor
+    scale_ab: tl.tensor
+    scale_ba: tl.tensor
+    dice_a: tl.tuple
+    dice_b: tl.tuple
+
+
+class Outputs(NamedTuple):
+    """Where a program writes: pointers at its sample."""
+
+    record: tl.tensor
+    record_stride: tl.tensor
+    second_plane: tl.tensor
+    code: tl.tensor
+    weights: tl.tensor
+    masks: tl.tensor
+    map_plane: tl.tensor
+
+
+class Options(NamedTuple):
+    """The constants of weighting_kernel that a block needs."""
+
+    EPS: tl.constexpr
+    CLASSES: tl.constexpr
+    CLASSES_PAD: tl.constexpr
+    FEATURES_A: tl.constexpr
+    FEATURES_B: tl.constexpr
+    FEATURE_BLOCK: tl.constexpr
+    GROUPS: tl.constexpr
+    GROUP: tl.constexpr
+    COMPARE: tl.constexpr  # confidences
+    BY_ENTROPY: tl.constexpr
+    WITH_FEATURES: tl.constexpr
+    ON_LOGITS: tl.constexpr
+    WITH_RECORD: tl.constexpr
+    DICE_IN_RECORD: tl.constexpr
+    WITH_MAPS: tl.constexpr
+    UNROLL: tl.constexpr
+    Z_LAYOUT: tl.constexpr
+    F_LAYOUT: tl.constexpr
+    FLAT: tl.constexpr
+    WIDE: tl.constexpr
 
 
 @triton.jit
@@ -54,65 +115,49 @@ def _with_student(value, student_is_b):
 
 
 @triton.jit
-def _both_teach(
-    a, b, p_a, p_b, top_a, top_b, rest_a, rest_b, label_a, label_b, valid,
-    fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls,
-    FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr,
-    CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
-    WITH_FEATURES: tl.constexpr, ON_LOGITS: tl.constexpr, UNROLL: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Weights, cross-entropies and record entries of both students, no confidences compared: each (GROUPS, GROUP)."""
-    w_ab = valid.to(tl.float32)
-    w_ba = valid.to(tl.float32)
-    if WITH_FEATURES:
-        r_b = reliability(
-            p_b, valid, valid, valid, fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls, False, True,
-            FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE, MASKED,
-        )  # fmt: skip
-        r_a = reliability(
-            p_a, valid, valid, valid, fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls, True, False,
-            FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE, MASKED,
-        )  # fmt: skip
-        w_ab = tl.where(valid, r_b, 0.0)
-        w_ba = tl.where(valid, r_a, 0.0)
-    ce_ab = cross_entropy(a, p_a, top_a, rest_a, label_b, cls, ON_LOGITS, CLASSES)
-    ce_ba = cross_entropy(b, p_b, top_b, rest_b, label_a, cls, ON_LOGITS, CLASSES)
-    entry_a = w_ab * _entry(p_a, rest_a, label_a, label_b, cls, CLASSES, ON_LOGITS)
-    entry_b = w_ba * _entry(p_b, rest_b, label_b, label_a, cls, CLASSES, ON_LOGITS)
-    return w_ab, w_ba, tl.where(valid, w_ab * ce_ab, 0.0), tl.where(valid, w_ba * ce_ba, 0.0), entry_a, entry_b
+def _products(v, use_a, use_b, valid, i, o, MASKED: tl.constexpr):
+    """`Products` of both networks, each read where it teaches."""
+    fa_v = voxel_offsets(v, i.size1, i.size2, i.fa_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
+    fb_v = voxel_offsets(v, i.size1, i.size2, i.fb_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
+    if o.F_LAYOUT == ANY or o.F_LAYOUT == ALIGNED:  # else the features of a voxel are whole sectors
+        use_a = sectors(use_a, valid, MASKED)
+        use_b = sectors(use_b, valid, MASKED)
+    of_a = products(
+        i.fa, fa_v, i.fa_strides.channel, i.prototypes_a, use_a,
+        o.FEATURES_A, o.FEATURE_BLOCK, o.CLASSES, o.UNROLL, o.WIDE,
+    )  # fmt: skip
+    of_b = products(
+        i.fb, fb_v, i.fb_strides.channel, i.prototypes_b, use_b,
+        o.FEATURES_B, o.FEATURE_BLOCK, o.CLASSES, o.UNROLL, o.WIDE,
+    )  # fmt: skip
+    return of_a, of_b
 
 
 @triton.jit
-def _one_teaches(
-    a, b, top_a, top_b, rest_a, rest_b, label_a, label_b, m_ab, m_ba, valid,
-    fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls,
-    FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr,
-    CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
-    WITH_FEATURES: tl.constexpr, ON_LOGITS: tl.constexpr, UNROLL: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Weight, weight * cross-entropy, record entry and the teacher's label: student (s) and teacher (t) are selected first."""
-    learner_a = m_ab[None, :, :]
-    z_s = tl.where(learner_a, a, b)
-    top_s = tl.where(m_ab, top_a, top_b)
-    rest_s = tl.where(m_ab, rest_a, rest_b)
-    # Probabilities anew, of one network instead of two: tiles of many classes would not all fit into registers.
-    p_s = probabilities(z_s, top_s, rest_s, cls, CLASSES)
-    p_t = probabilities(
-        tl.where(learner_a, b, a), tl.where(m_ab, top_b, top_a), tl.where(m_ab, rest_b, rest_a), cls, CLASSES
-    )  # fmt: skip
-    own = tl.where(m_ab, label_a, label_b)
-    label = tl.where(m_ab, label_b, label_a)
-    ce = cross_entropy(z_s, p_s, top_s, rest_s, label, cls, ON_LOGITS, CLASSES)
-    entry = _entry(p_s, rest_s, own, label, cls, CLASSES, ON_LOGITS)
-    any_teacher = m_ab | m_ba
-    weight = any_teacher.to(tl.float32)
-    if WITH_FEATURES:
-        r = reliability(
-            p_t, m_ba, m_ab, valid, fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls, True, True,
-            FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP, UNROLL, WIDE, MASKED,
+def _teachers_products(v, m_ab, m_ba, valid, i, o, MASKED: tl.constexpr):
+    """`Products` of the teacher alone."""
+    SIDE_BY_SIDE: tl.constexpr = o.F_LAYOUT == LAST or o.F_LAYOUT == PACKED
+    if SIDE_BY_SIDE and o.FEATURES_A == o.FEATURES_B and i.fa.dtype == i.fb.dtype:
+        fa_v = voxel_offsets(v, i.size1, i.size2, i.fa_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
+        fb_v = voxel_offsets(v, i.size1, i.size2, i.fb_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
+        return taken_products(
+            i.fa, i.fb, fa_v, fb_v, 1, i.prototypes_a, i.prototypes_b, m_ab, m_ab | m_ba,
+            o.FEATURES_A, o.FEATURE_BLOCK, o.CLASSES, o.UNROLL, o.WIDE,
         )  # fmt: skip
-        weight = tl.where(any_teacher, r, 0.0)
-    return weight, tl.where(any_teacher, weight * ce, 0.0), tl.where(any_teacher, weight * entry, 0.0), label
+    else:
+        of_a, of_b = _products(v, m_ba, m_ab, valid, i, o, MASKED)
+        return where_products(m_ab, of_b, of_a, o.CLASSES)
+
+
+@triton.jit
+def _lesson(student, label, ON_LOGITS: tl.constexpr, CLASSES: tl.constexpr):
+    """(cross-entropy, record entry) of a student, both still without the weight; the entry is dCE/dz(0) for C = 2, else 1."""
+    ce = cross_entropy(student, label, ON_LOGITS, CLASSES)
+    if CLASSES == 2:
+        entry = first_slope(student, label, ON_LOGITS)
+    else:
+        entry = tl.full(ce.shape, 1.0, tl.float32)
+    return ce, entry
 
 
 @triton.jit
@@ -124,104 +169,95 @@ def _store_plane(record, v, value, record_stride, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _block(
-    start, loss_ab, loss_ba, scale_ab, scale_ba, alpha_a, beta_a, alpha_b, beta_b,
-    za, zb, fa, fb, prototypes_a, prototypes_b, target, labelled,
-    record, record_stride, second_plane, both, code, weights, masks,
-    voxels, size1, size2, t_0, t_1, t_2,
-    za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2, fa_c, fa_0, fa_1, fa_2, fb_c, fb_0, fb_1, fb_2,
-    map_plane, eps,
-    CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr,
-    FEATURE_BLOCK: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
-    CONFIDENCE: tl.constexpr, WITH_FEATURES: tl.constexpr, ON_LOGITS: tl.constexpr, WITH_RECORD: tl.constexpr,
-    DICE_IN_RECORD: tl.constexpr, WITH_MAPS: tl.constexpr, UNROLL: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    v = start + tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (GROUPS, GROUP)
-    valid = v < voxels
-    cls = tl.arange(0, CLASSES_PAD)[:, None, None]
-    inside = cls < CLASSES
+def _block(start, loss_ab, loss_ba, i, out, o, MASKED: tl.constexpr):
+    """Weigh the block of voxels that begins at ``start``; i: `Inputs`, out: `Outputs`, o: `Options`; returns the losses' rows."""
+    CLASSES: tl.constexpr = o.CLASSES
+    v = start + tl.arange(0, o.GROUPS)[:, None] * o.GROUP + tl.arange(0, o.GROUP)[None, :]  # (GROUPS, GROUP)
+    valid = v < i.voxels
+    za_v = voxel_offsets(v, i.size1, i.size2, i.za_strides, o.Z_LAYOUT, o.FLAT, o.WIDE)
+    zb_v = voxel_offsets(v, i.size1, i.size2, i.zb_strides, o.Z_LAYOUT, o.FLAT, o.WIDE)
+    za = load_logits(i.za, za_v, i.za_strides.channel, valid, CLASSES, o.CLASSES_PAD, o.Z_LAYOUT, o.WIDE, MASKED)
+    zb = load_logits(i.zb, zb_v, i.zb_strides.channel, valid, CLASSES, o.CLASSES_PAD, o.Z_LAYOUT, o.WIDE, MASKED)
+    a = opinion(za, CLASSES, False)
+    b = opinion(zb, CLASSES, False)
+    m_ab, m_ba = more_doubt(a, b, o.EPS, CLASSES, o.COMPARE, o.BY_ENTROPY)
     if MASKED:
-        inside = inside & valid[None, :, :]
-    ragged: tl.constexpr = CLASSES_PAD != CLASSES
-
-    za_v = voxel_offsets(v, size1, size2, za_0, za_1, za_2, FLAT, WIDE)
-    zb_v = voxel_offsets(v, size1, size2, zb_0, zb_1, zb_2, FLAT, WIDE)
-    # (CLASSES_PAD, GROUPS, GROUP)
-    a = load(za + channel_offsets(cls, za_c, WIDE) + za_v[None, :, :], inside, MASKED or ragged)
-    b = load(zb + channel_offsets(cls, zb_c, WIDE) + zb_v[None, :, :], inside, MASKED or ragged)
-    # One network after the other: with many classes their tiles do not fit into registers together.
-    top_a, label_a, rest_a, e_a = softmax_parts(a, cls, CLASSES, CLASSES_PAD)
-    p_a = e_a / (1.0 + rest_a)[None, :, :]
-    doubt_a, error_a = doubt(a, p_a, rest_a, cls, eps, CLASSES, CONFIDENCE)
-    top_b, label_b, rest_b, e_b = softmax_parts(b, cls, CLASSES, CLASSES_PAD)
-    p_b = e_b / (1.0 + rest_b)[None, :, :]
-    doubt_b, error_b = doubt(b, p_b, rest_b, cls, eps, CLASSES, CONFIDENCE)
-    m_ab, m_ba = more_doubt(doubt_a, error_a, doubt_b, error_b, CLASSES, CONFIDENCE)
-    m_ab = m_ab & valid
-    m_ba = m_ba & valid
-    fa_v = v
-    fb_v = v
-    if WITH_FEATURES:
-        fa_v = voxel_offsets(v, size1, size2, fa_0, fa_1, fa_2, FLAT, WIDE)
-        fb_v = voxel_offsets(v, size1, size2, fb_0, fb_1, fb_2, FLAT, WIDE)
-
-    if CONFIDENCE == "none":
-        w_ab, w_ba, part_ab, part_ba, entry_a, entry_b = _both_teach(
-            a, b, p_a, p_b, top_a, top_b, rest_a, rest_b, label_a, label_b, valid,
-            fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls,
-            FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP,
-            WITH_FEATURES, ON_LOGITS, UNROLL, WIDE, MASKED,
-        )  # fmt: skip
-        loss_ab += part_ab
-        loss_ba += part_ba
-        entry_a *= scale_ab
-        entry_b *= scale_ba
-    else:
-        weight, part, entry, label = _one_teaches(
-            a, b, top_a, top_b, rest_a, rest_b, label_a, label_b, m_ab, m_ba, valid,
-            fa, fb, prototypes_a, prototypes_b, fa_v, fb_v, fa_c, fb_c, cls,
-            FEATURES_A, FEATURES_B, FEATURE_BLOCK, CLASSES, CLASSES_PAD, GROUPS, GROUP,
-            WITH_FEATURES, ON_LOGITS, UNROLL, WIDE, MASKED,
-        )  # fmt: skip
-        loss_ab += tl.where(m_ab, part, 0.0)
-        loss_ba += tl.where(m_ba, part, 0.0)
+        m_ab = m_ab & valid
+        m_ba = m_ba & valid
+    if not o.COMPARE:
+        w_ab = m_ab.to(tl.float32)
+        w_ba = m_ba.to(tl.float32)
+        if o.WITH_FEATURES:
+            of_a, of_b = _products(v, m_ba, m_ab, valid, i, o, MASKED)
+            w_ab = tl.where(m_ab, reliability(of_b, probabilities(b, CLASSES, False, False), CLASSES), 0.0)
+            w_ba = tl.where(m_ba, reliability(of_a, probabilities(a, CLASSES, False, False), CLASSES), 0.0)
+        ce_ab, entry_a = _lesson(a, b.label, o.ON_LOGITS, CLASSES)
+        ce_ba, entry_b = _lesson(b, a.label, o.ON_LOGITS, CLASSES)
+        loss_ab += tl.sum(tl.where(m_ab, w_ab * ce_ab, 0.0), axis=1)
+        loss_ba += tl.sum(tl.where(m_ba, w_ba * ce_ba, 0.0), axis=1)
+        entry_a *= w_ab * i.scale_ab
+        entry_b *= w_ba * i.scale_ba
+    else:  # at most one teaches: student and teacher are selected first
+        student = where(m_ab, a, b, CLASSES)
+        teacher = where(m_ab, b, a, CLASSES)
+        learns = m_ab | m_ba
+        ce, entry = _lesson(student, teacher.label, o.ON_LOGITS, CLASSES)
+        weight = learns.to(tl.float32)
+        if o.WITH_FEATURES:
+            p = probabilities(teacher, CLASSES, False, False)
+            weight = tl.where(learns, reliability(_teachers_products(v, m_ab, m_ba, valid, i, o, MASKED), p, CLASSES), 0.0)
+        part = tl.where(learns, weight * ce, 0.0)
+        entry = tl.where(learns, weight * entry * tl.where(m_ab, i.scale_ab, i.scale_ba), 0.0)
+        loss_ab += tl.sum(tl.where(m_ab, part, 0.0), axis=1)
+        loss_ba += tl.sum(tl.where(m_ab, 0.0, part), axis=1)
         w_ab = tl.where(m_ab, weight, 0.0)
         w_ba = tl.where(m_ba, weight, 0.0)
-        entry *= tl.where(m_ab, scale_ab, scale_ba)
         entry_a = tl.where(m_ab, entry, 0.0)
         entry_b = tl.where(m_ba, entry, 0.0)
-    if WITH_RECORD:
-        if DICE_IN_RECORD:
-            t_v = voxel_offsets(v, size1, size2, t_0, t_1, t_2, FLAT, WIDE)
-            t, known = load_target(target, t_v, labelled, valid, MASKED)
-            entry_a += tl.where(known, dice_slope(p_a, rest_a, alpha_a, beta_a, t, cls, CLASSES), 0.0)
-            entry_b += tl.where(known, dice_slope(p_b, rest_b, alpha_b, beta_b, t, cls, CLASSES), 0.0)
-        if CONFIDENCE == "none":
-            _store_plane(record, v, entry_a, record_stride, MASKED)
-            _store_plane(record + second_plane, v, entry_b, record_stride, MASKED)
+    if o.WITH_RECORD:
+        if o.DICE_IN_RECORD:
+            t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
+            t, known = load_target(i.target, t_v, i.labelled, valid, MASKED)
+            entry_a += tl.where(known, dice_slope(a, i.dice_a, t, CLASSES)[0], 0.0)
+            entry_b += tl.where(known, dice_slope(b, i.dice_b, t, CLASSES)[0], 0.0)
+        if not o.COMPARE:
+            _store_plane(out.record, v, entry_a, out.record_stride, MASKED)
+            _store_plane(out.record + out.second_plane, v, entry_b, out.record_stride, MASKED)
         elif CLASSES == 2:
-            if DICE_IN_RECORD:
-                first = tl.where(both, entry_a, _with_student(entry, m_ba))
-                _store_plane(record, v, first, record_stride, MASKED)
-                if both:
-                    _store_plane(record + second_plane, v, entry_b, record_stride, MASKED)
-            else:
-                _store_plane(record, v, _with_student(entry, m_ba), record_stride, MASKED)
+            first = _with_student(entry, m_ba)
+            if o.DICE_IN_RECORD:
+                first = tl.where(i.labelled, entry_a, first)
+                if i.labelled:
+                    _store_plane(out.record + out.second_plane, v, entry_b, out.record_stride, MASKED)
+            _store_plane(out.record, v, first, out.record_stride, MASKED)
         else:
-            learns = m_ab | m_ba
-            bits = tl.where(learns, label + 128, 0) + tl.where(m_ba, 64, 0)
-            _store_plane(record, v, entry, record_stride, MASKED)
-            _store_plane(code, v, bits.to(tl.uint8), record_stride, MASKED)
-    if WITH_MAPS:
-        tl.store(weights + v, w_ab, mask=valid)
-        tl.store(weights + map_plane + v, w_ba, mask=valid)
-        tl.store(masks + v, m_ab.to(tl.int8), mask=valid)
-        tl.store(masks + map_plane + v, m_ba.to(tl.int8), mask=valid)
+            bits = tl.where(learns, teacher.label + 128, 0) + tl.where(m_ba, 64, 0)
+            _store_plane(out.record, v, entry, out.record_stride, MASKED)
+            _store_plane(out.code, v, bits.to(tl.uint8), out.record_stride, MASKED)
+    if o.WITH_MAPS:
+        tl.store(out.weights + v, w_ab, mask=valid)
+        tl.store(out.weights + out.map_plane + v, w_ba, mask=valid)
+        tl.store(out.masks + v, m_ab.to(tl.int8), mask=valid)
+        tl.store(out.masks + out.map_plane + v, m_ba.to(tl.int8), mask=valid)
     return loss_ab, loss_ba
 
 
 @triton.jit
+def _walk(i, out, program, programs, blocks_per_program, o):
+    """Weigh a program's blocks, the last one first; returns both students' sums."""
+    BLOCK: tl.constexpr = o.GROUPS * o.GROUP
+    loss_ab = tl.zeros((o.GROUPS,), tl.float32)
+    loss_ba = tl.zeros((o.GROUPS,), tl.float32)
+    first = program * blocks_per_program
+    whole = tl.minimum(first + blocks_per_program, i.voxels // BLOCK)
+    if (program == programs - 1) & (i.voxels % BLOCK != 0):
+        loss_ab, loss_ba = _block(i.voxels // BLOCK * BLOCK, loss_ab, loss_ba, i, out, o, True)
+    for done in range(whole - first):
+        loss_ab, loss_ba = _block((whole - 1 - done) * BLOCK, loss_ab, loss_ba, i, out, o, False)
+    return tl.sum(loss_ab, axis=0), tl.sum(loss_ba, axis=0)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def weighting_kernel(
     za, zb, fa, fb, target, prototypes_a, prototypes_b,
     counts, sums,  # of prototypes_kernel
@@ -234,79 +270,59 @@ def weighting_kernel(
     mutual_factor, dice_weight, labelled, voxels, record_stride, size1, size2, t_b, t_0, t_1, t_2,
     za_b, za_c, za_0, za_1, za_2, zb_b, zb_c, zb_0, zb_1, zb_2,
     fa_b, fa_c, fa_0, fa_1, fa_2, fb_b, fb_c, fb_0, fb_1, fb_2,
-    blocks_per_program,
+    programs, blocks_per_program,
     EPS: tl.constexpr, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr,
     FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, CONFIDENCE: tl.constexpr, WITH_FEATURES: tl.constexpr,
     ON_LOGITS: tl.constexpr, WITH_RECORD: tl.constexpr, DICE_IN_RECORD: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    CHOSEN: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    WITH_MAPS: tl.constexpr, UNROLL: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr,
+    CHOSEN: tl.constexpr, BITS: tl.constexpr, WITH_MAPS: tl.constexpr, UNROLL: tl.constexpr,
+    Z_LAYOUT: tl.constexpr, F_LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (programs, B)."""
-    if PACKED:  # a constant tells the compiler how wide it may load
-        za_2 = CLASSES
-        zb_2 = CLASSES
-    BLOCK: tl.constexpr = GROUPS * GROUP
-    programs = tl.num_programs(0)
-    batch = tl.num_programs(1)
-    program = programs - 1 - tl.program_id(0)
-    sample = batch - 1 - tl.program_id(1)
-    wide_sample = sample.to(tl.int64)
-    za += wide_sample * batch_stride(za_b, CLASSES, PACKED)
-    zb += wide_sample * batch_stride(zb_b, CLASSES, PACKED)
+    """Grid: (programs * B,)."""
+    all_programs = tl.num_programs(0)
+    here = all_programs - 1 - tl.program_id(0)
+    sample = here // programs
+    program = here % programs
+    za += sample_offset(sample, za_b, CLASSES, Z_LAYOUT)
+    zb += sample_offset(sample, zb_b, CLASSES, Z_LAYOUT)
     if WITH_FEATURES:
-        fa += wide_sample * fa_b
-        fb += wide_sample * fb_b
-        prototypes_a += wide_sample * CLASSES * FEATURES_A
-        prototypes_b += wide_sample * CLASSES * FEATURES_B
-    map_plane = voxels.to(tl.int64) * batch
-    second_plane = record_stride.to(tl.int64) * batch
-    is_labelled = sample < labelled
+        fa += sample_offset(sample, fa_b, FEATURES_A, F_LAYOUT)
+        fb += sample_offset(sample, fb_b, FEATURES_B, F_LAYOUT)
+        prototypes_a += sample.to(tl.int64) * (CLASSES * FEATURES_A)
+        prototypes_b += sample.to(tl.int64) * (CLASSES * FEATURES_B)
+    row = sample_offset(sample, record_stride, 1, 1)
+    samples = all_programs // programs
+    map_row = sample.to(tl.int64) * voxels
     scale_ab = 0.0
     scale_ba = 0.0
-    alpha_a = tl.zeros((CLASSES_PAD, 1, 1), tl.float32)
-    beta_a = tl.zeros((CLASSES_PAD, 1, 1), tl.float32)
-    alpha_b = tl.zeros((CLASSES_PAD, 1, 1), tl.float32)
-    beta_b = tl.zeros((CLASSES_PAD, 1, 1), tl.float32)
+    dice_a = ((), ())
+    dice_b = ((), ())
     if WITH_RECORD:
-        record += wide_sample * record_stride
-        code += wide_sample * record_stride
         cw = mutual_weight_of(mutual_factor, mutual_weight, HAS_WEIGHT)
         scale_ab = cw / (tl.load(counts).to(tl.float32) + EPS)
         scale_ba = cw / (tl.load(counts + 1).to(tl.float32) + EPS)
         if DICE_IN_RECORD:
-            target += wide_sample * t_b
-            cls = tl.arange(0, CLASSES_PAD)[:, None, None]
-            alpha_a, beta_a = dice_coefficients(sums, 0, dice_weight, cls, CLASSES, CHOSEN, LOW, HIGH)
-            alpha_b, beta_b = dice_coefficients(sums, 1, dice_weight, cls, CLASSES, CHOSEN, LOW, HIGH)
-    if WITH_MAPS:
-        weights += wide_sample * voxels
-        masks += wide_sample * voxels
-
-    loss_ab = tl.zeros((GROUPS, GROUP), tl.float32)
-    loss_ba = tl.zeros((GROUPS, GROUP), tl.float32)
-    first = program * blocks_per_program
-    whole = tl.minimum(first + blocks_per_program, voxels // BLOCK)
-    if (program == programs - 1) & (voxels % BLOCK != 0):
-        loss_ab, loss_ba = _block(
-            voxels // BLOCK * BLOCK, loss_ab, loss_ba, scale_ab, scale_ba, alpha_a, beta_a, alpha_b, beta_b,
-            za, zb, fa, fb, prototypes_a, prototypes_b, target, is_labelled,
-            record, record_stride, second_plane, is_labelled, code, weights, masks,
-            voxels, size1, size2, t_0, t_1, t_2, za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2,
-            fa_c, fa_0, fa_1, fa_2, fb_c, fb_0, fb_1, fb_2, map_plane, EPS,
-            CLASSES, CLASSES_PAD, FEATURES_A, FEATURES_B, FEATURE_BLOCK, GROUPS, GROUP,
-            CONFIDENCE, WITH_FEATURES, ON_LOGITS, WITH_RECORD, DICE_IN_RECORD, WITH_MAPS, UNROLL, FLAT, WIDE, True,
-        )  # fmt: skip
-    for done in range(whole - first):
-        loss_ab, loss_ba = _block(
-            (whole - 1 - done) * BLOCK, loss_ab, loss_ba, scale_ab, scale_ba, alpha_a, beta_a, alpha_b, beta_b,
-            za, zb, fa, fb, prototypes_a, prototypes_b, target, is_labelled,
-            record, record_stride, second_plane, is_labelled, code, weights, masks,
-            voxels, size1, size2, t_0, t_1, t_2, za_c, za_0, za_1, za_2, zb_c, zb_0, zb_1, zb_2,
-            fa_c, fa_0, fa_1, fa_2, fb_c, fb_0, fb_1, fb_2, map_plane, EPS,
-            CLASSES, CLASSES_PAD, FEATURES_A, FEATURES_B, FEATURE_BLOCK, GROUPS, GROUP,
-            CONFIDENCE, WITH_FEATURES, ON_LOGITS, WITH_RECORD, DICE_IN_RECORD, WITH_MAPS, UNROLL, FLAT, WIDE, False,
-        )  # fmt: skip
-    here = sample * programs + program
-    tl.store(numerators + here, tl.sum(tl.sum(loss_ab, axis=1), axis=0))
-    tl.store(numerators + batch * programs + here, tl.sum(tl.sum(loss_ba, axis=1), axis=0))
+            target += sample_offset(sample, t_b, 1, 0)
+            dice_a = dice_coefficients(sums, 0, dice_weight, CLASSES, CHOSEN, BITS)
+            dice_b = dice_coefficients(sums, 1, dice_weight, CLASSES, CHOSEN, BITS)
+    inputs = Inputs(
+        za, zb, fa, fb, target, prototypes_a, prototypes_b,
+        strides_of(za_c, za_0, za_1, za_2, CLASSES, Z_LAYOUT), strides_of(zb_c, zb_0, zb_1, zb_2, CLASSES, Z_LAYOUT),
+        strides_of(fa_c, fa_0, fa_1, fa_2, FEATURES_A, F_LAYOUT), strides_of(fb_c, fb_0, fb_1, fb_2, FEATURES_B, F_LAYOUT),
+        strides_of(0, t_0, t_1, t_2, 1, 0), sample < labelled,
+        voxels_of(voxels, Z_LAYOUT), size1, size2, scale_ab, scale_ba, dice_a, dice_b,
+    )  # fmt: skip
+    outputs = Outputs(
+        record + row, record_stride, sample_offset(samples, record_stride, 1, 1), code + row,
+        weights + map_row, masks + map_row, samples.to(tl.int64) * voxels,
+    )  # fmt: skip
+    loss_ab, loss_ba = _walk(
+        inputs, outputs, program, programs, blocks_per_program,
+        Options(
+            EPS, CLASSES, CLASSES_PAD, FEATURES_A, FEATURES_B, FEATURE_BLOCK, GROUPS, GROUP,
+            CONFIDENCE != "none", CONFIDENCE == "entropy", WITH_FEATURES,
+            ON_LOGITS, WITH_RECORD, DICE_IN_RECORD, WITH_MAPS, UNROLL, Z_LAYOUT, F_LAYOUT, FLAT, WIDE,
+        ),
+    )  # fmt: skip
+    tl.store(numerators + here, loss_ab)
+    tl.store(numerators + all_programs + here, loss_ba)

@@ -120,7 +120,7 @@ def load_network(run: str | Path, which: Weights | None = None) -> tuple[MutualV
 
 def build_network(config: Config) -> MutualVNet:
     """The untrained network of a configuration; draws its weights from torch's global generator."""
-    return MutualVNet(config.in_channels, config.classes, config.filters, config.dropout, len(config.patch))
+    return MutualVNet(config.in_channels, config.classes, config.filters, config.dropout, config.network_dims)
 
 
 def load_weights(network: MutualVNet, weights: dict[str, Any], path: Path) -> None:

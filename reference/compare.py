@@ -33,7 +33,7 @@ class Run:
     title: str
     settings: dict[str, object]
     scores: Scores
-    folder: Path | None = None
+    table: Path | None = None  # the scores.csv
 
     def mean(self, metric: str) -> float:
         """Mean over the cases and classes that have the score."""
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     recipes = by_recipe([read_run(folder, args.split, args.output) for folder in args.runs])
     boxes = [read_run(folder, args.split, BOX).scores for folder in args.runs]
     if boxes[0] and all(box.get("dice") == boxes[0]["dice"] for box in boxes):  # one box, fitted to the same labelled cases
-        recipes[BOX] = [Run(BOX, {}, boxes[0], args.runs[0])]
+        recipes[BOX] = [Run(BOX, {}, boxes[0], args.runs[0] / f"evaluation-{args.split}" / "scores.csv")]
     lines = compare(recipes)
     print(render(lines), end="")
     if args.csv:
@@ -118,7 +118,7 @@ def read_run(folder: Path, split: str, method: str) -> Run:
     path = folder / f"evaluation-{split}" / "scores.csv"
     if not path.is_file():
         raise UserError(f"{folder} has no {path.relative_to(folder)}; run `rplib evaluate {folder} --data DIR --split {split}`.")
-    return Run(config.title, asdict(config), read_scores(path, method), folder)
+    return Run(config.title, asdict(config), read_scores(path, method), path)
 
 
 def read_scores(path: Path, method: str) -> Scores:
@@ -179,14 +179,14 @@ def compare(recipes: dict[str, list[Run]]) -> list[Line]:
 
     runs = [one for group in recipes.values() for one in group]
     if not runs[0].scores:
-        where = f" in {runs[0].folder}" if runs[0].folder else ""
+        where = f" in {runs[0].table}" if runs[0].table else ""
         raise UserError(f"{runs[0].title}{where}: the evaluation has no scores for this output; run `rplib evaluate` again.")
     cases = set(runs[0].scores["dice"])
     for name, group in recipes.items():
         for one in group:
             if set(one.scores.get("dice", ())) != cases:
                 odd = sorted(set(one.scores.get("dice", ())) ^ cases)[0]
-                where = f" in {one.folder}" if one.folder else ""
+                where = f" in {one.table}" if one.table else ""
                 raise UserError(
                     f"{name}{where}: not scored on the same cases as {runs[0].title} (for example case {odd[0]}, class {odd[1]})."
                 )

@@ -92,7 +92,7 @@ class Config:
     )
     validation: int = _key(0, "last N labelled cases, held out for model selection", least=0, most=_MOST_COUNT)
     patch: tuple[int, ...] = _key(
-        (112, 112, 80), "voxels; multiples of 16; two numbers for 2-D images", least=DEPTH, most=_MOST_AXIS
+        (112, 112, 80), "voxels; multiples of 16; two numbers for 2-D images; X,Y,1: slices of volumes", least=1, most=_MOST_AXIS
     )
     batch_size: int = _key(4, "labelled and unlabelled together", least=1, most=_MOST_BATCH)
     labelled_per_batch: int = _key(
@@ -160,9 +160,12 @@ class Config:
         self._check_together()
 
     def _check_together(self) -> None:
-        for axis in self.patch:
+        for axis in self.patch[:2] if self.slices else self.patch:
             if axis % DEPTH:
-                raise UserError(f"patch is {list(self.patch)}; each axis must be a multiple of {DEPTH}.")
+                raise UserError(
+                    f"patch is {list(self.patch)}; each axis must be a multiple of {DEPTH}, or the last of three be 1 to train "
+                    "on slices."
+                )
         if len(self.stride) != len(self.patch):
             raise UserError(
                 f"stride {list(self.stride)} and patch {list(self.patch)} have different numbers of axes; "
@@ -187,11 +190,21 @@ class Config:
                 f"protocol 'paper' selects weights on the test list, so validation={self.validation} has no effect; "
                 "set validation=0 or protocol=held-out."
             )
-        if self.batch_size * math.prod(axis // DEPTH for axis in self.patch) < 2:
+        if self.batch_size * math.prod(max(1, axis // DEPTH) for axis in self.patch) < 2:
             raise UserError(
                 f"batch_size {self.batch_size} with patch {list(self.patch)} leaves one value per channel at "
                 "the deepest level, too few for batch normalisation; increase either."
             )
+
+    @property
+    def slices(self) -> bool:
+        """Whether a network of 2-D layers sees slices of volumes, across the last axis."""
+        return len(self.patch) == 3 and self.patch[2] == 1
+
+    @property
+    def network_dims(self) -> int:
+        """Spatial axes of the network's layers."""
+        return 2 if self.slices else len(self.patch)
 
     @property
     def labelled_only(self) -> bool:

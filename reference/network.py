@@ -26,7 +26,7 @@ class MutualVNet(nn.Module):
         classes: C, background included.
         filters: channels at full resolution; they double at each of the four halvings.
         dropout: probability of Dropout3d after the deepest block and before each output convolution, in training mode.
-        dims: 3, or 2 for the same network with two-dimensional layers.
+        dims: 3, or 2 for the same network with two-dimensional layers, which takes volumes as slices across the last axis.
 
     Shapes:
         image (B, in_channels, X, Y, Z), each axis a multiple of 16, to a pair of lists with one entry per decoder:
@@ -44,19 +44,29 @@ class MutualVNet(nn.Module):
     def __init__(self, in_channels: int = 1, classes: int = 2, filters: int = 16, dropout: float = 0.5, dims: int = 3) -> None:
         super().__init__()
         layers = _LAYERS[dims]
+        self.dims = dims
         self.encoder = _Encoder(in_channels, filters, dropout, layers)
         self.decoder1 = _Decoder(classes, filters, dropout, layers, _transposed)
         self.decoder2 = _Decoder(classes, filters, dropout, layers, _nearest)
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        scales = self.encoder(image)
+        scales = self.encoder(self._as_slices(image))
         (logits1, features1), (logits2, features2) = self.decoder1(scales), self.decoder2(scales)
-        return [logits1, logits2], [features1, features2]
+        logits, features = [logits1, logits2], [features1, features2]
+        return [self._as_volume(z, image) for z in logits], [self._as_volume(f, image) for f in features]
 
     def first_logits(self, image: Tensor) -> Tensor:
         """Logits of decoder 1, (B, C, X, Y, Z), without computing decoder 2."""
-        logits: Tensor = self.decoder1(self.encoder(image))[0]
-        return logits
+        logits: Tensor = self.decoder1(self.encoder(self._as_slices(image)))[0]
+        return self._as_volume(logits, image)
+
+    def _as_slices(self, image: Tensor) -> Tensor:
+        """(B, channels, X, Y, Z) as (B Z, channels, X, Y) where the layers are two-dimensional; others as they come."""
+        return image.movedim(-1, 1).flatten(0, 1) if image.ndim == self.dims + 3 else image
+
+    def _as_volume(self, found: Tensor, image: Tensor) -> Tensor:
+        """The way back."""
+        return found.unflatten(0, (image.shape[0], -1)).movedim(1, -1) if image.ndim == self.dims + 3 else found
 
 
 class _Layers(NamedTuple):

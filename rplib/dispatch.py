@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Sequence
 from functools import cache
 from typing import Literal
@@ -108,6 +109,9 @@ def triton_obstacle(
         return f"the kernels take up to {MOST_CLASSES} classes, got {logits[0].shape[1]}"
     if any(f.shape[1] > MOST_FEATURES for f in features or ()):
         return f"the kernels take up to {MOST_FEATURES} feature channels"
+    voxels = logits[0][0, 0].numel()
+    if voxels >= 2**31:
+        return f"a sample has {voxels} voxels and the kernels take fewer than 2^31"
     return device_obstacle(logits[0].device, explicit=explicit)
 
 
@@ -117,9 +121,9 @@ def device_obstacle(device: torch.device, *, explicit: bool = False) -> str | No
         return 'Triton is not installed (GPU builds of torch bring it; else pip install "rplib[triton]", Linux)'
     if device.type == "cuda":
         # torch.compile cannot trace the question, and needs such a GPU for its own Triton code anyway.
-        return None if torch.compiler.is_compiling() else _cuda_obstacle(device.index)
+        return None if torch.compiler.is_compiling() else _cuda_obstacle(device.index) or _compiler_obstacle()
     if device.type == "xpu":
-        return None
+        return None if torch.compiler.is_compiling() else _compiler_obstacle()
     if device.type == "cpu":
         if explicit and interpreting():
             return None
@@ -146,3 +150,11 @@ def _cuda_obstacle(index: int | None) -> str | None:
     if capability < _OLDEST_COMPUTE_CAPABILITY:
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, Triton needs 7.5"
     return None
+
+
+@cache
+def _compiler_obstacle() -> str | None:
+    """Triton builds a small C program for every kernel that it launches."""
+    if os.environ.get("CC") or any(shutil.which(name) for name in ("gcc", "clang")):
+        return None
+    return "Triton needs a C compiler and finds neither gcc nor clang (install one, or name it in the environment variable CC)"

@@ -234,4 +234,34 @@ LOSS = (
         (("return upstream * ctx.ranks, None, None", "return upstream, None, None"),),
         "tests/test_loss_ranks.py::test_two_ranks_are_one_process[torch-2-default-both]",
     ),
+    Fault(
+        "mask: voxels outside still teach",
+        "rplib/lean_voxels.py",
+        (("    return mask if valid is None else mask & valid\n", "    return mask\n"),),
+        "tests/test_loss_mask.py::test_loss_gradient_and_maps_are_those_of_the_cropped_problem[torch-2-2-None0]",
+    ),
+    Fault(
+        "mask: Dice counts voxels outside",
+        "rplib/dice.py",
+        (("        p = p * keep.unsqueeze(1)\n", ""),),
+        "tests/test_loss_mask.py::test_objective_is_that_of_the_cropped_problem[torch-2-dice]",
+    ),
+    Fault(
+        "labels: a value beyond the last class passes for background",
+        "rplib/targets.py",
+        (("    good = (t >= 0) & (t < classes)\n", "    good = t >= 0\n"),),
+        "tests/test_loss_targets.py::test_a_label_that_is_no_class[torch-255]",
+    ),
+    Fault(
+        "students: the others get a gradient",
+        "rplib/functional.py",
+        (("t if k in options.students else t.detach()", "t"),),
+        "tests/test_loss_targets.py::test_students_learn_and_the_others_only_teach[torch-2-students0]",
+    ),
+    Fault(
+        "labelled: the target's rows in sorted order",
+        "rplib/targets.py",
+        (("        return Target(target, rows)\n", "        return Target(target, sorted(rows))\n"),),
+        "tests/test_loss_targets.py::test_labelled_by_index[torch-False-list]",
+    ),
 )

@@ -48,6 +48,7 @@ TRAINER = [
 # The tests of each file, quickest and most telling first: the first failure ends a mutant.
 TESTS = {
     "rplib/lean.py": LOSS,
+    "rplib/lean_voxels.py": LOSS,
     "reference/training/batches.py": ["tests/test_reference_batches.py", "tests/test_reference_other_settings.py"],
     "reference/training/step.py": [
         "tests/test_reference_other_settings.py", "tests/test_reference_survival.py", "-k", "step or sgd or autocast",

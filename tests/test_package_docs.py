@@ -119,12 +119,12 @@ def test_the_map_of_the_trainer_names_every_file():
     assert len(named) == len(set(named))
     reference = ROOT / "reference"
     files = {file.relative_to(reference).as_posix() for file in reference.rglob("*.py") if file.name != "__init__.py"}
-    assert set(named) == files
+    assert set(named) == {file for file in files if not file.startswith("examples/")}  # those: examples/README.md
 
 
 def test_links_of_the_trainers_pages_lead_somewhere():
     pages = sorted((ROOT / "reference").rglob("*.md"))
-    assert len(pages) == 6
+    assert len(pages) == 7
     for page in pages:
         for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
             path, _, anchor = target.partition("#")

@@ -295,6 +295,20 @@ def test_an_nrrd_header_that_declares_more_than_the_file_holds(tmp_path, sizes, 
         read_volume(path)
 
 
+@pytest.mark.parametrize("line", ["space origin: (0,0," + "9" * 5000, "[" * 3000, "sizes: 8 8 0x" + "f" * 4000])
+def test_an_nrrd_header_that_itk_does_not_survive(tmp_path, line):
+    """Found by fuzz_files.py: a segmentation fault in the parser of SimpleITK 2.5."""
+    from rplib.reference.conversion.geometry import read_volume
+
+    path = tmp_path / "lgemri.nrrd"
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((8, 8, 8), np.int16)), str(path))
+    path.write_bytes(path.read_bytes().replace(b"endian:", line.encode() + b"\nendian:"))
+    with pytest.raises(UserError, match=r"lgemri\.nrrd has a header line of [0-9]+ bytes"):
+        read_volume(path)
+    path.write_bytes(path.read_bytes().replace(line.encode(), b"# " + b"x" * 5000 + b"\nkey:=" + b"y" * 5000))
+    assert read_volume(path).GetSize() == (8, 8, 8)
+
+
 @pytest.mark.parametrize("value", [np.nan, -1.0, 0.5, 300.0, np.inf, 1 + 2j])
 def test_labels_that_are_none_are_not_shrunk(tmp_path, capsys, value):
     root = tmp_path / "data"

@@ -302,8 +302,9 @@ def test_other_orientations_and_voxel_sizes_are_remarked(tmp_path, capsys):
         write_nifti(tmp_path / "labels" / f"{name}.nii.gz", np.ones((6, 5, 4), np.uint8), affine)
     code, out = check(capsys, tmp_path)
     assert code == 0
-    assert "stored in different orientations: " in out and "LAS (a)" in out and "RAS (b)" in out
-    assert "voxel sizes differ by more than half (0.5-0.5, 1.5-1.5, 2-4 mm)" in out
+    assert "1 of 2 images are stored in orientation " in out
+    assert "LAS; different: b (RAS)" in out or "RAS; different: a (LAS)" in out
+    assert "larger or smaller than the usual 0.5 x 1.5 x 2 mm: b (0.5 x 1.5 x 4)" in out
 
 
 # --------------------------------------------------------------------------------------- network and batches for 2-D

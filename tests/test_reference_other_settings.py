@@ -276,7 +276,7 @@ def test_image_and_label_lie_within_a_quarter_of_the_smallest_voxel(tmp_path, sh
     if fits:
         assert dataset.load("a").label is not None
     else:
-        with pytest.raises(UserError, match="mm apart; put them on one grid"):
+        with pytest.raises(UserError, match="mm at the corners"):
             dataset.load("a")
 
 

@@ -12,7 +12,6 @@ import torch
 from reference_tools import TINY, mistake, write_case, write_dataset
 
 from rplib import cli
-from rplib.errors import UserError
 from rplib.reference import checkpoint
 from rplib.reference.config import load_recipe
 from rplib.reference.datasets.layouts import open_dataset
@@ -233,8 +232,9 @@ def test_mistakes_are_told_before_anything_is_done(run, data, tmp_path, capsys):
         return line
 
     assert "no run folder" in told(tmp_path / "no", path)
-    assert "no file" in told(run, path, tmp_path / "no.nii.gz")
-    assert "is a folder; name the images in it" in told(run, tmp_path)
+    assert "no file" in told(run, tmp_path / "no.nii.gz")
+    assert "2 of 2 images were not segmented" in told(run, tmp_path / "no.nii.gz", tmp_path / "b.png")
+    assert "is a folder without DICOM files; name the images in it" in told(run, tmp_path)
     assert "b.png is neither NIfTI" in told(run, tmp_path / "b.png")
     assert "are both called a" in told(run, tmp_path / "a.nii.gz", tmp_path / "x" / "a.nii")
     assert "does not fit" in told(run, path, "--stride", "99", "1", "1")
@@ -249,15 +249,16 @@ def test_mistakes_are_told_before_anything_is_done(run, data, tmp_path, capsys):
 def test_files_that_are_one_image(tmp_path):
     for name in ("a_0000.nii.gz", "a_0001.nii.gz", "b_0007.nii", "c.nii.gz"):
         (tmp_path / name).touch()
-    inputs = find_inputs(sorted(tmp_path.iterdir()))
-    assert [item.name for item in group_channels(inputs, 1)] == ["a_0000", "a_0001", "b_0007", "c"]
-    with pytest.raises(UserError, match="the channels 0007 of b were given; expected 0000, 0001"):
-        group_channels(inputs, 2)
-    both, single = group_channels([item for item in inputs if item.name != "b_0007"], 2)
+    inputs, refused = find_inputs([*sorted(tmp_path.iterdir()), tmp_path / "nobody.nii"])
+    assert refused == [("nobody.nii", f"no file {tmp_path / 'nobody.nii'}.")]
+    assert [item.name for item in group_channels(inputs, 1)[0]] == ["a_0000", "a_0001", "b_0007", "c"]
+    (both, single), refused = group_channels(inputs, 2)
+    assert refused == [("b", "the channels 0007 of b were given; expected 0000, 0001.")]
     assert (both.name, [path.name for path in both.files]) == ("a", ["a_0000.nii.gz", "a_0001.nii.gz"])
     assert (single.name, len(single.files)) == ("c", 1)
-    with pytest.raises(UserError, match="the channels 0000, 0001 of a were given; expected 0000, 0001, 0002"):
-        group_channels(inputs[:2], 3)
+    found, ((name, reason),) = group_channels(inputs[:2], 3)
+    assert (found, name) == ([], "a")
+    assert "the channels 0000, 0001 of a were given; expected 0000, 0001, 0002" in reason
 
 
 @pytest.mark.parametrize("output", [DECODER_1, MEAN])

@@ -2,7 +2,6 @@
 
 import gzip
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,15 +9,20 @@ import numpy as np
 import SimpleITK as sitk
 
 from rplib.errors import UserError
+from rplib.reference.datasets.dicom import affine_of as affine_of
+from rplib.reference.datasets.dicom import itk_reason, read_dicom_series
+from rplib.reference.datasets.dicom import xyz as xyz
 from rplib.reference.datasets.headers import check_size, checked_affine
 from rplib.reference.datasets.nifti import open_nifti
-
-sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK prints multi-line warnings to stderr
 
 _SIZES = {
     sitk.sitkInt16: np.int16, sitk.sitkUInt16: np.int16, sitk.sitkInt32: np.int32, sitk.sitkUInt32: np.int32,
     sitk.sitkInt64: np.int64, sitk.sitkUInt64: np.int64, sitk.sitkFloat32: np.float32, sitk.sitkFloat64: np.float64,
 }  # fmt: skip
+
+
+_MOST_HEADER = 1 << 20  # bytes of an NRRD header that are looked at
+_MOST_LINE = 500  # bytes of a field of it
 
 
 class Placed(NamedTuple):
@@ -29,11 +33,13 @@ class Placed(NamedTuple):
 
 
 def read_volume(path: Path) -> sitk.Image:
-    """Read a 3-D volume with one channel.
+    """Read a 3-D volume with one channel: a file, or a folder with a DICOM series.
 
     Raises:
         UserError: unreadable, truncated, of another kind, or with NaN or infinity.
     """
+    if path.is_dir():
+        return read_dicom_series(path)
     try:
         if path.name.endswith((".nii", ".nii.gz")):
             _check_nifti(path)
@@ -45,7 +51,7 @@ def read_volume(path: Path) -> sitk.Image:
     except Exception as error:  # a damaged file fails in many ways, here and in ITK
         if "orthonormal" in str(error):
             raise UserError(f"{path}: the axes in its header are not orthogonal; resample it to orthogonal axes.") from error
-        raise UserError(f"{path} cannot be read ({_reason(error)}); copy it again from its source.") from error
+        raise UserError(f"{path} cannot be read ({itk_reason(error)}); copy it again from its source.") from error
     while volume.GetDimension() == 4 and volume.GetSize()[3] == 1:
         volume = volume[:, :, :, 0]
     if volume.GetDimension() != 3 or volume.GetNumberOfComponentsPerPixel() != 1:
@@ -58,56 +64,6 @@ def read_volume(path: Path) -> sitk.Image:
     _check_finite(sitk.GetArrayViewFromImage(volume), path)
     checked_affine(affine_of(volume), path, "the grid of its header")
     return volume
-
-
-def read_dicom_series(folder: Path) -> sitk.Image:
-    """Read the DICOM series in a folder; slices ordered by position, slope and intercept applied.
-
-    Raises:
-        UserError: no series, more than one, a damaged file, or a missing slice.
-    """
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    if len(series) != 1:
-        raise UserError(f"{folder} holds {len(series)} DICOM series; expected one: remove the others.")
-    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
-    names = {Path(file).name for file in files}
-    strangers = [path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".dcm" and path.name not in names]
-    if strangers:  # GDCM skips unreadable files
-        raise UserError(f"{strangers[0]} is not a readable slice of the series ({len(strangers)} such files); copy it again.")
-    positions = []
-    header = sitk.ImageFileReader()
-    for file in files:
-        header.SetFileName(file)
-        try:
-            header.ReadImageInformation()
-        except RuntimeError as error:
-            raise UserError(f"{file} cannot be read ({_reason(error)}); copy it again from its source.") from error
-        positions.append(header.GetOrigin())
-    steps = np.linalg.norm(np.diff(np.array(positions), axis=0), axis=1)
-    if len(steps) and steps.max() - steps.min() > 0.05 * np.median(steps):
-        gap = int(np.abs(steps - np.median(steps)).argmax())
-        raise UserError(
-            f"{folder}: the slices {Path(files[gap]).name} and {Path(files[gap + 1]).name} are {steps[gap]:.2f} mm apart, the "
-            f"others {np.median(steps):.2f} mm; a slice is missing or duplicated: copy the series again from its source."
-        )
-    try:
-        return sitk.ReadImage(list(files))
-    except RuntimeError as error:
-        raise UserError(f"{folder} cannot be read ({_reason(error)}); copy it again from its source.") from error
-
-
-def xyz(volume: sitk.Image) -> np.ndarray:
-    """Voxels as (X, Y, Z), in the file's index order."""
-    return np.ascontiguousarray(sitk.GetArrayFromImage(volume).transpose(2, 1, 0))
-
-
-def affine_of(volume: sitk.Image, start: Sequence[int] = (0, 0, 0)) -> np.ndarray:
-    """Affine (4, 4) from the indices (x, y, z) of a crop that begins at `start` to millimetres, as in NIfTI (ITK flips x
-    and y)."""
-    affine = np.eye(4)
-    affine[:3, :3] = np.array(volume.GetDirection()).reshape(3, 3) * np.array(volume.GetSpacing())
-    affine[:3, 3] = volume.TransformContinuousIndexToPhysicalPoint([float(s) for s in start])
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 
 def to_lps(volume: sitk.Image) -> sitk.Image:
@@ -180,25 +136,39 @@ def _check_nifti(path: Path) -> None:
 
 
 def _check_header(path: Path) -> None:
-    """What an NRRD file (or another one that ITK reads) declares, before the voxels are read."""
+    """Check what an NRRD file (or another format that ITK reads) declares, before the voxels are read."""
+    stored, compressed = _check_nrrd(path)
     header = sitk.ImageFileReader()
     header.SetFileName(str(path))
     header.ReadImageInformation()
     item = np.dtype(_SIZES.get(header.GetPixelID(), np.uint8)).itemsize * max(header.GetNumberOfComponents(), 1)
-    stored, compressed = _stored(path)
     check_size(path, header.GetSize(), item, stored, compressed)
 
 
-def _stored(path: Path) -> tuple[int | None, bool]:
-    """Bytes that an NRRD file has for its voxels, at most, and whether they are compressed; None where it is another kind."""
+def _check_nrrd(path: Path) -> tuple[int | None, bool]:
+    """The most bytes that an NRRD file has for its voxels, and whether they are compressed; None for other formats.
+
+    Raises:
+        UserError: a header line that ITK would not survive: its parser overflows a buffer on long ones.
+    """
     with open(path, "rb") as file:
-        head = file.read(1 << 16).partition(b"\n\n")[0].lower()
-    encoding = re.search(rb"^encoding:\s*(\w+)", head, re.MULTILINE)
-    if not head.startswith(b"nrrd") or encoding is None or re.search(rb"^data ?file:", head, re.MULTILINE):
+        content = file.read(_MOST_HEADER)
+    if not content.startswith(b"NRRD"):
+        return None, False
+    head = re.split(rb"\r?\n\r?\n", content, maxsplit=1)[0]
+    fields = [line for line in head.splitlines() if not line.startswith(b"#") and b":=" not in line]
+    longest = max(map(len, fields))
+    if longest > _MOST_LINE:
+        raise UserError(
+            f"{path} has a header line of {longest} bytes, at most {_MOST_LINE} are usual; it is damaged: copy it again from its "
+            "source."
+        )
+    encoding = re.search(rb"^encoding:\s*(\w+)", head.lower(), re.MULTILINE)
+    if encoding is None or re.search(rb"^data ?file:", head.lower(), re.MULTILINE):
         return None, False
     if encoding[1] in (b"raw", b"gzip", b"gz"):
         return path.stat().st_size, encoding[1] != b"raw"
-    return None, False  # text takes two bytes a value at least, bzip2 packs without a bound
+    return None, False  # text takes at least two bytes per value, bzip2 has no bound
 
 
 def _check_finite(values: np.ndarray, path: Path) -> None:
@@ -226,11 +196,3 @@ def _grid(volume: sitk.Image) -> str:
     numbers = [", ".join(f"{value:g}" for value in values) for values in (volume.GetSpacing(), volume.GetOrigin())]
     code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(volume.GetDirection())
     return f"{' x '.join(map(str, volume.GetSize()))} voxels of {numbers[0]} mm from {numbers[1]}, orientation {code}"
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    reason = lines[-1] if isinstance(error, RuntimeError) else lines[0]  # ITK gives the reason at the end
-    return reason.removeprefix("sitk::ERROR: ")[:160]

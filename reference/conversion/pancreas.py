@@ -18,7 +18,6 @@ from rplib.reference.conversion.geometry import (
     affine_of,
     flipped,
     on_grid,
-    read_dicom_series,
     read_volume,
     resample,
     to_lps,
@@ -74,7 +73,7 @@ class PancreasRelease(Release):
         return {f"image{number}": Source(images[number], labels.get(number)) for number in sorted(images)}
 
     def prepare(self, name: str, source: Source) -> Prepared:
-        stored = read_dicom_series(source.image) if source.image.is_dir() else read_volume(source.image)
+        stored = read_volume(source.image)
         volume = resample(to_lps(sitk.Cast(stored, sitk.sitkFloat32)), SPACING, sitk.sitkBSpline)
         low, high = WINDOW
         image = (np.clip(xyz(volume), low, high) - low) / (high - low)

@@ -1,6 +1,8 @@
 """`rplib data check`: reads every case of a data set and reports invalid files."""
 
 import sys
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,8 @@ from rplib.errors import UserError
 from rplib.reference.datasets.cases import MOST_CLASSES
 from rplib.reference.datasets.layouts import NiftiFolder, guess_layout, open_dataset
 from rplib.reference.progress import progress
+
+_MANY = 4  # labelled cases from which on a label in a single case is worth a remark
 
 
 def check(root: Path, layout: str | None = None, classes: int | None = None, channels: int | None = None) -> int:
@@ -45,7 +49,8 @@ def check(root: Path, layout: str | None = None, classes: int | None = None, cha
                 for name in sorted(set(names[first]) & set(names[second]))
             ]
 
-    unlabelled, sizes, found = 0, [], set()
+    unlabelled, bare, sizes = 0, 0, []
+    voxels: dict[int, dict[str, int]] = defaultdict(dict)  # label value -> case -> number of voxels
     todo = [(split, name) for split in names for name in names[split]]
     for split, name in progress(todo, "checking"):
         try:
@@ -58,8 +63,11 @@ def check(root: Path, layout: str | None = None, classes: int | None = None, cha
         if case.label is None:
             unlabelled += 1
             continue
-        found |= set(np.unique(case.label).tolist())
-        if not case.label.any():
+        for value, number in zip(*np.unique(case.label, return_counts=True), strict=True):
+            voxels[int(value)][name] = int(number)
+        if not case.label.any() and case.label.ndim == 2:
+            bare += 1  # normal for slices
+        elif not case.label.any():
             problems.append(
                 f"{dataset.path(name)}: 'label' is background everywhere; "
                 f"{'remove the label file' if own else 'remove the key'} if the case is unlabelled."
@@ -73,15 +81,50 @@ def check(root: Path, layout: str | None = None, classes: int | None = None, cha
         counts += [f"{len(names[split])} {'validation' if split == 'val' else split} cases" for split in splits[1:]]
         print(f"{root}: {', '.join(counts)}; {' x '.join(axes)} voxels")
     if isinstance(dataset, NiftiFolder) and sizes:
-        labels = ", ".join(map(str, sorted(found)))
+        known = dataset.label_names
+        labels = ", ".join(f"{value} ({known[value]})" if value in known else str(value) for value in sorted(voxels))
+        highest = max([*voxels, *known], default=0)
         print(
             f"{dataset.dims}-D, {dataset.channels} channel{'s' * (dataset.channels != 1)}, labels {labels}: "
-            f"--set in_channels={dataset.channels} classes={max(found, default=0) + 1}"
+            f"--set in_channels={dataset.channels} classes={highest + 1}"
         )
-    for remark in dataset.remarks() if sizes else []:
+    remarks = [*dataset.remarks(), *(label_remarks(voxels) if own else [])] if sizes else []
+    if bare:
+        remarks.append(f"{bare} label{'s' * (bare != 1)} of 2-D images contain{'s' * (bare == 1)} only background.")
+    for remark in remarks:
         print(remark)
     if problems:
         print(f"rplib: error: {len(problems)} problem{'s' * (len(problems) != 1)} found in {root}", file=sys.stderr)
         return 2
     print("no problems found")
     return 0
+
+
+def label_remarks(voxels: Mapping[int, Mapping[str, int]]) -> list[str]:
+    """Remarks on label values that look like mistakes: gaps, and values in a single case.
+
+    Args:
+        voxels: per label value, the number of voxels in each case that contains it.
+
+    >>> label_remarks({0: {"a": 90, "b": 90}, 2: {"a": 10, "b": 10}})
+    ['no case contains label 1, although 2 occurs; renumber the labels 0..1 without gaps, or that class has no training voxel.']
+    """
+    remarks = []
+    highest = max(voxels, default=0)
+    gaps = [value for value in range(1, highest) if value not in voxels]
+    if gaps:
+        shown = ", ".join(map(str, gaps[:5])) + ", ..." * (len(gaps) > 5)
+        many = len(gaps) > 1
+        remarks.append(
+            f"no case contains label{'s' * many} {shown}, although {highest} occurs; renumber the labels 0..{len(voxels) - 1} "
+            f"without gaps, or {'those classes have' if many else 'that class has'} no training voxel."
+        )
+    cases = {name for counts in voxels.values() for name in counts}
+    for value, counts in sorted(voxels.items()):
+        if value and len(counts) == 1 and len(cases) >= _MANY:
+            ((name, number),) = counts.items()
+            remarks.append(
+                f"label {value} occurs in only one of {len(cases)} labelled cases, {name} ({number} voxel{'s' * (number != 1)}); "
+                "check whether it is a mistake."
+            )
+    return remarks

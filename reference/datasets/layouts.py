@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rplib.errors import UserError
+from rplib.errors import UserError, printable
 from rplib.reference.config import Config
 from rplib.reference.datasets.cases import Case, Dataset
 from rplib.reference.datasets.h5 import Brats, LeftAtrium, Pancreas
 from rplib.reference.datasets.nifti import NiftiFolder
+from rplib.reference.datasets.nnunet import NnunetFolder
 from rplib.reference.progress import progress
 
 __all__ = ["LAYOUTS", "Brats", "Case", "Dataset", "LeftAtrium", "NiftiFolder", "Pancreas", "Split"]
@@ -40,8 +41,8 @@ def open_dataset(
 
     Args:
         classes: C, background included.
-        channels, dims, normalisation: of the images, for the layout ``"generic"`` (`NiftiFolder`); the others have
-            one channel and three axes, and are normalised on disk.
+        channels, dims, normalisation: of the images, for the layout ``"generic"`` (`NiftiFolder`, or `NnunetFolder` for
+            a folder of nnU-Net); the others have one channel and three axes, and are normalised on disk.
 
     Raises:
         UserError: unknown layout, or no such folder.
@@ -50,6 +51,9 @@ def open_dataset(
         raise UserError(f"unknown data layout {layout!r}; expected one of: {', '.join(LAYOUTS)}.")
     kind = LAYOUTS[layout]
     if issubclass(kind, NiftiFolder):
+        folder = Path(root)
+        if (folder / NnunetFolder.images_folder).is_dir() and not (folder / NiftiFolder.images_folder).is_dir():
+            kind = NnunetFolder
         return kind(root, classes, channels, dims, normalisation)
     if channels not in (None, 1) or dims not in (None, 3):
         raise UserError(
@@ -69,17 +73,32 @@ def open_for(config: Config, root: str | Path) -> Dataset:
 
 
 def guess_layout(root: str | Path) -> str:
-    """Infer the layout from the folders in `root`; defaults to Left Atrium."""
+    """Infer the layout from the folders and lists in `root`.
+
+    Raises:
+        UserError: none of them exists; lists what was looked for and what is there.
+    """
     root = Path(root)
-    if (root / LeftAtrium.cases_folder).is_dir():
+    if not root.is_dir():
+        raise UserError(f"no data folder {root}.")
+    signs = {
+        LeftAtrium.layout: [f"{LeftAtrium.cases_folder}/"],
+        Pancreas.layout: [f"{Pancreas.cases_folder}/"],
+        NiftiFolder.layout: [f"{NiftiFolder.images_folder}/", f"{NnunetFolder.images_folder}/"],
+        Brats.layout: [f"{split}{Brats.list_suffix}" for split in Brats.splits] + [f"{Brats.cases_folder}/*.h5"],
+    }
+    for layout, names in signs.items():
+        if any((root / name).is_dir() if name.endswith("/") else any(root.glob(name)) for name in names):
+            return layout
+    if (root / "train.list").is_file():  # its cases are then reported as missing, one by one
         return LeftAtrium.layout
-    if (root / Pancreas.cases_folder).is_dir():
-        return Pancreas.layout
-    if (root / "images").is_dir():
-        return NiftiFolder.layout
-    if any((root / f"{split}{Brats.list_suffix}").is_file() for split in Brats.splits) or any(root.glob("data/*.h5")):
-        return Brats.layout
-    return LeftAtrium.layout
+    looked = "; ".join(f"{layout}: {', '.join(names)}" for layout, names in signs.items())
+    there = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
+    shown = ", ".join(map(printable, there[:5])) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
+    raise UserError(
+        f"{root} contains no known data set: looked for {looked}; found {shown or 'nothing'}. Pass the folder that contains one "
+        "of these, or put your images into images/ and your labels into labels/."
+    )
 
 
 def split_training(dataset: Dataset, config: Config) -> Split:

@@ -1,16 +1,18 @@
-"""Your own data: a plain folder of NIfTI files, C classes, one or more channels, 3-D or 2-D."""
+"""Your own data: a plain folder of NIfTI files or DICOM series, C classes, one or more channels, 3-D or 2-D."""
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import nibabel
 import numpy as np
 
 from rplib.errors import UserError, printable, reading
 from rplib.reference.datasets.cases import Case, Dataset, checked_image, checked_label, read_list
+from rplib.reference.datasets.dicom import holds_series, read_series
 from rplib.reference.datasets.headers import check_size, checked_affine
 from rplib.reference.files import name_mistake
 
@@ -23,10 +25,11 @@ _HELD_OUT_SEED = 1337  # for the split without lists; independent of the trainin
 
 
 class NiftiFolder(Dataset):
-    """A plain folder of NIfTI files (.nii.gz or .nii); the recipe `generic` reads it.
+    """A plain folder of NIfTI files (.nii.gz or .nii) or DICOM series; the recipe `generic` reads it.
 
         DIR/images/<name>.nii.gz                         one file per case; channels as an additional last axis
         DIR/images/<name>_0000.nii.gz, <name>_0001...    or one file per channel, as in nnU-Net
+        DIR/images/<name>/...                            or a folder with one DICOM series (per channel: <name>_0000/)
         DIR/labels/<name>.nii.gz                         0 background, 1..C-1; an image without a label is unlabelled
         DIR/train.list, DIR/test.list                    optional: one case name per line
 
@@ -38,7 +41,7 @@ class NiftiFolder(Dataset):
     others for training, labelled ones first. With only a test.list, all other cases are used for training.
 
     Args:
-        channels, dims: of the images, 2 or 3 dims; None infers them from the first image.
+        channels, dims: of the images, 2 or 3 dims; None infers them from the majority of the images.
         normalisation: per channel of each image: ``"z-score"``, ``"z-score-nonzero"`` (mean and deviation of the voxels
             other than 0, which stay 0), ``"percentiles"`` (clipped at the 0.5th and 99.5th, then z-score), ``"none"``.
 
@@ -47,7 +50,10 @@ class NiftiFolder(Dataset):
     """
 
     layout = "generic"
-    expected = "images/ and labels/ of NIfTI files"
+    expected = "images/ and labels/ of NIfTI files or DICOM series"
+    images_folder: ClassVar[str] = "images"
+    labels_folder: ClassVar[str] = "labels"
+    label_names: dict[int, str]  # value -> name, where the data set says it
 
     def __init__(
         self,
@@ -61,17 +67,19 @@ class NiftiFolder(Dataset):
         if normalisation not in NORMALISATIONS:
             raise UserError(f"unknown normalisation {normalisation!r}; expected one of: {', '.join(NORMALISATIONS)}.")
         self.normalisation = normalisation
-        images = _nifti_files(self.root / "images")
+        self.label_names = {}
+        folder = self.root / self.images_folder
+        images = image_files(folder)
         if not images:
-            raise UserError(f"no .nii or .nii.gz file in {self.root / 'images'}; expected {self.expected}.")
-        self._labels = _nifti_files(self.root / "labels")
-        self._images = _group_channels(images, self._labels, channels, self.root / "images")
+            raise UserError(f"no .nii or .nii.gz file in {folder}, and no folder of a DICOM series; expected {self.expected}.")
+        self._labels = image_files(self.root / self.labels_folder, series=False)
+        self._images = group_channels(images, self._labels, channels, folder)
         self.dims, self.channels = self._guess(dims, channels)
-        self._grids: dict[tuple[str, tuple[float, ...]], str] = {}  # (orientation, voxel size) -> an example
+        self._grids: dict[str, tuple[str, tuple[float, ...]]] = {}  # case -> orientation, voxel size
         strangers = sorted(set(self._labels) - set(self._images))
         if strangers:
             raise UserError(
-                f"{self._labels[strangers[0]]} has no matching image in {self.root / 'images'} "
+                f"{self._labels[strangers[0]]} has no matching image in {folder} "
                 f"({len(strangers)} such labels); give image and label the same name."
             )
 
@@ -92,7 +100,7 @@ class NiftiFolder(Dataset):
         return sorted(set(self._images) - held_out, key=lambda name: (name not in self._labels, name))
 
     def path(self, name: str) -> Path:
-        return self._images.get(name, [self.root / "images" / f"{name}.nii.gz"])[0]
+        return self._images.get(name, [self.root / self.images_folder / f"{name}.nii.gz"])[0]
 
     def has_label(self, name: str) -> bool:
         return name in self._labels
@@ -101,7 +109,7 @@ class NiftiFolder(Dataset):
         if name not in self._images:
             raise UserError(f"case {name} has no file {self.path(name)}; remove its name from the list or add the file.")
         if needs_label and name not in self._labels:
-            raise UserError(f"case {name} has no label in {self.root / 'labels'} but is used as a labelled case.")
+            raise UserError(f"case {name} has no label in {self.root / self.labels_folder} but is used as a labelled case.")
         image, affine = read_image(self._images[name], self.dims, self.channels, self.normalisation, name)
         files, shape = self._images[name], image.shape[1:]
         label = None
@@ -114,7 +122,7 @@ class NiftiFolder(Dataset):
             label = checked_label(values, shape, file, self.classes, "the label")
         orientation = "".join(str(code) for code in nibabel.aff2axcodes(affine))
         sizes = tuple(round(float(size), 3) for size in nibabel.affines.voxel_sizes(affine)[: self.dims])
-        self._grids.setdefault((orientation, sizes), name)
+        self._grids[name] = orientation, sizes
         return Case(name, image[0] if self.channels == 1 else image, label, affine)
 
     def remarks(self) -> list[str]:
@@ -125,14 +133,29 @@ class NiftiFolder(Dataset):
                 f"{self.root} has no test.list: a fifth of the labelled cases is held out for testing ({kept}); "
                 "write train.list and test.list to choose the split."
             )
-        orientations = {orientation: name for (orientation, _), name in self._grids.items()}
+        if not self._grids:  # nothing was read yet
+            return remarks
+        orientations = Counter(orientation for orientation, _ in self._grids.values())
         if len(orientations) > 1:
-            shown = ", ".join(f"{orientation} ({name})" for orientation, name in orientations.items())
-            remarks.append(f"the images are stored in different orientations: {shown}; nothing is reoriented on reading.")
-        sizes = np.array([size for _, size in self._grids])
-        if len(sizes) > 1 and (sizes.max(0) > 1.5 * sizes.min(0)).any():
-            shown = ", ".join(f"{low:g}-{high:g}" for low, high in zip(sizes.min(0), sizes.max(0), strict=True))
-            remarks.append(f"voxel sizes differ by more than half ({shown} mm); nothing is resampled on reading.")
+            (usual, times), *_ = orientations.most_common()
+            odd = [f"{name} ({orientation})" for name, (orientation, _) in self._grids.items() if orientation != usual]
+            remarks.append(
+                f"{times} of {len(self._grids)} images are stored in orientation {usual}; different: {_some(odd)}. Nothing is "
+                "reoriented."
+            )
+        sizes = {name: np.array(size) for name, (_, size) in self._grids.items()}
+        middle = np.quantile(np.array(list(sizes.values())), 0.5, axis=0, method="lower")
+        odd = [
+            f"{name} ({' x '.join(f'{n:g}' for n in size)})"
+            for name, size in sizes.items()
+            if (np.maximum(size, middle) > 1.5 * np.minimum(size, middle)).any()
+        ]
+        if odd:
+            told = " x ".join(f"{n:g}" for n in middle)
+            remarks.append(
+                f"{len(odd)} of {len(sizes)} images have voxel sizes more than 1.5 times larger or smaller than the usual "
+                f"{told} mm: {_some(odd)}. Nothing is resampled."
+            )
         return remarks
 
     def _list(self, split: str) -> Path | None:
@@ -150,20 +173,22 @@ class NiftiFolder(Dataset):
         return [labelled[i] for i in order[: max(1, round(len(labelled) / 5))]]
 
     def _guess(self, dims: int | None, channels: int | None) -> tuple[int, int]:
-        """Infer dims and channels from the first readable image; damaged files are reported on loading."""
+        """Infer dims and channels from the majority of the images; damaged files are reported on loading."""
+        if dims is not None and channels is not None:
+            return dims, channels
+        seen: Counter[tuple[int, int]] = Counter()
         for files in self._images.values():
-            if dims is not None and channels is not None:
-                break
+            if files[0].is_dir():  # a DICOM series, which is a volume of one channel
+                seen[dims or 3, channels or len(files)] += 1
+                continue
             try:
                 shape = open_nifti(files[0]).shape
             except UserError:
                 continue
-            if dims is None:
-                flat = len(shape) == 2 or shape[2] == 1 or (len(shape) == 3 and shape[2] == channels)
-                dims = 2 if flat else 3
-            if channels is None:
-                channels = len(files) * (shape[-1] if len(_squeezed(shape)) > dims else 1)
-        return dims or 3, channels or 1
+            flat = len(shape) == 2 or shape[2] == 1 or (len(shape) == 3 and shape[2] == channels)
+            axes = dims or (2 if flat else 3)
+            seen[axes, channels or len(files) * (shape[-1] if len(_squeezed(shape)) > axes else 1)] += 1
+        return seen.most_common(1)[0][0] if seen else (dims or 3, channels or 1)
 
 
 def read_image(files: Sequence[Path], dims: int, channels: int, normalisation: str, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -211,12 +236,22 @@ def normalised(image: np.ndarray, how: str) -> np.ndarray:
     return np.where(inside, scaled, 0).astype(image.dtype)
 
 
-def _nifti_files(folder: Path) -> dict[str, Path]:
-    """Files by name without suffix, sorted."""
+def image_files(folder: Path, series: bool = True) -> dict[str, Path]:
+    """Files by name without suffix, sorted; with `series` also folders that contain a DICOM series.
+
+    Raises:
+        UserError: duplicate or invalid names.
+    """
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         suffix = next((s for s in _SUFFIXES if path.name.endswith(s)), None)
-        if suffix is None or path.name.startswith(".") or not path.is_file():
+        if path.name.startswith("."):
+            continue
+        if series and path.is_dir():
+            suffix = "" if holds_series(path) else None
+        elif not path.is_file():
+            continue
+        if suffix is None:
             continue
         name = path.name.removesuffix(suffix)
         if (expected := name_mistake(name)) is not None:
@@ -227,10 +262,12 @@ def _nifti_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _group_channels(
-    images: dict[str, Path], labels: dict[str, Path], channels: int | None, folder: Path
-) -> dict[str, list[Path]]:
-    """Files of every case, in channel order."""
+def group_channels(images: dict[str, Path], labels: dict[str, Path], channels: int | None, folder: Path) -> dict[str, list[Path]]:
+    """Files of every case, in channel order.
+
+    Raises:
+        UserError: a case lacks a channel.
+    """
     matches = {stem: CHANNEL.fullmatch(stem) for stem in images}
     bases: dict[str, list[int]] = {}
     for match in matches.values():
@@ -272,11 +309,13 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def open_nifti(path: Path) -> nibabel.Nifti1Image:
-    """Open a file without reading its voxels.
+    """Open a file without reading its voxels; of a folder, read the DICOM series in it.
 
     Raises:
         UserError: missing, damaged, or not NIfTI.
     """
+    if path.is_dir():
+        return read_series(path)
     with reading(path, "NIfTI file", "write it again"):
         nifti = nibabel.load(path)
     if not isinstance(nifti, nibabel.Nifti1Image):  # NIfTI-2 is a subclass
@@ -313,3 +352,12 @@ def _check_grid(
     distance = np.linalg.norm((affine @ corners - wanted @ corners)[:3], axis=0).max()
     if distance > 0.25 * nibabel.affines.voxel_sizes(wanted)[: len(shape)].min():
         raise UserError(f"{path} and {other} have affines that differ by {distance:.2f} mm at the corners; resample one of them.")
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first three, and how many more.
+
+    >>> _some(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

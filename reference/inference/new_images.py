@@ -21,6 +21,7 @@ from rplib.reference.conversion.geometry import affine_of, read_volume
 from rplib.reference.conversion.pancreas import PancreasRelease
 from rplib.reference.conversion.releases import Release, Source
 from rplib.reference.datasets.cases import checked_image
+from rplib.reference.datasets.dicom import holds_series
 from rplib.reference.datasets.h5 import LeftAtrium, read_h5
 from rplib.reference.datasets.nifti import CHANNEL, NiftiFolder, open_nifti, read_image
 from rplib.reference.datasets.nifti_writing import diagonal_affine
@@ -37,7 +38,14 @@ class Input(NamedTuple):
     """One image to segment."""
 
     name: str  # of the output files
-    files: tuple[Path, ...]  # one, or one per channel
+    files: tuple[Path, ...]  # one, or one per channel; for a DICOM series its folder
+
+
+class Refused(NamedTuple):
+    """An input that cannot be segmented, and why."""
+
+    name: str
+    reason: str
 
 
 class Ready(NamedTuple):
@@ -50,36 +58,49 @@ class Ready(NamedTuple):
     placed: bool  # whether the file has an affine
 
 
-def find_inputs(paths: Sequence[Path]) -> list[Input]:
-    """One image per file, named after it.
+def find_inputs(paths: Sequence[Path]) -> tuple[list[Input], list[Refused]]:
+    """One image per file or DICOM folder, named after it; and the paths that are neither.
 
     Files of the Left Atrium layout all have the same name and are named after their folders.
-
-    Raises:
-        UserError: no such file, a folder, or an unsupported file type.
     """
-    inputs = []
+    inputs, refused = [], []
     for path in paths:
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; name the images in it, for example {path / '*.nii.gz'}.")
-        if not path.is_file():
-            raise UserError(f"no file {path}.")
-        suffix = next((s for s in (*_NIFTI, *_H5) if path.name.lower().endswith(s)), None)
-        if suffix is None:
-            raise UserError(f"{path} is neither NIfTI (.nii.gz, .nii) nor h5; convert it to NIfTI.")
-        name = path.name[: -len(suffix)]
-        if path.name == LeftAtrium.file_name and path.absolute().parent.name:
-            name = path.absolute().parent.name
-        inputs.append(Input(name, (path,)))
-    return inputs
+        try:
+            inputs.append(_input(path))
+        except UserError as error:
+            refused.append(Refused(path.name, str(error)))
+    return inputs, refused
 
 
-def group_channels(inputs: Sequence[Input], channels: int) -> list[Input]:
+def _input(path: Path) -> Input:
+    if path.is_dir():
+        if not holds_series(path):
+            raise UserError(
+                f"{path} is a folder without DICOM files; name the images in it, for example {path / '*.nii.gz'}, or the folder "
+                "of a series."
+            )
+        return Input(path.absolute().name, (path,))
+    if not path.is_file():
+        raise UserError(f"no file {path}.")
+    suffix = next((s for s in (*_NIFTI, *_H5) if path.name.lower().endswith(s)), None)
+    if suffix is None:
+        raise UserError(f"{path} is neither NIfTI (.nii.gz, .nii) nor h5 nor the folder of a DICOM series; convert it to NIfTI.")
+    name = path.name[: -len(suffix)]
+    if path.name == LeftAtrium.file_name and path.absolute().parent.name:
+        name = path.absolute().parent.name
+    return Input(name, (path,))
+
+
+def group_channels(inputs: Sequence[Input], channels: int) -> tuple[list[Input], list[Refused]]:
     """Group `<name>_0000`, `<name>_0001`, ... of one folder, if the network has several input channels.
 
+    Returns:
+        The images, and the incomplete ones.
+
     Raises:
-        UserError: a channel is missing, or two images have the same output file.
+        UserError: two images have the same output file.
     """
+    refused = []
     grouped: dict[tuple[Path, str], list[Input]] = {}
     for item in inputs:
         match = CHANNEL.fullmatch(item.name) if channels > 1 else None
@@ -89,7 +110,9 @@ def group_channels(inputs: Sequence[Input], channels: int) -> list[Input]:
     for (_, name), items in grouped.items():
         numbers = sorted(re.sub(r".*_", "", item.name) for item in items if item.name != name)
         if numbers and numbers != expected:
-            raise UserError(f"the channels {', '.join(numbers)} of {name} were given; expected {', '.join(expected)}.")
+            reason = f"the channels {', '.join(numbers)} of {name} were given; expected {', '.join(expected)}."
+            refused.append(Refused(name, reason))
+            continue
         merged = [Input(name, tuple(sorted(path for item in items for path in item.files)))] if numbers else items
         for item in merged:
             if item.name in found:
@@ -98,7 +121,7 @@ def group_channels(inputs: Sequence[Input], channels: int) -> list[Input]:
                     "into different folders."
                 )
             found[item.name] = item
-    return list(found.values())
+    return list(found.values()), refused
 
 
 def read(item: Input, config: Config, spacing: Sequence[float] | None = None, prepared: bool = False) -> Ready:

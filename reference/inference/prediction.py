@@ -20,7 +20,7 @@ from rplib.reference.datasets.nifti_writing import write_nifti
 from rplib.reference.devices import find_device
 from rplib.reference.files import output_path
 from rplib.reference.inference.components import largest_components
-from rplib.reference.inference.new_images import Input, Ready, find_inputs, group_channels, read
+from rplib.reference.inference.new_images import Input, Ready, Refused, find_inputs, group_channels, read
 from rplib.reference.inference.window_bar import window_bar
 from rplib.reference.inference.windows import DECODER_1, Segmentation, segment_outputs, window_overlap
 from rplib.reference.progress import progress
@@ -72,13 +72,19 @@ def predict(
         on_done: called after each image.
 
     Raises:
-        UserError: before anything is read: missing files, no network, duplicate names, invalid stride or device; at the
+        UserError: before anything is read: no network, duplicate names, invalid stride or device, no usable image; at the
             end: the images that could not be segmented.
     """
-    inputs = find_inputs(images)
+    inputs, refused = find_inputs(images)
     where = find_device(device)
     network, config = checkpoint.load_network(run, weights)  # type: ignore[arg-type]
-    inputs = group_channels(inputs, config.in_channels)
+    inputs, incomplete = group_channels(inputs, config.in_channels)
+    refused += incomplete
+    wanted = len(inputs) + len(refused)
+    for one in refused if wanted > 1 else []:
+        print(f"rplib: {one.name} not segmented: {one.reason}", file=sys.stderr)
+    if not inputs:
+        raise UserError(refused[0].reason if wanted == 1 else _summary_of(refused, wanted))
     steps = tuple(stride) if stride is not None else config.stride
     window_overlap(config.patch, steps)
     if spacing is not None and len(spacing) != len(config.patch):
@@ -89,7 +95,6 @@ def predict(
     network = network.to(where)
 
     done: list[Done] = []
-    failed: list[tuple[Input, str]] = []
     with progress(inputs, "segmenting", "image") as bar:
         for item in bar:
             try:
@@ -97,8 +102,8 @@ def predict(
                 with window_bar(network, ready.image.shape[1:], config.patch, steps, item.name):
                     found = _segment(network, ready.image, config, steps, batch, where, output)
             except UserError as error:
-                failed.append((item, str(error)))
-                if len(inputs) > 1:
+                refused.append(Refused(item.name, str(error)))
+                if wanted > 1:
                     bar.write(f"rplib: {item.name} not segmented: {error}", file=sys.stderr)
                 continue
             label = largest_components(found.label) if keep_largest else found.label
@@ -112,12 +117,14 @@ def predict(
             voxels = {k: int(np.count_nonzero(label == k)) for k in range(1, config.classes)}
             done.append(Done(item.name, paths[item.name], voxels, _millilitres(ready)))
             on_done(done[-1])
-    if len(failed) == 1 and len(inputs) == 1:
-        raise UserError(failed[0][1])
-    if failed:
-        names = ", ".join(item.name for item, _ in failed)
-        raise UserError(f"{len(failed)} of {len(inputs)} images were not segmented; see above for the reasons: {names}.")
+    if refused:
+        raise UserError(refused[0].reason if wanted == 1 else _summary_of(refused, wanted))
     return done
+
+
+def _summary_of(refused: Sequence[Refused], wanted: int) -> str:
+    names = ", ".join(one.name for one in refused)
+    return f"{len(refused)} of {wanted} images were not segmented; see above for the reasons: {names}."
 
 
 def _segment(

@@ -60,7 +60,9 @@ class Monitor:
             return False
         classes = [k for k in range(1, len(self._shares)) if self._shares[k]]
         return all(
-            sum(one[n][k] for one in known) / len(known) >= _KNOWN * self._shares[k] for k in classes for n in range(len(known[0]))
+            sum(one[n][k] for one in known) / len(known) >= _KNOWN * self._shares[k]
+            for k in classes
+            for n in range(len(known[0]))
         )
 
     def _at_the_end_of_a_window(self) -> list[str]:

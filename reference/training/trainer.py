@@ -126,7 +126,7 @@ class Training:
                 torch.manual_seed(_seed(config.seed, ranks.rank))
             if saved is not None:
                 checkpoint.load_weights(self.network, saved["network"], out / LAST)
-        last = torch.channels_last_3d if len(config.patch) == 3 else torch.channels_last
+        last = torch.channels_last_3d if config.network_dims == 3 else torch.channels_last
         memory_format = last if config.channels_last else torch.contiguous_format
         self.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
         if device.type == "cpu":
@@ -150,7 +150,8 @@ class Training:
         if saved is not None:
             with reading(out / LAST, "checkpoint", "use another one or train again"):
                 self._restore(saved, batches)
-        self.batches, self.feed = batches, Feed(batches, device, memory_format)
+        of_images = torch.contiguous_format if config.slices else memory_format  # slices come with a third axis of one voxel
+        self.batches, self.feed = batches, Feed(batches, device, of_images)
 
         if saved is None:  # the iteration that the ramp-up counts from; None: not yet
             self.ramp_from: int | None = None if config.await_classes and config.consistency else config.warmup
@@ -230,9 +231,7 @@ class Training:
         for (t, weight, rate, names, _), (total, dice, mutual, *statistics) in zip(pending, losses, strict=True):
             if not all(map(math.isfinite, (total, dice, mutual))):
                 self._write_rows(rows)
-                self._not_finite(
-                    f"the loss is not finite at iteration {t} (total {total}, dice {dice}, mutual {mutual}", names
-                )
+                self._not_finite(f"the loss is not finite at iteration {t} (total {total}, dice {dice}, mutual {mutual}", names)
             row = LogRow(t, total, dice, mutual, weight, rate, seconds)
             rows.append(_with_statistics(row, statistics, self.config.classes) if statistics else row)
         for warning in self.monitor.look(rows):
