@@ -79,7 +79,7 @@ def test_metrics_have_one_row_an_iteration(finished):
         assert row.seconds > 0
         assert row.mutual > 0
     header = (finished / "metrics.csv").read_text().splitlines()[0]
-    assert header == "iteration,total,dice,mutual,consistency_weight,learning_rate,seconds,validation_dice"
+    assert header.startswith("iteration,total,dice,mutual,consistency_weight,learning_rate,seconds,validation_dice,taught_by_1,")
 
 
 def check_events(run: Path) -> None:

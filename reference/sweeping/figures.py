@@ -12,20 +12,26 @@ COLOURS = ("#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#5
 MARKS = ("o", "s", "D", "^", "v", "P", "X", "*")
 
 
-def cases_png(dice: Mapping[str, Mapping[int, Mapping[str, float]]], baseline: str) -> bytes:
+def cases_png(
+    dice: Mapping[str, Mapping[int, Mapping[str, float]]], baseline: str, coloured: Sequence[str] | None = None
+) -> bytes:
     """Mean and range over the seeds of every case's Dice, cases sorted by the baseline's mean, worst first.
 
     Args:
         dice: cell -> seed -> case -> Dice, as `results.dice_by_seed` gives it.
+        coloured: all cells, where only some are shown, so that each keeps its colour from one picture to the next.
     """
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     axis = figure.subplots()
     means = {cell: _over_seeds(seeds) for cell, seeds in dice.items()}
     order = means[baseline if baseline in means else next(iter(means))]
     names = sorted(order, key=lambda case: statistics.fmean(order[case]))
-    for k, (cell, cases) in enumerate(means.items()):
-        there = [(n, [100 * v for v in cases[name]]) for n, name in enumerate(names) if name in cases]
-        at = [n + 0.8 * (k / max(1, len(means) - 1) - 0.5) * (len(means) > 1) for n, _ in there]
+    places = {cell: k for k, cell in enumerate(coloured or list(means))}
+    for n, (cell, cases) in enumerate(means.items()):
+        k = places[cell]
+        there = [(at, [100 * v for v in cases[name]]) for at, name in enumerate(names) if name in cases]
+        shift = 0.5 * (n / (len(means) - 1) - 0.5) if len(means) > 1 else 0.0
+        at = [place + shift for place, _ in there]
         mean = [statistics.fmean(values) for _, values in there]
         spread = [
             [m - min(v) for m, (_, v) in zip(mean, there, strict=True)],
