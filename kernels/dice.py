@@ -11,7 +11,7 @@ Per network, over all labelled samples together, with g_c the indicator of class
 
 The sums lie in one vector behind the value that marks non-finite input (see statistics.py):
 
-    [poison, overlap_a (C), overlap_b (C), soft_a (C), soft_b (C), truth (C)]
+    [nonfinite, overlap_a (C), overlap_b (C), soft_a (C), soft_b (C), truth (C)]
 """
 
 import triton

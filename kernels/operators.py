@@ -23,7 +23,7 @@ from rplib.similarity import similarity
 def loss(logits: list[Tensor], features: list[Tensor] | None, options: Options) -> Tensor:
     """The mutual loss of two networks, a 0-dim float32 tensor, differentiable once with respect to the logits."""
     value, terms = _run(logits, features, options)
-    return ranks.as_one_process(value, ranks.total(terms[1], options.process_group), options.process_group)
+    return ranks.as_one_process(value, ranks.detached_sum(terms[1], options.process_group), options.process_group)
 
 
 def objective(
@@ -41,7 +41,7 @@ def objective(
     dice, mutual = terms.detach().unbind()
     if group is None:
         return local, dice, mutual
-    mutual = ranks.total(mutual, group)
+    mutual = ranks.detached_sum(mutual, group)
     return ranks.as_one_process(local, dice_weight * dice + consistency_weight * mutual, group), dice, mutual
 
 
@@ -60,12 +60,12 @@ def _run(
     prototypes_a, prototypes_b, counts, sums = statistics(
         logits[0].detach(), logits[1].detach(), fa, fb, target, options.confidence, options.eps
     )
-    counts, sums = ranks.total(counts, options.process_group), ranks.total(sums, options.process_group)
+    counts, sums = ranks.detached_sum(counts, options.process_group), ranks.detached_sum(sums, options.process_group)
     factor = 1.0
     weight: Tensor | None = None
     if isinstance(consistency_weight, Tensor):
         weight = consistency_weight.to(logits[0].device, non_blocking=True)
-    elif torch.compiler.is_compiling():  # a number that changes would be compiled anew each time
+    elif torch.compiler.is_compiling():  # a number that changes would be recompiled each time
         weight = torch.full((), consistency_weight, dtype=torch.float32, device=logits[0].device)
     else:
         factor = float(consistency_weight)

@@ -112,12 +112,12 @@ def statistics(
     sums_b = new((batch, programs, classes, f_b), dtype=torch.float32)
     members = new((3, batch, programs, classes), dtype=torch.int32)
     counts = new((2, batch, programs), dtype=torch.int32)
-    poison = new((batch, programs, feature_blocks), dtype=torch.float32)
+    nonfinite = new((batch, programs, feature_blocks), dtype=torch.float32)
     dice = new((labelled, programs, 4, classes), dtype=torch.float32)
     with current_device(za):
         launch(
             statistics_kernel, (programs * batch, feature_blocks),
-            za, zb, fa, fb, za if labels is None else labels, sums_a, sums_b, members, dice, counts, poison,
+            za, zb, fa, fb, za if labels is None else labels, sums_a, sums_b, members, dice, counts, nonfinite,
             labelled, voxels, size1, size2, *_label_strides(g_labels, flat),
             *g_za.axes(flat), *g_zb.axes(flat), *g_fa.axes(flat), *g_fb.axes(flat), programs, per_program,
             EPS=eps, CLASSES=classes, CLASSES_PAD=tiles.classes_pad, CLASSES_DOT=tiles.classes_dot,
@@ -134,8 +134,8 @@ def statistics(
         grid = (2 * batch * classes if features else 0) + all_sums.numel()
         launch(
             prototypes_kernel, (grid,),
-            sums_a, sums_b, members, counts, poison, dice, prototypes_a, prototypes_b, all_counts, all_sums,
-            batch, programs, poison.numel(), labelled,
+            sums_a, sums_b, members, counts, nonfinite, dice, prototypes_a, prototypes_b, all_counts, all_sums,
+            batch, programs, nonfinite.numel(), labelled,
             EPS=eps, CLASSES=classes, FEATURES_A=f_a, FEATURES_B=f_b, FEATURES_PAD=features_pad,
             ROWS=max(1, 2048 // features_pad), COUNT_BLOCK=1024, WITH_FEATURES=features is not None,
             WITH_DICE=labels is not None, num_warps=4,

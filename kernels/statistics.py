@@ -1,7 +1,7 @@
 """First pass: reliable voxels per pair, the class prototypes of both networks, and the sums of the Dice loss.
 
 One read of all logits, features and labels. Every program walks over a run of blocks of one sample, adds in registers and
-writes one partial result; a second, tiny kernel adds the partials in a fixed order. Non-finite values end up in ``poison``.
+writes one partial result; a second, tiny kernel adds the partials in a fixed order. Non-finite values end up in ``nonfinite``.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from rplib.kernels.voxels import (
     channel_offset,
     load,
     load_logits,
-    more_doubt,
+    more_uncertain,
     opinion,
     probabilities,
     sample_offset,
@@ -28,7 +28,7 @@ from rplib.kernels.voxels import (
 class Sums(NamedTuple):
     """What a program adds up. Tiles of one number per row (ROWS,); tuples over classes where there are some.
 
-    seen: voxels. ab, ba: reliable voxels of student a and b. poison: 0 or NaN. members_a, members_b: voxels whose pseudo-label is
+    seen: voxels. ab, ba: reliable voxels of student a and b. nonfinite: 0 or NaN. members_a, members_b: voxels whose pseudo-label is
     class 1, 2 .. (those of class 0 are the rest). features_a, features_b: sums of features, (FEATURE_BLOCK, ROWS) or with DOT one
     tile (CLASSES_DOT, FEATURE_BLOCK). overlap_a, overlap_b, soft_a, soft_b, truth: of Dice.
     """
@@ -36,7 +36,7 @@ class Sums(NamedTuple):
     seen: tl.tensor
     ab: tl.tensor
     ba: tl.tensor
-    poison: tl.tensor
+    nonfinite: tl.tensor
     members_a: tl.tuple
     members_b: tl.tuple
     features_a: tl.tuple
@@ -182,7 +182,7 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
     zb = load_logits(i.zb, zb_v, i.zb_strides.channel, valid, CLASSES, o.CLASSES_PAD, o.Z_LAYOUT, o.WIDE, MASKED)
     a = opinion(za, CLASSES, False)
     b = opinion(zb, CLASSES, False)
-    m_ab, m_ba = more_doubt(a, b, o.EPS, CLASSES, o.COMPARE, o.BY_ENTROPY)
+    m_ab, m_ba = more_uncertain(a, b, o.EPS, CLASSES, o.COMPARE, o.BY_ENTROPY)
     if MASKED:
         m_ab = m_ab & valid
         m_ba = m_ba & valid
@@ -195,7 +195,7 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
         bad = tl.maximum(a.top, b.top, propagate_nan=tl.PropagateNan.ALL)
     else:
         bad = a.top + a.rest + b.top + b.rest
-    poison = s.poison + _rows(bad * 0.0)  # 0, or NaN where a logit is NaN or +inf
+    nonfinite = s.nonfinite + _rows(bad * 0.0)  # 0, or NaN where a logit is NaN or +inf
     members_a = s.members_a
     members_b = s.members_b
     features_a = s.features_a
@@ -230,7 +230,7 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
             o.DOT, o.WIDE, MASKED, o.FEATURES_B % o.FEATURE_BLOCK != 0 or o.FEATURES_A != o.FEATURES_B,
         )  # fmt: skip
     return Sums(
-        seen, ab, ba, poison, members_a, members_b, features_a, features_b, overlap_a, overlap_b, soft_a, soft_b, truth
+        seen, ab, ba, nonfinite, members_a, members_b, features_a, features_b, overlap_a, overlap_b, soft_a, soft_b, truth
     )  # fmt: skip
 
 
@@ -308,7 +308,7 @@ def statistics_kernel(
     members,  # out: (3, B, programs, C) int32, voxels per class: a, b, target
     dice,  # out: (labelled, programs, 4, C) float32, overlap and soft sums (see dice.py)
     counts,  # out: (2, B, programs) int32, reliable voxels: student a, student b
-    poison,  # out: (B, programs, feature blocks) float32, 0 or NaN
+    nonfinite,  # out: (B, programs, feature blocks) float32, 0 or NaN
     labelled, voxels, size1, size2, t_b, t_0, t_1, t_2,
     za_b, za_c, za_0, za_1, za_2, zb_b, zb_c, zb_0, zb_1, zb_2,
     fa_b, fa_c, fa_0, fa_1, fa_2, fb_b, fb_c, fb_0, fb_1, fb_2,
@@ -346,13 +346,13 @@ def statistics_kernel(
             CONFIDENCE != "none", CONFIDENCE == "entropy", WITH_FEATURES, WITH_DICE, DOT, Z_LAYOUT, F_LAYOUT, FLAT, WIDE,
         ),
     )  # fmt: skip
-    bad = tl.sum(sums.poison, axis=0)
+    bad = tl.sum(sums.nonfinite, axis=0)
     if WITH_FEATURES:
         f = first_feature + tl.arange(0, FEATURE_BLOCK)
         row = here.to(tl.int64) * CLASSES
         bad += _store_features(sums_a + row * FEATURES_A, sums.features_a, f, FEATURES_A, CLASSES, CLASSES_DOT, DOT)
         bad += _store_features(sums_b + row * FEATURES_B, sums.features_b, f, FEATURES_B, CLASSES, CLASSES_DOT, DOT)
-    tl.store(poison + here * tl.num_programs(1) + feature_block, bad)
+    tl.store(nonfinite + here * tl.num_programs(1) + feature_block, bad)
     if feature_block == 0:
         tl.store(counts + here, tl.sum(sums.ab, axis=0))
         tl.store(counts + all_programs + here, tl.sum(sums.ba, axis=0))
@@ -411,16 +411,16 @@ def _column_sum(values, n, stride, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def prototypes_kernel(
-    sums_a, sums_b, members, counts, poison, dice,  # what statistics_kernel wrote
+    sums_a, sums_b, members, counts, nonfinite, dice,  # what statistics_kernel wrote
     prototypes_a, prototypes_b,  # out: (B, C, F) float32
     all_counts,  # out: (2,) int64
     all_sums,  # out: (1 + 5 C,) float32, or (1,) without Dice: the vector of dice.py
-    batch, programs, poisons, labelled,
+    batch, programs, flags, labelled,
     EPS: tl.constexpr, CLASSES: tl.constexpr, FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr,
     FEATURES_PAD: tl.constexpr, ROWS: tl.constexpr, COUNT_BLOCK: tl.constexpr,
     WITH_FEATURES: tl.constexpr, WITH_DICE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (2 B C with features + 1 + 5 C with Dice,): the prototypes, the counts and the poison, the sums of Dice."""
+    """Grid: (2 B C with features + 1 + 5 C with Dice,): the prototypes, the counts and the nonfinite, the sums of Dice."""
     program = tl.program_id(0)
     rows = batch * CLASSES
     plane = batch * programs * CLASSES
@@ -432,7 +432,7 @@ def prototypes_kernel(
         n = batch * programs
         tl.store(all_counts, _column_sum(counts, n, 1, tl.int64, COUNT_BLOCK))
         tl.store(all_counts + 1, _column_sum(counts + n, n, 1, tl.int64, COUNT_BLOCK))
-        tl.store(all_sums, _column_sum(poison, poisons, 1, tl.float32, COUNT_BLOCK))
+        tl.store(all_sums, _column_sum(nonfinite, flags, 1, tl.float32, COUNT_BLOCK))
     elif after > 0:
         if WITH_DICE:
             n = labelled * programs

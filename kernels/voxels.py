@@ -25,7 +25,7 @@ PACKED = tl.constexpr(3)  # and voxel after voxel, sample by sample: channels la
 # Integer arguments of the kernels. They are not specialised: a size that is 1, or a multiple of 16, would be another variant to
 # compile for every shape of patches, and one that is 1 no tensor in the kernel. What matters of them is in the layouts.
 SIZES = [
-    *("labelled", "voxels", "size1", "size2", "record_stride", "batch", "programs", "blocks_per_program", "poisons", "n"),
+    *("labelled", "voxels", "size1", "size2", "record_stride", "batch", "programs", "blocks_per_program", "flags", "n"),
     *(f"{tensor}_{axis}" for tensor in ("za", "zb", "fa", "fb", "ga", "gb", "t") for axis in "bc012"),
 ]
 
@@ -300,7 +300,7 @@ def _margin_error(z):
 
 
 @triton.jit
-def more_doubt(a, b, eps, CLASSES: tl.constexpr, COMPARE: tl.constexpr, BY_ENTROPY: tl.constexpr):
+def more_uncertain(a, b, eps, CLASSES: tl.constexpr, COMPARE: tl.constexpr, BY_ENTROPY: tl.constexpr):
     """(m_ab, m_ba): where network a is strictly less confident, so that b teaches a, and the reverse.
 
     For two classes entropy and largest probability order voxels alike, for every eps: both fall or rise strictly with the

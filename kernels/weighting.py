@@ -34,7 +34,7 @@ from rplib.kernels.voxels import (
     cross_entropy,
     first_slope,
     load_logits,
-    more_doubt,
+    more_uncertain,
     opinion,
     probabilities,
     sample_offset,
@@ -180,7 +180,7 @@ def _block(start, loss_ab, loss_ba, i, out, o, MASKED: tl.constexpr):
     zb = load_logits(i.zb, zb_v, i.zb_strides.channel, valid, CLASSES, o.CLASSES_PAD, o.Z_LAYOUT, o.WIDE, MASKED)
     a = opinion(za, CLASSES, False)
     b = opinion(zb, CLASSES, False)
-    m_ab, m_ba = more_doubt(a, b, o.EPS, CLASSES, o.COMPARE, o.BY_ENTROPY)
+    m_ab, m_ba = more_uncertain(a, b, o.EPS, CLASSES, o.COMPARE, o.BY_ENTROPY)
     if MASKED:
         m_ab = m_ab & valid
         m_ba = m_ba & valid

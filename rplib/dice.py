@@ -56,6 +56,6 @@ def dice_loss(
         g = (truth == c if keep is None else (truth == c) & keep).to(dtype)
         rows.append(torch.stack([(p[:, c] * g).sum(), p[:, c].sum() + g.sum()]))
     local = torch.stack(rows, dim=1)  # (2, classes): overlap, size
-    overlap, size = ranks.as_one_process(local, ranks.total(local, process_group), process_group)
+    overlap, size = ranks.as_one_process(local, ranks.detached_sum(local, process_group), process_group)
     terms: Tensor = 1 - (2 * overlap + _SMOOTH) / (size + _SMOOTH)
     return terms.mean()

@@ -50,15 +50,15 @@ def loss_and_statistics(
     features = features if options.weighting else None
     group = options.process_group
     known = statistics(logits, features, options, valid, detailed=detailed)
-    nonfinite = ranks.total(known.nonfinite, group)
-    counts = ranks.total(known.counts, group)
+    nonfinite = ranks.detached_sum(known.nonfinite, group)
+    counts = ranks.detached_sum(known.counts, group)
     normaliser = counts.to(nonfinite.dtype) + options.eps + nonfinite  # n_ij: (pairs,)
     if options.reduction == "sum":
         normaliser = torch.ones_like(normaliser) + nonfinite
     value, numerators, weights = _LeanLoss.apply(  # type: ignore[no-untyped-call]
         options, len(logits), detailed, valid, nonfinite, normaliser, *(known.prototypes or []), *logits, *(features or [])
     )
-    result = ranks.as_one_process(value, ranks.total(value, group), group)
+    result = ranks.as_one_process(value, ranks.detached_sum(value, group), group)
     if not detailed:
         return result, None
     assert known.members is not None and known.differing is not None and known.voxels is not None
@@ -181,8 +181,8 @@ def statistics(
         nonfinite = nonfinite + total.sum() * 0
         number = torch.cat(network_members)  # (B, C)
         if options.prototypes == "batch":
-            total = ranks.total(total.sum(dim=0, keepdim=True), options.process_group).expand(batch, -1, -1)
-            number = ranks.total(number.sum(dim=0, keepdim=True), options.process_group).expand(batch, -1)
+            total = ranks.detached_sum(total.sum(dim=0, keepdim=True), options.process_group).expand(batch, -1, -1)
+            number = ranks.detached_sum(number.sum(dim=0, keepdim=True), options.process_group).expand(batch, -1)
         mean = total / (number.to(dtype).unsqueeze(2) + options.eps)
         length = mean.square().sum(dim=2, keepdim=True).sqrt()
         prototypes.append(mean / length.clamp_min(1e-12))

@@ -65,12 +65,12 @@ def loss_and_statistics(
         cross_entropy = F.cross_entropy(scores, pair.pseudo_label, reduction="none")  # (B, *spatial)
         # Where nobody teaches, a class that the student rules out (a logit of -inf) costs nothing: 0, not 0 * inf.
         cross_entropy = cross_entropy.masked_fill(~mask & cross_entropy.isposinf(), 0)
-        counts.append(ranks.total(pair.mask.sum(), group))
+        counts.append(ranks.detached_sum(pair.mask.sum(), group))
         count = counts[-1].to(scores.dtype) + options.eps if options.reduction == "mean" else 1  # n_ij, counted in integers
         numerators.append((pair.weight.detach() * cross_entropy).sum() / count)
         weights.append(pair.weight.sum())
         total = total + numerators[-1]
-    result = ranks.as_one_process(total, ranks.total(total, group), group)
+    result = ranks.as_one_process(total, ranks.detached_sum(total, group), group)
     if not detailed:
         return result, None
     sums = Sums(torch.stack(counts), *_labels(probabilities, valid), torch.stack(numerators), torch.stack(weights))
@@ -131,8 +131,8 @@ def _prototypes(f: Tensor, label: Tensor, valid: Tensor | None, classes: int, op
             mean[b, c] = (f[b] * of_class).flatten(1).sum(dim=1)
             number[b, c] = of_class.sum()
     if options.prototypes == "batch":
-        mean = ranks.total(mean.sum(dim=0, keepdim=True), options.process_group).expand_as(mean)
-        number = ranks.total(number.sum(dim=0, keepdim=True), options.process_group).expand_as(number)
+        mean = ranks.detached_sum(mean.sum(dim=0, keepdim=True), options.process_group).expand_as(mean)
+        number = ranks.detached_sum(number.sum(dim=0, keepdim=True), options.process_group).expand_as(number)
     return F.normalize(mean / (number + options.eps), dim=-1, eps=1e-12)
 
 

@@ -70,7 +70,7 @@ def resolved(group: Group) -> Group:
         ) from error
 
 
-def total(local: Tensor, group: Group) -> Tensor:
+def detached_sum(local: Tensor, group: Group) -> Tensor:
     """The sum over ranks, without a gradient; the tensor itself without a group.
 
     Raises:

@@ -44,8 +44,8 @@ class Sums(NamedTuple):
 
     def over_ranks(self, group: ranks.Group) -> ObjectiveStatistics:
         """The shares and means of the whole batch."""
-        integers = ranks.total(torch.cat([self.members.flatten(), torch.stack([self.differing, self.voxels])]), group)
-        values = ranks.total(torch.stack([self.numerators, self.weights]), group)
+        integers = ranks.detached_sum(torch.cat([self.members.flatten(), torch.stack([self.differing, self.voxels])]), group)
+        values = ranks.detached_sum(torch.stack([self.numerators, self.weights]), group)
         dtype = values.dtype
         shares = integers.to(dtype) / integers[-1].clamp_min(1)
         networks = self.members.shape[0]

@@ -99,5 +99,5 @@ def cross_entropy_loss(logits: Tensor, target: Tensor, process_group: ranks.Grou
     else:
         chosen, count = chosen & valid.flatten(1).unsqueeze(1), valid.sum()
     local = -torch.where(chosen, log_p, torch.zeros((), dtype=dtype, device=logits.device)).sum()
-    numerator = ranks.as_one_process(local, ranks.total(local, process_group), process_group)
-    return numerator / ranks.total(count, process_group).clamp_min(1)
+    numerator = ranks.as_one_process(local, ranks.detached_sum(local, process_group), process_group)
+    return numerator / ranks.detached_sum(count, process_group).clamp_min(1)
