@@ -28,7 +28,7 @@ from rplib.kernels.voxels import (
 class Sums(NamedTuple):
     """What a program adds up. Tiles of one number per row (ROWS,); tuples over classes where there are some.
 
-    seen: voxels. ab, ba: reliable voxels of student a and b. nonfinite: 0 or NaN. members_a, members_b: voxels whose pseudo-label is
+    seen: voxels. ab, ba: reliable voxels of student a and b. nonfinite: 0 or NaN. members_a, members_b: voxels pseudo-labelled as
     class 1, 2 .. (those of class 0 are the rest). features_a, features_b: sums of features, (FEATURE_BLOCK, ROWS) or with DOT one
     tile (CLASSES_DOT, FEATURE_BLOCK). overlap_a, overlap_b, soft_a, soft_b, truth: of Dice.
     """
