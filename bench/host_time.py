@@ -38,7 +38,7 @@ def launch_nothing() -> None:
         def __call__(self, *_: Any) -> None:
             pass
 
-    class Driver(DriverBase):  # type: ignore[misc]  # Triton has no types
+    class Driver(DriverBase):
         def __init__(self) -> None:
             self.launcher_cls = Nothing
             self.utils = SimpleNamespace(

@@ -45,8 +45,9 @@ def candidates(itemsize: int, channels_last: bool) -> Iterator[tuple[str, Any]]:
     """(function name in tiling.py, value to return), for two classes."""
     from rplib.kernels.tiling import SECTOR, GradientTiles, StatisticsTiles, WeightingTiles
 
-    for block, warps in ((64, 2), (64, 4), (128, 2), (128, 4), (128, 8), (256, 4), (256, 8)):
-        yield "statistics_tiles", StatisticsTiles(block, 2, 16, 16, False, warps)
+    for rows, warps in ((64, 2), (64, 4), (128, 2), (128, 4), (128, 8), (256, 4), (256, 8)):
+        for vector in (1,) if channels_last else (4, 8):
+            yield "statistics_tiles", StatisticsTiles(rows * vector, 2, 16, 16, False, warps, vector)
     group = SECTOR // itemsize
     blocks = (32, 64, 128, 256) if channels_last else (128, 256, 512, 1024)
     for block, feature_block, warps in product(blocks, (8, 16), (2, 4, 8)):

@@ -296,7 +296,7 @@ def _weighting_backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) ->
     if for_weight:
         weight = upstream * ctx.factor * terms[1]
         if torch.is_grad_enabled():  # the mutual term depends on the logits, which a second derivative would not see
-            weight = _DifferentiableOnce.apply(weight, *ctx.saved_tensors[4:6])  # type: ignore[no-untyped-call]
+            weight = _DifferentiableOnce.apply(weight, *ctx.saved_tensors[4:6])
     return (grads[0] if for_a else None, grads[1] if for_b else None, weight, *nothing)
 
 
