@@ -95,7 +95,8 @@ def test_extras_exist():
 def test_recipes_exist():
     on_disk = {file.stem for file in (ROOT / "reference" / "recipes").glob("*.toml")}
     named = set(re.findall(r"`((?:la|pancreas|brats)-\d+|generic)`", README))
-    assert named == {name for name in on_disk if not name.endswith("-supervised") and name != "base"}
+    assert named == {name for name in on_disk if not name.endswith(("-supervised", "-robust")) and name != "base"}
+    assert {name for name in on_disk if name.endswith("-robust")} == {f"{name}-robust" for name in named if name.startswith("la-")}
     assert {f"{name}-supervised" for name in named} <= on_disk
 
 
