@@ -71,7 +71,7 @@ def test_every_field_of_the_maps_is_named():
 
 def test_pictures_are_small_and_say_what_they_show():
     pictures = re.findall(r"^!\[([^\]]*)\]\(([^)]+)\)$", README, flags=re.MULTILINE)
-    assert len(pictures) == 2
+    assert len(pictures) == 3
     for said, target in pictures:
         assert len(said.split()) > 8, f"{target} needs an alternative text"
         assert (ROOT / target).stat().st_size < 300_000
@@ -95,7 +95,9 @@ def test_extras_exist():
 def test_recipes_exist():
     on_disk = {file.stem for file in (ROOT / "reference" / "recipes").glob("*.toml")}
     named = set(re.findall(r"`((?:la|pancreas|brats)-\d+|generic)`", README))
-    assert named == {name for name in on_disk if not name.endswith("-supervised") and name != "base"}
+    assert named == {name for name in on_disk if not name.endswith(("-supervised", "-robust")) and name != "base"}
+    robust = {name for name in on_disk if name.endswith("-robust")}
+    assert robust == {f"{name}-robust" for name in named if name.startswith("la-")}
     assert {f"{name}-supervised" for name in named} <= on_disk
 
 

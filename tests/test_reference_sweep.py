@@ -4,11 +4,12 @@ import contextlib
 import csv
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 from reference_tools import TINY, mistake, write_dataset
 
-from rplib import cli
+from rplib import cli, reference
 from rplib.errors import UserError
 from rplib.reference.sweeping import runner
 from rplib.reference.sweeping.figures import cases_png, curves_png
@@ -16,6 +17,7 @@ from rplib.reference.sweeping.plan import read_plan
 from rplib.reference.sweeping.results import Result, compare_cells, dice_by_seed
 from rplib.reference.training import trainer
 
+RESULTS = Path(reference.__file__).parent / "results"
 HEAD = 'data = "data"\nout = "sweep"\nseeds = [3, 1]\n'
 CELLS = """
 [cells.alone]
@@ -67,6 +69,16 @@ def test_a_plan_runs_through_the_cells_seed_by_seed(tmp_path):
 )
 def test_mistakes_in_a_plan_are_one_sentence(tmp_path, capsys, text, message):
     assert message in mistake(capsys, "sweep", write_plan(tmp_path, text))
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_plans_of_the_results_are_whole_and_have_their_runs(path):
+    plan = read_plan(path)
+    with open(path.with_suffix(".csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["cell"] for row in rows} == set(plan.cells)
+    planned = {(run.cell, str(run.seed)) for run in plan.runs}
+    assert {(row["cell"], row["seed"]) for row in rows} <= planned
 
 
 def test_a_missing_plan(tmp_path, capsys):

@@ -83,7 +83,7 @@ class Monitor:
 
     def _classes(self, rows: Sequence[LogRow], weight: float, t: int) -> list[str]:
         known = [row.pseudo_labels for row in rows if row.pseudo_labels]
-        if not known:
+        if not known or not weight:  # nothing is taught yet
             return []
         told = []
         for k in range(1, len(self._shares)):
