@@ -612,7 +612,8 @@ def test_sigterm_writes_a_checkpoint_and_the_training_goes_on_to_the_same_bits(d
 def test_a_signal_while_a_command_is_imported(number, code, told):
     """The command's own modules take seconds; here one of them sends the signal itself."""
     program = f"""
-import os, sys, types
+import os, signal, sys, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 from rplib import cli
 class Sender:
     def find_spec(self, name, path=None, target=None):
