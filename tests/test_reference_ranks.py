@@ -128,7 +128,7 @@ def test_torchrun_trains_as_one_process_does(ranks, folder, data, tmp_path):
     trainer.train(load_recipe("la-4", [*SETTINGS, "dropout=0", "iterations=2"]), data, tmp_path / "one", device="cpu")
     one, two = (read_metrics(path / "metrics.csv") for path in (tmp_path / "one", folder / "first"))
     for a, b in zip(one, two, strict=True):
-        assert (b.total, b.dice, b.mutual) == pytest.approx((a.total, a.dice, a.mutual), rel=1e-5)
+        assert (b.total, b.dice, b.mutual) == pytest.approx((a.total, a.dice, a.mutual), rel=1e-4)
 
 
 def test_each_rank_takes_a_gpu_of_its_own(monkeypatch):
