@@ -1,6 +1,7 @@
 """Checks of what a caller passes: shapes, dtypes, devices, and (on request) values."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -76,8 +77,8 @@ def plain(tensor: Tensor) -> Tensor:
 
     Subclasses with their own dispatch (DTensor, FakeTensor) are other things and stay.
     """
-    kind = type(tensor)
-    if kind is Tensor or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    kind: Any = type(tensor)
+    if kind is Tensor or kind.__torch_dispatch__ is not cast(Any, Tensor).__torch_dispatch__:
         return tensor
     return tensor.as_subclass(Tensor)
 

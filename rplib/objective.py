@@ -87,5 +87,5 @@ def check_weight(weight: object, z: Tensor) -> float | Tensor:
         dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
         return weight.reshape(()).to(device=z.device, dtype=dtype, non_blocking=True)
     if not isinstance(weight, (str, bytes, bool)) and hasattr(weight, "__float__"):
-        return float(weight)
+        return float(weight)  # pyright: ignore[reportArgumentType]
     raise TypeError(f"consistency_weight is {weight!r}; expected a number or a 0-dim tensor.")

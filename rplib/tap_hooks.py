@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from rplib.inputs import plain
 
@@ -226,7 +227,7 @@ def _is_convolution(module: nn.Module) -> bool:
 
 
 def _is_lazy(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.lazy.LazyModuleMixin) and "Conv" in type(module).__name__
+    return isinstance(module, LazyModuleMixin) and "Conv" in type(module).__name__
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
