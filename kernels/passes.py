@@ -9,6 +9,7 @@ from torch import Tensor
 from rplib.kernels import tiling
 from rplib.kernels.gradient import gradient_kernel
 from rplib.kernels.launch import (
+    ALIGNED,
     ANY,
     LAST,
     PACKED,
@@ -103,7 +104,7 @@ def statistics(
     z_layout, f_layout = layout_of(geometries[:2]), layout_of(geometries[2:])
     tiles = tiling.statistics_tiles(
         classes, max(f_a, f_b), max(t.element_size() for t in (za, zb, fa, fb)),
-        channels_last=f_layout in (LAST, PACKED), aligned=f_layout != ANY,
+        channels_last=f_layout in (LAST, PACKED), aligned=f_layout != ANY, dice=labels is not None,
     )  # fmt: skip
     programs, per_program = split(voxels, tiles.block, batch, za.device)
     feature_blocks = max(1, -(-max(f_a, f_b) // tiles.feature_block))
@@ -232,6 +233,8 @@ def _weight(
     g_labels = None if labels is None else geometry(labels)
     flat, wide = addressing(geometries if g_labels is None else [*geometries, g_labels])
     z_layout, f_layout = layout_of(geometries[:2]), layout_of(geometries[2:])
+    if classes > 4 and za.element_size() == 2 and ALIGNED in (z_layout, f_layout):
+        z_layout = f_layout = ANY  # 128-bit loads give a thread 8 voxels, whose logits of many classes do not fit its registers
     tiles = tiling.weighting_tiles(
         classes, max(f_a, f_b), max(fa.element_size(), fb.element_size()),
         channels_last=f_layout in (LAST, PACKED), aligned=f_layout != ANY,
@@ -281,7 +284,10 @@ def gradient(
     g_labels = None if labels is None else geometry(labels)
     flat, wide = addressing(geometries if g_labels is None else [*geometries, g_labels])
     layout = layout_of(geometries)
-    tiles = tiling.gradient_tiles(classes, max(za.element_size(), zb.element_size()), aligned=layout != ANY)
+    tiles = tiling.gradient_tiles(
+        classes, max(za.element_size(), zb.element_size()), aligned=layout != ANY,
+        channels_last=layout in (LAST, PACKED), dice=labels is not None,
+    )  # fmt: skip
     with current_device(za):
         launch(
             gradient_kernel, (-(-voxels // (tiles.groups * tiles.group)) * batch,),

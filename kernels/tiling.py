@@ -53,13 +53,14 @@ class GradientTiles(NamedTuple):
 
 
 def statistics_tiles(
-    classes: int, features: int, itemsize: int, *, channels_last: bool = False, aligned: bool = True
+    classes: int, features: int, itemsize: int, *, channels_last: bool = False, aligned: bool = True, dice: bool = False
 ) -> StatisticsTiles:
     """Tiles for C classes and at most this many features per network (0: none are read) of ``itemsize`` bytes.
 
     Args:
         channels_last: the features of a voxel lie side by side.
         aligned: every row of voxels begins at a multiple of 16 elements.
+        dice: the sums of Dice are kept as well, which takes registers.
     """
     pad = power_of_two(classes)
     widest = power_of_two(max(features, 1))
@@ -72,11 +73,13 @@ def statistics_tiles(
         if aligned and not channels_last:
             vector = 4 if classes == 2 else 16 // itemsize
             rows = 128 if pad * feature_block <= 32 else 64 if pad * feature_block <= 64 else 32
+            rows = max(rows // 2, 32) if dice else rows
         return StatisticsTiles(rows * vector, pad, 16, feature_block, False, 4, vector)
     # Sums by a product: (pad, feature_block) per network; operands go through shared memory, of which gfx942 has 64 KB.
     feature_block = min(max(widest, 16), 128)
     if feature_block <= 32:
-        block, warps = (32, 4) if itemsize == 4 else (64, 8)  # 128-bit loads of either type, no spills
+        block, warps = (32, 4) if itemsize == 4 or dice or channels_last else (64, 8)  # as large as registers allow
+        block = 16 if dice and itemsize == 4 else block
         return StatisticsTiles(block, pad, max(pad, 16), feature_block, True, warps, 1)
     return StatisticsTiles(32 if feature_block == 64 else 16, pad, max(pad, 16), feature_block, True, 8, 1)
 
@@ -110,9 +113,14 @@ def weighting_tiles(
     return WeightingTiles(block // group, group, pad, min(widest, 8 if classes <= 4 else 2), False, 4)
 
 
-def gradient_tiles(classes: int, itemsize: int, *, aligned: bool = True) -> GradientTiles:
-    """Tiles for C classes and logits of ``itemsize`` bytes."""
+def gradient_tiles(
+    classes: int, itemsize: int, *, aligned: bool = True, channels_last: bool = False, dice: bool = False
+) -> GradientTiles:
+    """Tiles for C classes and logits of ``itemsize`` bytes.
+
+    Many classes with Dice or channels last: one voxel a thread, whose logits of both networks fill the registers.
+    """
     pad = power_of_two(classes)
     group = SECTOR // itemsize
-    block = 1024 if classes == 2 else 512
+    block = 1024 if classes == 2 else 128 if classes > 4 and (dice or channels_last) else 512
     return GradientTiles(block // group, group, pad, 4)
