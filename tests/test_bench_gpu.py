@@ -15,6 +15,7 @@ from rplib.errors import UserError
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.slow
 def test_same_bits(capsys):
     assert gpu_checks.identical(DEVICE, runs=2, spatial=(3, 2, 2), channels=((2, 16), (4, 5)))
     said = capsys.readouterr().out.splitlines()
