@@ -223,6 +223,21 @@ def test_one_missing_value_is_left_out_of_the_mean_and_counted(run, data):
     assert mixed.worst_first() == ["b", "a", "c"]
 
 
+def test_a_class_that_is_nowhere_does_not_make_a_case_the_worst(run, data):
+    """Truth and prediction without the class: no Dice, and nothing wrong. A missed or invented class has Dice 0."""
+    report = evaluate(run, data, device="cpu")
+    none = math.nan
+    dice = {"bare": [none, none], "good": [0.9, none], "bad": [none, 0.3], "missed": [0.9, 0.0], "fair": [0.5, 0.9]}
+    rows = [
+        evaluation.CaseScores(name, DECODER_1, klass, metrics.Scores(value, value, math.nan, math.nan))
+        for name, values in dice.items()
+        for klass, value in enumerate(values, 1)
+    ]
+    mixed = evaluation.Report(rows, {}, {}, report.config, report.dataset, report.stride, [])
+    assert mixed.worst_first() == ["bad", "missed", "fair", "good", "bare"]
+    assert mixed.mean(DECODER_1, "dice", 2) == evaluation.Mean(pytest.approx(0.4), pytest.approx(math.sqrt(0.14)), 2)
+
+
 def test_keeping_the_largest_component(run, data, monkeypatch):
     _, config = load_network(run)
     monkeypatch.setattr(evaluation.checkpoint, "load_network", lambda *_: (_Threshold(1.5), config))

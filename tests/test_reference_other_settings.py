@@ -1,6 +1,7 @@
 """Settings other than the defaults reach what they name, by hand: SGD, schedule, seeds, crops, tolerances, rounding."""
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import nibabel
@@ -240,6 +241,18 @@ def test_validation_is_the_mean_over_classes_of_each_case():
         expected.append(np.mean(dice))
     assert case_dice(Fixed(), found, config, torch.device("cpu")) == pytest.approx(expected, rel=1e-12)
     assert expected[2] < 0.7
+
+
+def test_validation_leaves_out_a_class_that_is_nowhere():
+    config = Config(classes=3, in_channels=3, patch=(16, 16, 16), stride=(16, 16, 16), dataset="generic")
+    cases = []
+    for truth, ours in (((0, 1), (0, 1)), ((0, 0), (0, 0)), ((0, 0), (0, 2)), ((0, 2), (0, 0))):
+        image = np.moveaxis(np.eye(3, dtype=np.float32)[np.array(ours).repeat(2048)].reshape(16, 16, 16, 3), -1, 0).copy()
+        cases.append(Case("x", image, np.array(truth, np.uint8).repeat(2048).reshape(16, 16, 16)))
+    found = case_dice(Fixed(), cases, config, torch.device("cpu"))
+    assert found == pytest.approx([1.0, math.nan, 0.0, 0.0], nan_ok=True)  # alike; background alone; invented; missed
+    paper = case_dice(Fixed(), cases, config.replace(protocol="paper", labelled=8), torch.device("cpu"))
+    assert paper == pytest.approx([0.5, 0.0, 0.0, 0.0])
 
 
 # ----------------------------------------------------------------------------------------------- rounding and tolerances

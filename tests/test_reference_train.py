@@ -355,10 +355,10 @@ def test_validation_moves_labelled_cases_out(data, tmp_path, monkeypatch):
 
 
 def test_the_validation_dice_counts_an_empty_prediction_as_zero():
-    """By real windows of a network whose last layer decides everywhere alike."""
+    """By real windows of a network whose last layer decides everywhere alike; `paper` also where the truth is empty."""
     from rplib.reference.datasets.layouts import Case
 
-    config = tiny()
+    config = tiny("protocol=paper")
     network = checkpoint.build_network(config).eval()
     with torch.no_grad():
         network.decoder1.out_conv.weight.zero_()
