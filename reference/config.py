@@ -275,10 +275,10 @@ def parse(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     try:
         table = tomllib.loads(text.removeprefix("\ufeff").replace("\r\n", "\n"))
     except (ValueError, RecursionError, MemoryError) as error:  # ValueError: bad TOML, and integers of thousands of digits
-        told = "nested too deeply" if isinstance(error, RecursionError) else brief_reason(error)
+        reported = "nested too deeply" if isinstance(error, RecursionError) else brief_reason(error)
         if is_out_of_memory(error):
-            told = "it does not fit into the memory"
-        raise UserError(f"{source} is not valid TOML: {told}.") from error
+            reported = "it does not fit into the memory"
+        raise UserError(f"{source} is not valid TOML: {reported}.") from error
     values = {**_base_of(table, source), **_known_keys(table, source), **parse_overrides(overrides)}
     try:
         return Config(**values)

@@ -57,7 +57,7 @@ def test_labelled_only_training_sees_the_same_labelled_crops():
 
 
 @pytest.mark.parametrize("protocol", ["held-out", "paper"])
-def test_a_restored_state_goes_on_with_the_same_batches(protocol):
+def test_a_restored_state_resumes_with_the_same_batches(protocol):
     config = SMALL.replace(protocol=protocol)
     going, other = (TwoStreamBatches(*cases(), config) for _ in range(2))
     for _ in range(7):
@@ -77,7 +77,7 @@ def test_the_seed_changes_the_batches():
 
 
 def symmetries(protocol: str, draws: int = 400) -> Counter:
-    """How often each symmetry of the square is drawn, told by where the corners of a cube go."""
+    """How often each symmetry of the square is drawn, by where the corners of a cube go."""
     image = np.zeros((16, 16, 16), np.float32)
     image[0, 0], image[0, 15], image[15, 0], image[15, 15] = 1, 2, 3, 4
     case = Case("A", image, image.astype(np.uint8))

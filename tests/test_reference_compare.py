@@ -100,7 +100,7 @@ def test_a_run_without_any_distance_shows_a_dash(runs, tmp_path, capsys):
     assert [cell.strip() for cell in lines[start + 1].split("│")[2:8]] == ["la-16", "1", "-", "-", "0 of 0", "2"]
 
 
-def test_settings_tell_recipes_of_one_name_apart():
+def test_settings_distinguish_recipes_of_one_name():
     base = load_recipe("la-8", [])
     settings = [
         base,

@@ -48,8 +48,8 @@ def run(tmp_path_factory, data):
 @pytest.fixture(scope="module")
 def evaluated(run, data):
     """Through the command line, once; tests read what it wrote."""
-    words = ["evaluate", run, "--data", data, "--spacing", "0.5", "1", "2", "--nifti", "all", "--stride", "8", "8", "8"]
-    assert cli.main([*map(str, words), "--device", "cpu"]) == 0
+    arguments = ["evaluate", run, "--data", data, "--spacing", "0.5", "1", "2", "--nifti", "all", "--stride", "8", "8", "8"]
+    assert cli.main([*map(str, arguments), "--device", "cpu"]) == 0
     return run / "evaluation-test"
 
 
@@ -68,8 +68,8 @@ def test_a_report_reads_every_case_once(run, data, tmp_path, monkeypatch, maps):
         return load(self, name, *args, **keywords)
 
     monkeypatch.setattr(LeftAtrium, "load", counted)
-    words = ["evaluate", run, "--data", data, "--out", tmp_path / "out", "--pictures", "2", "--nifti", "none", *maps]
-    assert cli.main([*map(str, words)]) == 0
+    arguments = ["evaluate", run, "--data", data, "--out", tmp_path / "out", "--pictures", "2", "--nifti", "none", *maps]
+    assert cli.main([*map(str, arguments)]) == 0
     dataset = open_dataset(data)
     assert sorted(loaded) == sorted([*dataset.names("train")[: load_network(run)[1].labelled], *dataset.names("test")])
 
@@ -176,9 +176,9 @@ def test_pictures_show_the_worst_first(run, data, monkeypatch, tmp_path):
     assert [panel.axis for panel in shown["rows"][0][1]] == [2, 1, 0]
 
 
-def test_the_script_takes_the_same_words(run, data, tmp_path):
-    words = ["--data", data, "--out", tmp_path, "--cases", "1", "--nifti", "none", "--pictures", "0", "--device", "cpu"]
-    script = [sys.executable, ROOT / "reference" / "evaluate.py", run, *words]
+def test_the_script_accepts_the_same_options(run, data, tmp_path):
+    arguments = ["--data", data, "--out", tmp_path, "--cases", "1", "--nifti", "none", "--pictures", "0", "--device", "cpu"]
+    script = [sys.executable, ROOT / "reference" / "evaluate.py", run, *arguments]
     done = subprocess.run([*map(str, script)], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert "Scored: the first 1 cases of the test list" in done.stdout

@@ -316,8 +316,8 @@ def test_a_case_that_needs_a_label_is_refused_before_the_first_step(tmp_path, ca
     write_dataset(tmp_path / "data")
     path = write_case(tmp_path / "data", bare, image=np.random.default_rng(0).random((20, 18, 17), np.float32))
     monkeypatch.setattr(trainer, "training_step", lambda *_: 1 / 0)
-    words = ["train", "--recipe", "la-4", "--data", tmp_path / "data", "--out", tmp_path / "run", "--set", *TINY, *overrides]
-    assert f"{path} lacks the key 'label'" in mistake(capsys, *words)
+    arguments = ["train", "--recipe", "la-4", "--data", tmp_path / "data", "--out", tmp_path / "run", "--set", *TINY, *overrides]
+    assert f"{path} lacks the key 'label'" in mistake(capsys, *arguments)
 
 
 def test_nothing_is_said_of_a_validation_where_there_is_none(data, tmp_path, capsys):

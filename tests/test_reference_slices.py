@@ -48,15 +48,15 @@ def slices_of_h5(tmp_path_factory):
     (data / "train.list").write_text("".join(f"{name}\n" for name in names[:3]))
     (data / "test.list").write_text("".join(f"{name}\n" for name in names[3:]))
     settings = [*TINY, "patch=16,16,1", "stride=8,8,1", "labelled=2", "batch_size=4", "labelled_per_batch=2", "iterations=6"]
-    words = ["train", "--recipe", "la-4", "--data", data, "--out", data / "run", "--device", "cpu", "--set", *settings]
-    assert cli.main([*map(str, words)]) == 0
+    arguments = ["train", "--recipe", "la-4", "--data", data, "--out", data / "run", "--device", "cpu", "--set", *settings]
+    assert cli.main([*map(str, arguments)]) == 0
     return data
 
 
 def test_slices_of_h5_volumes_are_scored_per_volume_and_per_patient(slices_of_h5, capsys):
     data, run = slices_of_h5, slices_of_h5 / "run"
-    words = ["evaluate", run, "--data", data, "--device", "cpu", "--patients", "(patient[0-9]+)_", "--pictures", "1"]
-    assert cli.main([*map(str, words)]) == 0
+    arguments = ["evaluate", run, "--data", data, "--device", "cpu", "--patients", "(patient[0-9]+)_", "--pictures", "1"]
+    assert cli.main([*map(str, arguments)]) == 0
     assert "mean over the 2 patients" in capsys.readouterr().out
     network, config = load_network(run)
     dataset = open_dataset(data)
@@ -79,10 +79,10 @@ def test_slices_of_h5_volumes_are_scored_per_volume_and_per_patient(slices_of_h5
 
 
 def test_patterns_that_name_no_patient(slices_of_h5, capsys):
-    words = ["evaluate", slices_of_h5 / "run", "--data", slices_of_h5, "--device", "cpu", "--patients"]
-    assert "has 0 groups; expected one" in mistake(capsys, *words, "patient")
-    assert "is not a regular expression" in mistake(capsys, *words, "(")
-    assert "names no patient in case patient3_frame0" in mistake(capsys, *words, "(frame1)")
+    arguments = ["evaluate", slices_of_h5 / "run", "--data", slices_of_h5, "--device", "cpu", "--patients"]
+    assert "has 0 groups; expected one" in mistake(capsys, *arguments, "patient")
+    assert "is not a regular expression" in mistake(capsys, *arguments, "(")
+    assert "names no patient in case patient3_frame0" in mistake(capsys, *arguments, "(frame1)")
 
 
 def test_slices_in_separate_files_are_pooled_to_volumes(tmp_path, capsys):
@@ -101,11 +101,11 @@ def test_slices_in_separate_files_are_pooled_to_volumes(tmp_path, capsys):
     assert cli.main(["data", "check", str(data)]) == 0
     assert "8 labels of 2-D images contain only background" in capsys.readouterr().out
     settings = [*TINY, "patch=16,16", "stride=8,8", "labelled=5", "batch_size=4", "validation=1", "iterations=6", "crop_margin=4"]
-    words = ["train", "--recipe", "generic", "--data", data, "--out", tmp_path / "run", "--device", "cpu", "--set", *settings]
-    assert cli.main([*map(str, words)]) == 0  # the validation case is a slice of background
+    arguments = ["train", "--recipe", "generic", "--data", data, "--out", tmp_path / "run", "--device", "cpu", "--set", *settings]
+    assert cli.main([*map(str, arguments)]) == 0  # the validation case is a slice of background
     capsys.readouterr()
-    words = ["evaluate", tmp_path / "run", "--data", data, "--device", "cpu", "--patients", "(v[0-9])_", "--pictures", "10"]
-    assert cli.main([*map(str, words)]) == 0
+    arguments = ["evaluate", tmp_path / "run", "--data", data, "--device", "cpu", "--patients", "(v[0-9])_", "--pictures", "10"]
+    assert cli.main([*map(str, arguments)]) == 0
     report = evaluate(tmp_path / "run", data, device="cpu")
     rows = [row for row in report.rows if row.method == "decoder 1"]
     assert sum(row.voxels[2] == 0 for row in rows) == 4
