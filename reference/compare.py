@@ -5,8 +5,7 @@ examples:
   rplib compare RUN... --output "mean of both" --csv table.csv
 
 Runs that differ only in the seed form one row; the first recipe is the baseline. With several foreground classes there is a row
-for each, and one for all. All runs must have been evaluated on the same
-cases (`rplib evaluate RUN --data DIR`).
+for each, and one for all. All runs must have been evaluated on the same cases (`rplib evaluate RUN --data DIR`).
 """
 
 import argparse

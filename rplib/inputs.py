@@ -60,8 +60,7 @@ def check_tensors(
             stacked = f.shape[2:] == first.shape[3:] and f.ndim == first.ndim - 1
             raise ValueError(
                 f"features[{k}] has shape {_shape(f)} but logits[0] has {_shape(first)}; "
-                "expected (B, F, *spatial) with the same batch and spatial sizes."
-                + (_STACK if stacked else "")
+                "expected (B, F, *spatial) with the same batch and spatial sizes." + (_STACK if stacked else "")
             )
         if f.shape[1] < 1:
             raise ValueError(f"features[{k}] has shape {_shape(f)}; expected at least one feature channel.")

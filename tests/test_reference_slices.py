@@ -114,4 +114,3 @@ def test_slices_in_separate_files_are_pooled_to_volumes(tmp_path, capsys):
         stacked = np.stack([report.predictions[f"{row.case}_z{z}"] for z in range(SHAPE[2])], axis=2)
         assert row.scores.dice == pytest.approx(metrics.score(stacked, label).dice, abs=1e-12)
         assert row.scores.jaccard == pytest.approx(metrics.score(stacked, label).jaccard, abs=1e-12)
-
