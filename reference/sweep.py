@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("file", type=Path, metavar="FILE.toml", help="what to train")
     parser.add_argument("--jobs", type=positive, metavar="N", help="trainings at a time (default: as in the file, else 1)")
-    parser.add_argument("--report", action="store_true", help="do not train; write the table and the page from the runs scored so far")
+    parser.add_argument("--report", action="store_true", help="report the runs scored so far; do not train")
 
 
 def run(args: argparse.Namespace) -> int:

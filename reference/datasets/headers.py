@@ -60,7 +60,7 @@ def check_size(
         )
     if stored is not None and declared > (stored * _DEFLATE + _SLACK if compressed else stored):
         raise UserError(
-            f"{path}: the header of {what} declares {shown} voxels of {item} bytes, but the file holds {stored} bytes; "
+            f"{path}: the header of {what} declares {shown} voxels of {item} bytes, and the file holds {stored} bytes; "
             "it is cut short or its header damaged, copy it again from its source."
         )
 
