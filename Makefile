@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.ready
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-torch lint docs gpu clean
+.PHONY: help setup demo test test-all test-torch test-versions mutants fuzz kills lint docs gpu clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -54,6 +54,29 @@ test-torch: $(STAMP)  ## the loss and the trainer with another torch: make test-
 	@$(TORCH_ENV)/bin/python -c "import torch; print('torch', torch.__version__)"
 	@OMP_NUM_THREADS=1 $(TORCH_ENV)/bin/python -m pytest -n auto --maxprocesses 4 -m "not slow" $(PYTEST_ARGS) \
 	  tests/test_loss_*.py tests/test_reference_*.py tests/test_package_network.py
+
+# The oldest and the newest release that pyproject.toml allows of each package of the trainer, one environment after the other,
+# with the torch that is here (no second one is downloaded).
+VERSIONS       ?= lowest newest
+VERSIONS_TESTS ?= tests/test_reference_*.py tests/test_own_data.py
+test-versions: $(STAMP)  ## the trainer with the oldest and the newest packages that it allows
+	@set -e; for which in $(VERSIONS); do \
+	  $(BIN)/python tests/extra_versions.py $$which build/$$which-env; \
+	  OMP_NUM_THREADS=1 build/$$which-env/bin/python -m pytest -n auto --maxprocesses 4 -m "not slow" $(PYTEST_ARGS) \
+	    $(VERSIONS_TESTS); \
+	done
+
+# Minutes to hours; what was run before is not run again (build/mutants.jsonl). A sample is part of make test-all.
+mutants: $(STAMP)  ## do the tests bite? 300 mutants drawn at random, and which survive
+	@$(BIN)/python tests/mutation.py $(MUTANTS_ARGS)
+
+fuzz: $(STAMP)  ## 2,000 damaged files of each format, and 10,000 random problems of the loss
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_files.py --files 2000
+	@OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS) \
+	  tests/test_loss_properties.py
+
+kills: $(STAMP)  ## commands that are killed, interrupted, out of room, robbed of files or doubled at random moments
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/kill_runs.py --runs 50
 
 lint: $(STAMP)  ## ruff (rules and format), mypy, pyright
 	@$(BIN)/ruff check .
