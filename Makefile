@@ -84,8 +84,9 @@ lint: $(STAMP)  ## ruff (rules and format), mypy, pyright
 	@$(BIN)/mypy
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
+# pdoc looks at names that are there; those of rplib come on first use.
 docs: $(STAMP)  ## the API pages, from the docstrings: build/docs/index.html
-	@$(BIN)/python -W error -m pdoc --docformat google --no-show-source --output-directory build/docs rplib
+	@$(BIN)/python -W error -c 'import pdoc.__main__ as pages, rplib; [getattr(rplib, name) for name in rplib.__all__]; pages.cli()' --docformat google --no-show-source --output-directory build/docs rplib
 
 # GPU_ARGS="--data DATA --minutes 30" also trains; what succeeded is not run again.
 gpu: $(STAMP)  ## everything that needs a CUDA GPU (with a torch built for it): tests, checks, benchmarks

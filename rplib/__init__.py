@@ -36,7 +36,7 @@ __all__ = [
     "unstack",
 ]
 
-# Public names and modules are imported on first use, so that the command `rplib` runs, and can be interrupted, before torch is there.
+# Public names and modules are imported on first use: the command `rplib` runs, and can be interrupted, before torch is there.
 _HOMES = {
     "FeatureTap": "tap",
     "MutualObjective": "losses",

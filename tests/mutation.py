@@ -2,6 +2,7 @@
 
     python tests/mutation.py                                  the standing sample: so many of each part (SAMPLE); resumable
     python tests/mutation.py --share 0.1 --seed 2             a tenth of that, others
+    python tests/mutation.py kernels step                     two parts of it
     python tests/mutation.py --mutants 20 rplib/lean.py       over one file
     python tests/mutation.py --report                         the table of what has been run
     python tests/mutation.py --survivors                      what survived, once more, against today's tests
@@ -16,8 +17,10 @@ survivor that no test can kill stands in `mutation_equivalents.toml` with the re
 
 import argparse
 import ast
+import contextlib
 import copy
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -27,7 +30,7 @@ import signal
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -208,9 +211,9 @@ def draw(files: list[str], number: int, seed: int) -> list[Mutant]:
     return every[:number]
 
 
-def sample(share: float, seed: int) -> list[Mutant]:
+def sample(share: float, seed: int, names: Iterable[str] = SAMPLE) -> list[Mutant]:
     """The standing sample or a share of it; the parts take turns, so that a run that is stopped has seen something of each."""
-    parts = [draw(files, max(1, round(share * number)), seed) for number, files in SAMPLE.values()]
+    parts = [draw(files, max(1, round(share * number)), seed) for number, files in (SAMPLE[name] for name in names)]
     ranked = [(k / len(part), mutant) for part in parts for k, mutant in enumerate(part)]
     return [mutant for _, mutant in sorted(ranked, key=lambda pair: pair[0])]
 
@@ -296,20 +299,12 @@ def judged(code: int, test: str) -> str:
 
 def preload() -> None:
     """What takes seconds to import, once; nothing of the project itself."""
-    import h5py
-    import hypothesis
-    import matplotlib.figure
-    import matplotlib.pyplot
-    import monai.inferers
-    import nibabel
-    import pytest
-    import rich.table
-    import scipy.ndimage
-    import SimpleITK
-    import torch.utils._python_dispatch
-    import torch.utils.tensorboard
-
-    assert h5py and hypothesis and matplotlib and monai and nibabel and pytest and rich and scipy and SimpleITK and torch
+    for name in (
+        "h5py", "hypothesis", "matplotlib.pyplot", "monai.inferers", "nibabel", "pytest", "rich.table", "scipy.ndimage",
+        "SimpleITK", "torch._dynamo", "torch.utils._python_dispatch", "torch.utils.tensorboard", "triton.runtime.interpreter",
+    ):  # fmt: skip
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     assert not any(name.partition(".")[0] == "rplib" for name in sys.modules)
 
 
@@ -349,7 +344,7 @@ def report(results: dict[str, dict[str, object]]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="*", help="default: the parts of SAMPLE")
+    parser.add_argument("files", nargs="*", metavar="PART or FILE", help=f"default: every part ({', '.join(SAMPLE)})")
     parser.add_argument("--mutants", type=int, default=20, metavar="N", help="of the given files (default: %(default)s)")
     parser.add_argument("--share", type=float, default=1.0, metavar="X", help="of the standing sample (default: all)")
     parser.add_argument("--seed", type=int, default=1)
@@ -363,7 +358,8 @@ def main() -> int:
     os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
     os.environ.setdefault("RPLIB_GOLDEN", str(ROOT.parent / "shared" / "golden"))
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    todo = draw(args.files, args.mutants, args.seed) if args.files else sample(args.share, args.seed)
+    files = [name for name in args.files if name not in SAMPLE]
+    todo = draw(files, args.mutants, args.seed) if files else sample(args.share, args.seed, args.files or SAMPLE)
     if args.survivors:
         todo = [mutant for file in {str(row["file"]) for row in results.values()} for mutant in mutants_of(file)]
         known = equivalents()
@@ -378,22 +374,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, args.results.open("a") as out:
         folder = Path(name).resolve()
         copy_of_the_project(folder)
-        limits = limits_of(folder, sorted({mutant.file for mutant in todo}))
+        limits = Limits(folder, args.results)
         for number, mutant in enumerate(todo, 1):
-            path = folder / mutant.file
+            path, seconds = folder / mutant.file, limits.of(mutant.file)
             content = path.read_bytes()
             path.write_bytes(content[: mutant.start] + mutant.new.encode() + content[mutant.end :])
             before = _children()
-            code, test = run_tests(folder, tests_of(mutant.file), limits[mutant.file])
+            code, test = run_tests(folder, tests_of(mutant.file), seconds)
             path.write_bytes(content)
             row = {**mutant._asdict(), "key": mutant.key, "result": judged(code, test), "seconds": round(_children() - before, 1)}
             out.write(json.dumps(row) + "\n")
             out.flush()
             results[mutant.key] = row
-            print(
-                f"{number}/{len(todo)} {row['seconds']} s {row['result'][:100]:100} {mutant.file}:{mutant.line} {mutant.new[:60]!r}",
-                flush=True,
-            )
+            told = f"{number}/{len(todo)} {row['seconds']} s {row['result'][:100]:100} {mutant.file}:{mutant.line}"
+            print(told, repr(mutant.new[:60]), flush=True)
     return report(results)
 
 
@@ -403,25 +397,33 @@ def _children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def limits_of(folder: Path, files: list[str]) -> dict[str, int]:
-    """CPU seconds for the mutants of each file, after its tests have passed without one.
+class Limits:
+    """CPU seconds for the mutants of each file, after its tests have passed without one: once, for files and tests as they are.
 
     This run leaves the compiled tests behind; of the file itself nothing is left, so that a mutant is never taken for it.
     """
-    taken: dict[str, float] = {}
-    for file in files:
+
+    def __init__(self, folder: Path, results: Path) -> None:
+        self._folder, self._known = folder, results.with_suffix(".seconds.json")
+        every = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".toml") and not path.is_symlink())
+        content = hashlib.sha256(b"".join(path.read_bytes() for path in every)).hexdigest()
+        read = json.loads(self._known.read_text()) if self._known.is_file() else {}
+        self._taken: dict[str, float] = read["taken"] if read.get("content") == content else {}
+        self._content = content
+
+    def of(self, file: str) -> int:
         stages = str(tests_of(file))
-        if stages not in taken:
+        if stages not in self._taken:
             before = _children()
-            code, test = run_tests(folder, tests_of(file), 900, write_bytecode=True)
+            code, test = run_tests(self._folder, tests_of(file), 900, write_bytecode=True)
             if code != 0:
                 raise SystemExit(f"the tests of {file} fail without a mutant (exit code {code}): {test}")
-            taken[stages] = _children() - before
-        print(f"{file}: its tests pass without a mutant, {taken[stages]:.0f} s of CPU time", flush=True)
-    for file in files:
-        for compiled in (folder / file).parent.glob(f"__pycache__/{Path(file).stem}.*"):
+            self._taken[stages] = round(_children() - before, 1)
+            self._known.write_text(json.dumps({"content": self._content, "taken": self._taken}))
+            print(f"{file}: its tests pass without a mutant, {self._taken[stages]:.0f} s of CPU time", flush=True)
+        for compiled in (self._folder / file).parent.glob(f"__pycache__/{Path(file).stem}.*"):
             compiled.unlink()
-    return {file: int(10 + 5 * taken[str(tests_of(file))]) for file in files}
+        return int(10 + 5 * self._taken[stages])
 
 
 if __name__ == "__main__":
