@@ -82,8 +82,9 @@ TESTS: dict[str, list[list[str]]] = {
          "-k", "checkpoint or flipped or network or state_that"],
     ],
     "kernels/*.py": [
-        ["tests/test_loss_values.py", "-k", "test_options and triton"],
-        ["tests/test_loss_values.py", "tests/test_loss_objective.py", "-k", "triton"],
+        ["tests/test_kernels_small.py"],
+        ["tests/test_loss_values.py", "tests/test_kernels_launches.py", "-k",
+         "(triton and (tiny or far_from_zero or first_maximum or feature_count or expanded or negative)) or launches"],
     ],
 }  # fmt: skip
 
