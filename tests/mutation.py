@@ -56,16 +56,19 @@ SAMPLE: dict[str, tuple[int, list[str]]] = {
 HOSTILE = "tests/test_reference_hostile.py::test_"
 TRAIN = "tests/test_reference_train.py::test_"
 OTHER = "tests/test_reference_other_settings.py"
+DETAILS = "tests/test_reference_details.py"
 LEAN = [
     ["tests/test_loss_values.py", "-k", "test_options and torch"],
     ["tests/test_loss_large.py", "tests/test_loss_values.py", "tests/test_loss_objective.py", "-k", "not triton and not naive"],
     ["tests/test_loss_options.py", "tests/test_loss_mask.py", "tests/test_loss_statistics.py", "-k", "not triton and not naive"],
+    [DETAILS, "-k", "lean or eps or channel"],
 ]
 # The tests of each file in stages, quickest and most telling first.
 TESTS: dict[str, list[list[str]]] = {
     "rplib/lean.py": LEAN,
     "rplib/lean_voxels.py": LEAN,
-    "reference/training/batches.py": [["tests/test_reference_batches.py"], [OTHER, "-k", "crop or padding or stream"]],
+    "reference/training/batches.py": [["tests/test_reference_batches.py"], [OTHER, DETAILS, "-k",
+                                         "crop or padding or stream or symmetries or augmentation or volumes or pinned"]],
     "reference/training/step.py": [
         [OTHER, "-k", "step or sgd or autocast"], ["tests/test_reference_survival.py", "-k", "parts_of_a_measured_step"],
     ],
@@ -74,12 +77,21 @@ TESTS: dict[str, list[list[str]]] = {
         ["tests/test_reference_train.py", "-k", "not killed and not script and not checkout"],
         [HOSTILE + "sigterm_writes_a_checkpoint_and_the_training_goes_on_to_the_same_bits", HOSTILE + "two_writers_of_one_run",
          "tests/test_reference_survival.py::test_weights_that_break_in_a_step_do_not_reach_a_checkpoint"],
+        [DETAILS, "-k", "validation or restored or tried or seeds or log_row"],
+        ["tests/test_reference_average.py", "tests/test_reference_monitor.py", "-k", "average or waits or waiting or logs"],
+        ["tests/test_reference_survival.py", "-k", "nothing_between"],
     ],
-    "reference/evaluation/metrics.py": [["tests/test_reference_metrics.py"], ["rplib/reference/evaluation/metrics.py"]],
-    "reference/inference/windows.py": [["tests/test_reference_inference.py"], ["rplib/reference/inference/windows.py"]],
+    "reference/evaluation/metrics.py": [
+        ["tests/test_reference_metrics.py"], ["rplib/reference/evaluation/metrics.py", DETAILS, "-k", "metric"],
+    ],
+    "reference/inference/windows.py": [
+        ["tests/test_reference_inference.py"],
+        ["rplib/reference/inference/windows.py", DETAILS, "-k", "window or classes or averaged"],
+    ],
     "reference/checkpoint.py": [
         ["tests/test_reference_network.py", "tests/test_reference_hostile.py",
          "-k", "checkpoint or flipped or network or state_that"],
+        [DETAILS, "-k", "checkpoint"],
     ],
     "kernels/*.py": [
         ["tests/test_kernels_small.py"],
