@@ -73,13 +73,12 @@ TESTS: dict[str, list[list[str]]] = {
         [OTHER, "-k", "step or sgd or autocast"], ["tests/test_reference_survival.py", "-k", "parts_of_a_measured_step"],
     ],
     "reference/training/trainer.py": [
+        [DETAILS, "-k", "validation or restored or tried or seeds or log_row"],
         [OTHER],
+        ["tests/test_reference_average.py", "tests/test_reference_monitor.py", "-k", "average or waits or waiting or logs"],
         ["tests/test_reference_train.py", "-k", "not killed and not script and not checkout"],
         [HOSTILE + "sigterm_writes_a_checkpoint_and_the_training_goes_on_to_the_same_bits", HOSTILE + "two_writers_of_one_run",
-         "tests/test_reference_survival.py::test_weights_that_break_in_a_step_do_not_reach_a_checkpoint"],
-        [DETAILS, "-k", "validation or restored or tried or seeds or log_row"],
-        ["tests/test_reference_average.py", "tests/test_reference_monitor.py", "-k", "average or waits or waiting or logs"],
-        ["tests/test_reference_survival.py", "-k", "nothing_between"],
+         "tests/test_reference_survival.py", "-k", "sigterm or two_writers or weights_that_break or nothing_between"],
     ],
     "reference/evaluation/metrics.py": [
         ["tests/test_reference_metrics.py"], ["rplib/reference/evaluation/metrics.py", DETAILS, "-k", "metric"],
