@@ -10,6 +10,7 @@ list the files on stdout).
 
 import argparse
 import contextlib
+import importlib
 import io
 import os
 import random
@@ -266,6 +267,13 @@ def fuzz(kind: str, number: int, seed: int, first: int = 0) -> tuple[Counter[str
     return counts, failures
 
 
+def preload() -> None:
+    """What every command imports, once: the batches are forked from this process."""
+    for name in ("torch", "monai.inferers", "h5py", "nibabel", "SimpleITK", "rplib.reference.training.trainer",
+                 "rplib.reference.inference.new_images", "rplib.reference.reporting.tables"):  # fmt: skip
+        importlib.import_module(name)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("kinds", nargs="*", default=KINDS, metavar="KIND", help=", ".join(KINDS))
@@ -274,6 +282,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     bad = []
+    preload()
     for kind in args.kinds:
         began = time.process_time() + resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         counts, failures = fuzz(kind, args.files, args.seed, args.first)
