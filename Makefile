@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.ready
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-torch lint docs gpu clean
+.PHONY: help setup demo test test-all test-torch test-versions mutants fuzz kills lint docs gpu clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -55,14 +55,38 @@ test-torch: $(STAMP)  ## the loss and the trainer with another torch: make test-
 	@OMP_NUM_THREADS=1 $(TORCH_ENV)/bin/python -m pytest -n auto --maxprocesses 4 -m "not slow" $(PYTEST_ARGS) \
 	  tests/test_loss_*.py tests/test_reference_*.py tests/test_package_network.py
 
+# The oldest and the newest release that pyproject.toml allows of each package of the trainer, one environment after the other,
+# with the torch that is here (no second one is downloaded).
+VERSIONS       ?= lowest newest
+VERSIONS_TESTS ?= tests/test_reference_*.py tests/test_own_data.py
+test-versions: $(STAMP)  ## the trainer with the oldest and the newest packages that it allows
+	@set -e; for which in $(VERSIONS); do \
+	  $(BIN)/python tests/extra_versions.py $$which build/$$which-env; \
+	  OMP_NUM_THREADS=1 build/$$which-env/bin/python -m pytest -n auto --maxprocesses 4 -m "not slow" $(PYTEST_ARGS) \
+	    $(VERSIONS_TESTS); \
+	done
+
+# Minutes to hours; what was run before is not run again (build/mutants.jsonl). A sample is part of make test-all.
+mutants: $(STAMP)  ## do the tests bite? 300 mutants drawn at random, and which survive
+	@$(BIN)/python tests/mutation.py $(MUTANTS_ARGS)
+
+fuzz: $(STAMP)  ## 2,000 damaged files of each format, and 10,000 random problems of the loss
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_files.py --files 2000
+	@OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS) \
+	  tests/test_loss_properties.py
+
+kills: $(STAMP)  ## commands that are killed, interrupted, out of room, robbed of files or doubled at random moments
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/kill_runs.py --runs 50
+
 lint: $(STAMP)  ## ruff (rules and format), mypy, pyright
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
+# pdoc looks at names that are there; those of rplib come on first use.
 docs: $(STAMP)  ## the API pages, from the docstrings: build/docs/index.html
-	@$(BIN)/python -W error -m pdoc --docformat google --no-show-source --output-directory build/docs rplib
+	@$(BIN)/python -W error -c 'import pdoc.__main__ as pages, rplib; [getattr(rplib, name) for name in rplib.__all__]; pages.cli()' --docformat google --no-show-source --output-directory build/docs rplib
 
 # GPU_ARGS="--data DATA --minutes 30" also trains; what succeeded is not run again.
 gpu: $(STAMP)  ## everything that needs a CUDA GPU (with a torch built for it): tests, checks, benchmarks

@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple, NoReturn
 
 from rplib import __version__
@@ -77,7 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # replace characters that the encoding lacks by "?"
             stream.reconfigure(errors="replace")
     with _termination():
-        code = _explained(list(sys.argv[1:] if argv is None else argv))
+        if argv is None:
+            code = _explained(sys.argv[1:], importing=_at_once)
+        else:  # called from Python, whose process is not ours to end
+            code = _explained(list(argv), importing=contextlib.nullcontext)
     try:
         sys.stdout.flush()  # a closed pipe or a full disk shows here, and not at interpreter exit
     except OSError as error:
@@ -89,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _explained(arguments: list[str]) -> int:
+def _explained(arguments: list[str], importing: Callable[[], AbstractContextManager[None]]) -> int:
     try:
-        return _run(arguments)
+        return _run(arguments, importing)
     except SystemExit as leaving:  # --help and --version
         if not isinstance(leaving.code, int):
             raise
@@ -135,7 +139,31 @@ def _termination() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(arguments: list[str]) -> int:
+@contextlib.contextmanager
+def _at_once() -> Iterator[None]:
+    """While libraries are imported, SIGINT and SIGTERM end the process where it is.
+
+    There is nothing to put away yet, and an exception would surface inside the initialisation of their C++ code.
+    """
+
+    def leave(number: int, _: object) -> None:
+        text, code = ("interrupted", EXIT_INTERRUPTED) if number == signal.SIGINT else ("terminated", EXIT_TERMINATED)
+        os.write(2, f"rplib: {text}\n".encode())
+        os._exit(code)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` and a shell's background have it
+                before[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(arguments: list[str], importing: Callable[[], AbstractContextManager[None]]) -> int:
     top = Parser(
         prog="rplib",
         description="Mutual learning with reliable pseudo-labels for semi-supervised segmentation.",
@@ -146,14 +174,18 @@ def _run(arguments: list[str]) -> int:
     top.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the commands below")
     name = top.parse_args(arguments[:1]).command  # the rest belongs to the subcommand
 
-    module = importlib.import_module(COMMANDS[name].module)
+    with importing():
+        module = importlib.import_module(COMMANDS[name].module)
     parser = Parser(
         prog=f"rplib {name}",
         description=(module.__doc__ or "").strip() or None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    return int(module.run(parser.parse_args(arguments[1:])))
+    args = parser.parse_args(arguments[1:])
+    with importing():
+        importlib.import_module("torch")  # every command needs it, and it takes seconds
+    return int(module.run(args))
 
 
 def _command_list() -> str:

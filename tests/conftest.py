@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 settings.register_profile("repeatable", max_examples=6, derandomize=True, database=None, **_common)
 settings.register_profile("thorough", max_examples=200, **_common)
+settings.register_profile("long", max_examples=300, **_common)  # 10,200 problems in test_loss_properties.py
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 

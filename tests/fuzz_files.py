@@ -1,6 +1,6 @@
 """Damaged files of every format through the commands that read them: no traceback, no hang, no write outside, the file is named.
 
-    python tests/fuzz_files.py --files 2000 [--seed 1] [h5 nifti nrrd checkpoint toml list csv]
+    python tests/fuzz_files.py --files 2000 [--seed 1] [--first K] [h5 nifti nrrd checkpoint toml list csv]
 
 Each file is a sound one with random damage: flipped bits, bytes and numbers replaced, parts cut out, doubled or filled with
 zeros, the end cut off. It goes through `rplib` in a forked process with a limit of memory; a process that dies or is silent for a
@@ -10,6 +10,7 @@ list the files on stdout).
 
 import argparse
 import contextlib
+import importlib
 import io
 import os
 import random
@@ -217,11 +218,11 @@ def run_batch(kind: str, folder: Path, seed: int, first: int, last: int, report:
         os.write(report, f"{index} {found!r}\n".encode())
 
 
-def fuzz(kind: str, number: int, seed: int) -> tuple[Counter[str], list[str]]:
+def fuzz(kind: str, number: int, seed: int, first: int = 0) -> tuple[Counter[str], list[str]]:
     """Counts of what became of the files, and the failures with what makes them again."""
     counts: Counter[str] = Counter()
     failures: list[str] = []
-    first = 0
+    number += first
     while first < number:
         last = min(first + BATCH, number)
         with tempfile.TemporaryDirectory() as name:
@@ -266,16 +267,25 @@ def fuzz(kind: str, number: int, seed: int) -> tuple[Counter[str], list[str]]:
     return counts, failures
 
 
+def preload() -> None:
+    """What every command imports, once: the batches are forked from this process."""
+    for name in ("torch", "monai.inferers", "h5py", "nibabel", "SimpleITK", "rplib.reference.training.trainer",
+                 "rplib.reference.inference.new_images", "rplib.reference.reporting.tables"):  # fmt: skip
+        importlib.import_module(name)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("kinds", nargs="*", default=KINDS, metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--files", type=int, default=100, metavar="N", help="of each kind (default: %(default)s)")
+    parser.add_argument("--first", type=int, default=0, metavar="K", help="number of the first file (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     bad = []
+    preload()
     for kind in args.kinds:
         began = time.process_time() + resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        counts, failures = fuzz(kind, args.files, args.seed)
+        counts, failures = fuzz(kind, args.files, args.seed, args.first)
         seconds = time.process_time() + resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began
         print(f"{kind}: {args.files} files, {dict(sorted(counts.items()))}, {seconds:.0f} s of CPU time", flush=True)
         for failure in failures:

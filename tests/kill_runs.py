@@ -1,17 +1,20 @@
 """Faults while a command runs, at random moments, and what is left afterwards.
 
-    python tests/kill_runs.py --runs 50 [--seed 1] [train evaluate predict shrink phantom]
+    python tests/kill_runs.py --runs 50 [--seed 1] [train evaluate predict shrink phantom sweep torchrun]
 
-Each run is disturbed once: killed (SIGKILL), terminated (SIGTERM), interrupted (SIGINT), out of room at a random size, without
-one of its input files, or joined by a second process with the same arguments. Then the command runs once more (a training with
---resume). It must end with 0 and leave what an undisturbed run leaves, to the bit, and nothing of ours beside it. A disturbed run
-itself may end with 0, 2 (one line), 130 (SIGINT) or 143 (SIGTERM), and never shows a traceback.
+Each run is disturbed once: killed (SIGKILL), terminated (SIGTERM), interrupted (SIGINT), not allowed files beyond a random size,
+on a disk that is full or over quota from a random write on, without one of its input files, or joined by a second process with
+the same words. Then the command is given once more (a training with --resume). It must end with 0 and leave what an undisturbed
+run leaves, to the bit, and nothing of ours beside it. A disturbed run itself may end with 0, 2 (one line), 130 (SIGINT) or 143
+(SIGTERM), and never shows a traceback. The count goes on at --first: runs K to N of a seed are the same in every run.
 """
 
 import argparse
 import contextlib
 import csv
+import errno
 import hashlib
+import importlib
 import os
 import random
 import resource
@@ -26,14 +29,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-FAULTS = ("kill", "kill", "kill", "terminate", "interrupt", "no room", "vanished file", "two writers")
-LONGEST = 600  # seconds
+FAULTS = (
+    "kill", "terminate", "kill", "no room", "vanished file", "kill", "two writers", "interrupt", "full disk", "quota",
+)  # fmt: skip
+LONGEST = 900  # seconds
+OF_THE_MOMENT = ("environment.json", "curves.png", "last.previous.pt")  # times and paths; what was there before
+REFUSED = {"full disk": errno.ENOSPC, "quota": errno.EDQUOT}
+# For processes that the command starts: `sitecustomize` is imported by every interpreter.
+SITECUSTOMIZE = """
+import os, sys
+if "RPLIB_REFUSED" in os.environ:
+    sys.path.insert(0, os.environ["RPLIB_TESTS"])
+    import kill_runs
+    kill_runs.refuse_writes(*map(int, os.environ["RPLIB_REFUSED"].split()))
+"""
 
 
 class Job(NamedTuple):
     """A command, what it is given, how it goes on, and what it leaves that counts."""
 
-    arguments: list[str]
+    words: list[str]
     again: list[str]
     inputs: Path
     out: Path
@@ -47,13 +62,13 @@ def jobs(folder: Path) -> dict[str, Callable[[Path], Job]]:
     data, run = folder / "data", folder / "run"
     names = write_dataset(data, train=5, test=3)
     settings = [*TINY, "checkpoint_every=2", "log_every=1", "protocol=paper", "validate_from=4", "validate_every=4"]
-    arguments = ["train", "--recipe", "la-4", "--data", str(data), "--device", "cpu", "--set", *settings]
-    code, message = finish(start([*arguments, "--out", str(run)], folder / "log"))
-    assert code == 0, message
+    words = ["train", "--recipe", "la-4", "--data", str(data), "--device", "cpu", "--set", *settings]
+    code, told = finish(start([*words, "--out", str(run)], folder / "log"))
+    assert code == 0, told
     images = [str(data / "2018LA_Seg_Training Set" / name / "mri_norm2.h5") for name in names[5:]]
 
     def train(out: Path) -> Job:
-        mine = [*arguments, "--out", str(out)]
+        mine = [*words, "--out", str(out)]
         return Job(mine, [*mine, "--resume"], data, out)
 
     def evaluate(out: Path) -> Job:
@@ -72,10 +87,52 @@ def jobs(folder: Path) -> dict[str, Callable[[Path], Job]]:
         mine = ["data", "phantom", str(out), "--cases", "2", "--size", "32", "32", "32"]
         return Job(mine, mine, folder / "nothing", out)
 
-    return {"train": train, "evaluate": evaluate, "predict": predict, "shrink": shrink, "phantom": phantom}
+    def sweep(out: Path) -> Job:
+        plan = folder / f"{out.name}.toml"
+        listed = ", ".join(f"{key} = {_toml(value)}" for key, _, value in (one.partition("=") for one in settings))
+        plan.write_text(
+            f'data = "{data}"\nout = "{out}"\nseeds = [3]\nset = {{ {listed} }}\n'
+            '[cells.alone]\nrecipe = "la-4-supervised"\nset = { batch_size = 1 }\n[cells.both]\nrecipe = "la-4"\n'
+        )
+        return Job(["sweep", str(plan)], ["sweep", str(plan)], data, out)
+
+    def torchrun(out: Path) -> Job:
+        mine = [*words, "--out", str(out)]
+        return Job(["torchrun", *mine], ["torchrun", *mine, "--resume"], data, out)
+
+    return {
+        "train": train, "evaluate": evaluate, "predict": predict, "shrink": shrink, "phantom": phantom, "sweep": sweep,
+        "torchrun": torchrun,
+    }  # fmt: skip
 
 
-def start(arguments: list[str], log: Path, room: int | None = None) -> tuple[int, Path]:
+def _toml(value: str) -> str:
+    return f"[{value}]" if "," in value else value if value.replace(".", "").isdigit() else f'"{value}"'
+
+
+def refuse_writes(number: int, after: int) -> None:
+    """From the given file on, the disk takes no more: the error comes where a file is synchronised, as of a quota on NFS."""
+    genuine, left = os.fsync, iter(range(after))
+
+    def fsync(descriptor: int) -> None:
+        if next(left, None) is None:
+            raise OSError(number, os.strerror(number))
+        genuine(descriptor)
+
+    os.fsync = fsync
+
+
+def preload() -> None:
+    """What every command imports, once: the runs are forked from this process."""
+    for name in ("trainer", "curves", "scoring", "report", "new_images", "phantom", "shrink"):
+        packages = {"trainer": "training", "scoring": "evaluation", "new_images": "inference", "phantom": "datasets"}
+        package = packages.get(name, "conversion" if name == "shrink" else "reporting")
+        importlib.import_module(f"rplib.reference.{package}.{name}")
+    for name in ("monai.inferers", "matplotlib.figure", "torch.utils.tensorboard", "torch.optim", "SimpleITK"):
+        importlib.import_module(name)
+
+
+def start(words: list[str], log: Path, room: int | None = None, refused: tuple[int, int] | None = None) -> tuple[int, Path]:
     """A forked process that runs a command; its id and its log."""
     process = os.fork()
     if process:
@@ -91,9 +148,15 @@ def start(arguments: list[str], log: Path, room: int | None = None) -> tuple[int
         if room is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        if refused is not None:
+            refuse_writes(*refused)
+            os.environ["RPLIB_REFUSED"] = f"{refused[0]} {refused[1]}"
+        if words[0] == "torchrun":
+            program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rplib"]
+            os.execv(sys.executable, [*program, *words[1:]])
         from rplib import cli
 
-        code = cli.main(arguments)
+        code = cli.main(words)
         sys.stdout.flush()
         sys.stderr.flush()
     except BaseException:
@@ -104,6 +167,15 @@ def start(arguments: list[str], log: Path, room: int | None = None) -> tuple[int
     finally:
         os._exit(code)
     raise AssertionError
+
+
+def descendants(process: int) -> list[int]:
+    """A machine that goes down and a Ctrl-C meet all processes of a command."""
+    try:
+        own = [int(one) for one in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:  # it has ended, or this is no Linux
+        return []
+    return [*own, *(other for one in own for other in descendants(one))]
 
 
 def finish(process: tuple[int, Path]) -> tuple[int, str]:
@@ -118,12 +190,12 @@ def left(job: Job) -> dict[str, str]:
     found = {}
     for path in sorted(p for p in job.out.rglob("*") if p.is_file()):
         name = str(path.relative_to(job.out))
-        if name.startswith("events.") or name in ("environment.json", "curves.png", "report.html", "last.previous.pt"):
+        if path.name.startswith("events.") or path.suffix in (".html", ".log") or path.name in OF_THE_MOMENT:
             continue
         if path.suffix == ".pt":
             content = torch.load(path, weights_only=True)
             text = repr([(k, v.tolist()) for k, v in content["network"].items()]) + str(content["iteration"])
-        elif name == "metrics.csv":
+        elif path.name == "metrics.csv":
             with path.open(newline="") as file:
                 text = repr([[v for k, v in row.items() if k != "seconds"] for row in csv.DictReader(file)])
         elif path.suffix == ".h5":
@@ -141,40 +213,47 @@ def disturbed(fault: str, job: Job, seconds: float, draw: random.Random, log: Pa
     """Runs the job with the fault; what is wrong with how it ended, or ""."""
     room = draw.choice((100, 1000, 5000, 20_000, 100_000, 1_000_000)) if fault == "no room" else None
     if fault == "two writers":
-        both = [start(job.arguments, log), start(job.arguments, log.with_suffix(".second"))]
+        both = [start(job.words, log), start(job.words, log.with_suffix(".second"))]
         ends = [finish(process) for process in both]
         codes = sorted(code for code, _ in ends)
-        message = ends[0][1] + ends[1][1]
+        told = ends[0][1] + ends[1][1]
         refused = ("another rplib process", "is not empty", "not an empty folder")
-        right = codes in ([0, 0], [0, 2]) if not job.alone or job.arguments[0] != "train" else codes == [0, 2]
-        if codes == [0, 2] and not any(text in message for text in refused):
+        right = codes in ([0, 0], [0, 2]) if not job.alone or job.words[0] != "train" else codes == [0, 2]
+        if job.words[0] == "sweep":  # each may have taken a run that the other wanted
+            right = codes in ([0, 0], [0, 2], [2, 2])
+        if codes in ([0, 2], [2, 2]) and not any(text in told for text in refused):
             right = False
-        return "" if right and "Traceback" not in message else f"exit codes {codes}: {message[-500:]}"
-    process = start(job.arguments, log, room)
+        return "" if right and "Traceback" not in told else f"exit codes {codes}: {told[-500:]}"
+    refused = (REFUSED[fault], draw.randrange(12)) if fault in REFUSED else None
+    process = start(job.words, log, room, refused)
     gone = None
-    if fault != "no room":
+    if fault in ("kill", "terminate", "interrupt", "vanished file"):
         time.sleep(draw.uniform(0, 1.1 * seconds))
     if fault in ("kill", "terminate", "interrupt"):
         number = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}[fault]
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process[0], number)
+            for one in [process[0]] if fault == "terminate" else [process[0], *descendants(process[0])]:
+                os.kill(one, number)
     elif fault == "vanished file":
         files = sorted(path for path in job.inputs.rglob("*") if path.is_file()) if job.inputs.is_dir() else []
         if files:
             gone = draw.choice(files)
             content = gone.read_bytes()
             gone.unlink()
-    code, message = finish(process)
+    code, told = finish(process)
     if gone is not None:
         gone.write_bytes(content)
     allowed = {"kill": (-signal.SIGKILL, 0), "terminate": (143, 0), "interrupt": (130, 0)}.get(fault, (0, 2))
-    if code not in allowed or "Traceback" in message:
-        return f"exit code {code}: {message[-800:]}"
-    mistakes = [line for line in message.splitlines() if line.startswith("rplib: error: ")]
-    return "" if code != 2 or len(mistakes) == 1 else f"{len(mistakes)} lines of errors: {message[-500:]}"
+    if job.words[0] == "torchrun":  # it ends with 1 and a traceback of its own
+        ours = "/rplib/" in told or told.count("rplib: error") > 1
+        return f"exit code {code}: {told[-800:]}" if ours else ""
+    if code not in allowed or "Traceback" in told:
+        return f"exit code {code}: {told[-800:]}"
+    mistakes = [line for line in told.splitlines() if line.startswith("rplib: error: ")]
+    return "" if code != 2 or len(mistakes) == 1 else f"{len(mistakes)} lines of errors: {told[-500:]}"
 
 
-def run(names: list[str], runs: int, seed: int) -> tuple[Counter[tuple[str, str]], list[str]]:
+def run(names: list[str], runs: int, seed: int, first: int = 0) -> tuple[Counter[tuple[str, str]], list[str]]:
     """Disturbs each job so often; counts by (job, fault), and the failures."""
     counts: Counter[tuple[str, str]] = Counter()
     failures = []
@@ -184,13 +263,13 @@ def run(names: list[str], runs: int, seed: int) -> tuple[Counter[tuple[str, str]
         for name in names:
             whole = every[name](folder / f"{name}-whole")
             began = time.monotonic()
-            code, message = finish(start(whole.arguments, folder / "log"))
+            code, told = finish(start(whole.words, folder / "log"))
             seconds = time.monotonic() - began
-            assert code == 0, message
+            assert code == 0, told
             expected = left(whole)
-            for k in range(runs):
+            for k in range(first, first + runs):
                 draw = random.Random(f"{name} {seed} {k}")
-                fault = FAULTS[k % len(FAULTS)] if runs >= len(FAULTS) else draw.choice(FAULTS)
+                fault = FAULTS[k % len(FAULTS)] if name != "torchrun" else ("terminate", "kill")[k % 2]
                 job = every[name](folder / f"{name}-{k}")
                 wrong = disturbed(fault, job, seconds, draw, folder / "log")
                 if not wrong:
@@ -199,8 +278,8 @@ def run(names: list[str], runs: int, seed: int) -> tuple[Counter[tuple[str, str]
                         shutil.rmtree(job.out)
                         unfinished = False
                     if unfinished or not job.out.exists():
-                        code, message = finish(start(job.again, folder / "log"))
-                        wrong = f"given again: exit code {code}: {message[-800:]}" if code else ""
+                        code, told = finish(start(job.again, folder / "log"))
+                        wrong = f"given again: exit code {code}: {told[-800:]}" if code else ""
                     if not wrong and left(job) != expected:
                         found = left(job)
                         wrong = f"left something else: {[n for n in {*found, *expected} if found.get(n) != expected.get(n)]}"
@@ -212,17 +291,19 @@ def run(names: list[str], runs: int, seed: int) -> tuple[Counter[tuple[str, str]
 
 
 def main() -> int:
-    every = ("train", "evaluate", "predict", "shrink", "phantom")
+    every = ("train", "evaluate", "predict", "shrink", "phantom", "sweep", "torchrun")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("jobs", nargs="*", default=every, metavar="JOB", help=", ".join(every))
-    parser.add_argument("--runs", type=int, default=8, metavar="N", help="of each job (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=len(FAULTS), metavar="N", help="of each job (default: %(default)s)")
+    parser.add_argument("--first", type=int, default=0, metavar="K", help="number of the first run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     bad = []
+    preload()
     for name in args.jobs:
-        counts, failures = run([name], args.runs, args.seed)
-        message = ", ".join(f"{fault} {n}" for (_, fault), n in sorted(counts.items()))
-        print(f"{name}: {sum(counts.values())} runs ({message}), {len(failures)} failures", flush=True)
+        counts, failures = run([name], args.runs, args.seed, args.first)
+        told = ", ".join(f"{fault} {n}" for (_, fault), n in sorted(counts.items()))
+        print(f"{name}: {sum(counts.values())} runs ({told}), {len(failures)} failures", flush=True)
         for failure in failures:
             print(f"  {failure}", flush=True)
         bad += failures
@@ -231,7 +312,9 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # Once, and not in every process.
-
-    sys.exit(main())
+    os.environ |= {"OMP_NUM_THREADS": "1", "RPLIB_TESTS": str(ROOT / "tests")}
+    with tempfile.TemporaryDirectory() as hook:
+        Path(hook, "sitecustomize.py").write_text(SITECUSTOMIZE)
+        os.environ["PYTHONPATH"] = os.pathsep.join([hook, str(ROOT)])
+        code = main()
+    sys.exit(code)

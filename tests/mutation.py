@@ -1,20 +1,26 @@
 """Do the tests bite? Mutants drawn at random, each run against the tests that should notice it.
 
-    python tests/mutation.py --mutants 80 --seed 1            over all files below, in proportion to their possible mutants
-    python tests/mutation.py --mutants 20 rplib/lean.py       over one of them
+    python tests/mutation.py                                  the standing sample: so many of each part (SAMPLE); resumable
+    python tests/mutation.py --share 0.1 --seed 2             a tenth of that, others
+    python tests/mutation.py kernels step                     two parts of it
+    python tests/mutation.py --mutants 20 rplib/lean.py       over one file
     python tests/mutation.py --report                         the table of what has been run
+    python tests/mutation.py --survivors                      what survived, once more, against today's tests
 
 A mutant is the source of one file with one small change on its syntax tree: a comparison, an operator or a constant replaced, a
 condition or a sign turned round, two arguments exchanged, a keyword or a statement left out. It is written into a copy of the
 project, never into the checkout. The libraries are imported once; each mutant has a process of its own, forked from there, with a
-limit of CPU time (so that a busy machine changes nothing). Results are appended to a file: what is there is not run again, and a
-run that was stopped goes on. A survivor that no test can kill stands in `mutation_equivalents.toml` with the reason.
+limit of CPU time (so that a busy machine changes nothing). Its tests come in stages, the quickest and most telling first; the
+first failure ends it. Results are appended to a file: what is there is not run again, and a run that was stopped goes on. A
+survivor that no test can kill stands in `mutation_equivalents.toml` with the reason.
 """
 
 import argparse
 import ast
+import contextlib
 import copy
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -23,46 +29,75 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / ".mutants.jsonl"  # not committed
+RESULTS = ROOT / "build" / "mutants.jsonl"  # not committed
 EQUIVALENTS = Path(__file__).with_name("mutation_equivalents.toml")
 
-LOSS = [
-    "tests/test_loss_large.py", "tests/test_loss_values.py", "tests/test_loss_objective.py", "-k", "not triton and not naive",
-]  # fmt: skip
-HOSTILE = "tests/test_reference_hostile.py::test_"
-TRAINER = [
-    "tests/test_reference_other_settings.py",
-    "tests/test_reference_train.py",
-    HOSTILE + "sigterm_writes_a_checkpoint_and_the_training_goes_on_to_the_same_bits",
-    HOSTILE + "two_writers_of_one_run",
-    "tests/test_reference_survival.py::test_weights_that_break_in_a_step_do_not_reach_a_checkpoint",
-    "-k", "not killed and not script and not checkout",
-]  # fmt: skip
-# The tests of each file, quickest and most telling first: the first failure ends a mutant.
-TESTS = {
-    "rplib/lean.py": LOSS,
-    "rplib/lean_voxels.py": LOSS,
-    "reference/training/batches.py": ["tests/test_reference_batches.py", "tests/test_reference_other_settings.py"],
-    "reference/training/step.py": [
-        "tests/test_reference_other_settings.py", "tests/test_reference_survival.py", "-k", "step or sgd or autocast",
-    ],
-    "reference/training/trainer.py": TRAINER,
-    "reference/evaluation/metrics.py": ["tests/test_reference_metrics.py", "rplib/reference/evaluation/metrics.py"],
-    "reference/inference/windows.py": ["tests/test_reference_inference.py", "rplib/reference/inference/windows.py"],
-    "reference/checkpoint.py": [
-        "tests/test_reference_network.py", "tests/test_reference_hostile.py",
-        "-k", "checkpoint or flipped or network or state_that",
-    ],
-    "kernels/*.py": ["tests/test_loss_values.py", "tests/test_loss_objective.py", "-k", "triton"],
+SAMPLE: dict[str, tuple[int, list[str]]] = {
+    "lean form": (50, ["rplib/lean.py", "rplib/lean_voxels.py"]),
+    # Block sizes (tiling.py) change the speed alone, signatures.py serves the compiler of GPUs that are not there:
+    # test_ahead_of_time.py and test_bench_guard.py look at these, in minutes.
+    "kernels": (100, [f"kernels/{name}.py" for name in (
+        "dice", "gradient", "launch", "operators", "passes", "similarity", "statistics", "total", "voxels", "weighting",
+    )]),
+    "batches": (36, ["reference/training/batches.py"]),
+    "metrics": (20, ["reference/evaluation/metrics.py"]),
+    "inference": (26, ["reference/inference/windows.py"]),
+    "checkpoint": (26, ["reference/checkpoint.py"]),
+    "step": (16, ["reference/training/step.py"]),
+    "trainer": (40, ["reference/training/trainer.py"]),
 }  # fmt: skip
-DEFAULT = [name for name in TESTS if "*" not in name]
+
+HOSTILE = "tests/test_reference_hostile.py::test_"
+TRAIN = "tests/test_reference_train.py::test_"
+OTHER = "tests/test_reference_other_settings.py"
+DETAILS = "tests/test_reference_details.py"
+LEAN = [
+    ["tests/test_loss_values.py", "-k", "test_options and torch"],
+    ["tests/test_loss_large.py", "tests/test_loss_values.py", "tests/test_loss_objective.py", "-k", "not triton and not naive"],
+    ["tests/test_loss_options.py", "tests/test_loss_mask.py", "tests/test_loss_statistics.py", "-k", "not triton and not naive"],
+    [DETAILS, "-k", "lean or eps or channel"],
+]
+# The tests of each file in stages, quickest and most telling first.
+TESTS: dict[str, list[list[str]]] = {
+    "rplib/lean.py": LEAN,
+    "rplib/lean_voxels.py": LEAN,
+    "reference/training/batches.py": [["tests/test_reference_batches.py"], [OTHER, DETAILS, "-k",
+                                         "crop or padding or stream or symmetries or augmentation or volumes or pinned"]],
+    "reference/training/step.py": [
+        [OTHER, "-k", "step or sgd or autocast"], ["tests/test_reference_survival.py", "-k", "parts_of_a_measured_step"],
+    ],
+    "reference/training/trainer.py": [
+        [DETAILS, "-k", "validation or restored or tried or seeds or log_row"],
+        [OTHER],
+        ["tests/test_reference_average.py", "tests/test_reference_monitor.py", "-k", "average or waits or waiting or logs"],
+        ["tests/test_reference_train.py", "-k", "not killed and not script and not checkout"],
+        [HOSTILE + "sigterm_writes_a_checkpoint_and_the_training_goes_on_to_the_same_bits", HOSTILE + "two_writers_of_one_run",
+         "tests/test_reference_survival.py", "-k", "sigterm or two_writers or weights_that_break or nothing_between"],
+    ],
+    "reference/evaluation/metrics.py": [
+        ["tests/test_reference_metrics.py"], ["rplib/reference/evaluation/metrics.py", DETAILS, "-k", "metric"],
+    ],
+    "reference/inference/windows.py": [
+        ["tests/test_reference_inference.py"],
+        ["rplib/reference/inference/windows.py", DETAILS, "-k", "window or classes or averaged"],
+    ],
+    "reference/checkpoint.py": [
+        ["tests/test_reference_network.py", "tests/test_reference_hostile.py",
+         "-k", "checkpoint or flipped or network or state_that"],
+        [DETAILS, "-k", "checkpoint"],
+    ],
+    "kernels/*.py": [
+        ["tests/test_kernels_small.py"],
+        ["tests/test_loss_values.py", "tests/test_kernels_launches.py", "-k",
+         "(triton and (tiny or far_from_zero or first_maximum or feature_count or expanded or negative)) or launches"],
+    ],
+}  # fmt: skip
 
 COMPARISONS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -188,7 +223,18 @@ def draw(files: list[str], number: int, seed: int) -> list[Mutant]:
     return every[:number]
 
 
-def tests_of(file: str) -> list[str]:
+def sample(share: float, seed: int, names: Iterable[str] = SAMPLE) -> list[Mutant]:
+    """The standing sample or a share of it; the parts take turns, so that a run that is stopped has seen something of each."""
+    parts = [draw(files, max(1, round(share * number)), seed) for number, files in (SAMPLE[name] for name in names)]
+    ranked = [(k / len(part), mutant) for part in parts for k, mutant in enumerate(part)]
+    return [mutant for _, mutant in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def part_of(file: str) -> str:
+    return next((name for name, (_, files) in SAMPLE.items() if file in files), file)
+
+
+def tests_of(file: str) -> list[list[str]]:
     return TESTS.get(file) or TESTS[f"{Path(file).parent}/*.py"]
 
 
@@ -202,18 +248,18 @@ def copy_of_the_project(folder: Path) -> None:
             shutil.copy2(source, folder / name)
 
 
-def run_tests(folder: Path, argv: list[str], seconds: int) -> tuple[int, str]:
+def run_tests(folder: Path, stages: list[list[str]], seconds: int, write_bytecode: bool = False) -> tuple[int, str]:
     """Exit code of pytest in a forked process (-signal where one ended it), and the first test that failed."""
     reader, writer = os.pipe()
     process = os.fork()
     if process:
         os.close(writer)
-        message = b""
+        told = b""
         while part := os.read(reader, 4096):
-            message += part
+            told += part
         os.close(reader)
         _, status = os.waitpid(process, 0)
-        return os.waitstatus_to_exitcode(status), message.decode()
+        return os.waitstatus_to_exitcode(status), told.decode()
     code = 3
     try:
         os.close(reader)
@@ -227,6 +273,9 @@ def run_tests(folder: Path, argv: list[str], seconds: int) -> tuple[int, str]:
         sys.path[:0] = [str(folder), str(folder / "tests")]
         os.environ["PYTHONPATH"] = str(folder)
         signal.alarm(60 * seconds)  # a process that waits for ever takes no CPU time
+        sys.dont_write_bytecode = not write_bytecode
+        if not write_bytecode:
+            os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # for processes that the tests start
 
         import pytest
 
@@ -236,7 +285,10 @@ def run_tests(folder: Path, argv: list[str], seconds: int) -> tuple[int, str]:
                     os.write(writer, report.nodeid.encode()[:300])
 
         options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-m", "not slow and not gpu", f"--rootdir={folder}"]
-        code = int(pytest.main([*options, *argv], plugins=[First()]))
+        for words in stages:
+            code = int(pytest.main([*options, *words], plugins=[First()]))
+            if code:
+                break
     except BaseException:
         code = 4
     finally:
@@ -259,19 +311,12 @@ def judged(code: int, test: str) -> str:
 
 def preload() -> None:
     """What takes seconds to import, once; nothing of the project itself."""
-    import h5py
-    import hypothesis
-    import matplotlib.figure
-    import monai.inferers
-    import nibabel
-    import pytest
-    import rich.table
-    import scipy.ndimage
-    import SimpleITK
-    import torch.utils._python_dispatch
-    import torch.utils.tensorboard
-
-    assert h5py and hypothesis and matplotlib and monai and nibabel and pytest and rich and scipy and SimpleITK and torch
+    for name in (
+        "h5py", "hypothesis", "matplotlib.pyplot", "monai.inferers", "nibabel", "pytest", "rich.table", "scipy.ndimage",
+        "SimpleITK", "torch._dynamo", "torch.utils._python_dispatch", "torch.utils.tensorboard", "triton.runtime.interpreter",
+    ):  # fmt: skip
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     assert not any(name.partition(".")[0] == "rplib" for name in sys.modules)
 
 
@@ -293,10 +338,10 @@ def report(results: dict[str, dict[str, object]]) -> int:
     known = {key: reason["reason"] for key, reason in equivalents().items()}
     present = {mutant.key for file in {str(row["file"]) for row in results.values()} for mutant in mutants_of(file)}
     rows = [row for key, row in results.items() if key in present]
-    print("| file | mutants | killed | equivalent | survive | score |\n|---|---|---|---|---|---|")
+    print("| part | mutants | killed | equivalent | survive | score |\n|---|---|---|---|---|---|")
     alive = []
-    for file in [*sorted({str(row["file"]) for row in rows}), "all"]:
-        mine = [row for row in rows if file in ("all", row["file"])]
+    for file in [*dict.fromkeys(part_of(str(row["file"])) for row in rows), "all"]:
+        mine = [row for row in rows if file in ("all", part_of(str(row["file"])))]
         survive = [row for row in mine if row["result"] == "survived"]
         same = [row for row in survive if row["key"] in known]
         killed = len(mine) - len(survive)
@@ -311,57 +356,86 @@ def report(results: dict[str, dict[str, object]]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="*", help="default: lean form, trainer's core, metrics, windows, checkpoint")
-    parser.add_argument("--mutants", type=int, default=20, metavar="N")
+    parser.add_argument("files", nargs="*", metavar="PART or FILE", help=f"default: every part ({', '.join(SAMPLE)})")
+    parser.add_argument("--mutants", type=int, default=20, metavar="N", help="of the given files (default: %(default)s)")
+    parser.add_argument("--share", type=float, default=1.0, metavar="X", help="of the standing sample (default: all)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--survivors", action="store_true", help="run those again that survived, against today's tests")
     args = parser.parse_args()
-    files = args.files or DEFAULT
     results = read_results(args.results)
     if args.report:
         return report(results)
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "MPLBACKEND": "agg"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
     os.environ.setdefault("RPLIB_GOLDEN", str(ROOT.parent / "shared" / "golden"))
-    sys.dont_write_bytecode = True
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    files = [name for name in args.files if name not in SAMPLE]
+    todo = draw(files, args.mutants, args.seed) if files else sample(args.share, args.seed, args.files or SAMPLE)
     if args.survivors:
-        every = {mutant.key: mutant for file in files for mutant in mutants_of(file)}
-        again = [key for key, row in results.items() if row["result"] == "survived" and key not in equivalents()]
-        todo = [every[key] for key in again if key in every]
+        todo = [mutant for file in {str(row["file"]) for row in results.values()} for mutant in mutants_of(file)]
+        known = equivalents()
+        todo = [m for m in todo if m.key not in known and results.get(m.key, {}).get("result") == "survived"]
     else:
-        todo = [mutant for mutant in draw(files, args.mutants, args.seed) if mutant.key not in results]
+        todo = [mutant for mutant in todo if mutant.key not in results]
     if not todo:
         print("nothing to do: all of these mutants have been run")
         return report(results)
     preload()
+    args.results.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name, args.results.open("a") as out:
-        folder, limits = Path(name), {}
+        folder = Path(name).resolve()
         copy_of_the_project(folder)
-        for file in sorted({mutant.file for mutant in todo}):
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            code, test = run_tests(folder, tests_of(file), 600)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            if code != 0:
-                print(f"the tests of {file} fail without a mutant (exit code {code}): {test}")
-                return 1
-            taken = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-            limits[file] = int(10 + 5 * taken)
-            print(f"{file}: its tests pass without a mutant, {taken:.0f} s of CPU time", flush=True)
+        limits = Limits(folder, args.results)
         for number, mutant in enumerate(todo, 1):
-            path = folder / mutant.file
+            path, seconds = folder / mutant.file, limits.of(mutant.file)
             content = path.read_bytes()
             path.write_bytes(content[: mutant.start] + mutant.new.encode() + content[mutant.end :])
-            began = time.monotonic()
-            code, test = run_tests(folder, tests_of(mutant.file), limits[mutant.file])
+            before = _children()
+            code, test = run_tests(folder, tests_of(mutant.file), seconds)
             path.write_bytes(content)
-            seconds = round(time.monotonic() - began)
-            row = {**mutant._asdict(), "key": mutant.key, "result": judged(code, test), "seconds": seconds}
+            row = {**mutant._asdict(), "key": mutant.key, "result": judged(code, test), "seconds": round(_children() - before, 1)}
             out.write(json.dumps(row) + "\n")
             out.flush()
             results[mutant.key] = row
-            print(f"{number}/{len(todo)} {row['result'][:100]:100} {mutant.file}:{mutant.line} {mutant.new[:60]!r}", flush=True)
+            told = f"{number}/{len(todo)} {row['seconds']} s {row['result'][:100]:100} {mutant.file}:{mutant.line}"
+            print(told, repr(mutant.new[:60]), flush=True)
     return report(results)
+
+
+def _children() -> float:
+    """CPU seconds of the processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+class Limits:
+    """CPU seconds for the mutants of each file, after its tests have passed without one: once, for files and tests as they are.
+
+    This run leaves the compiled tests behind; of the file itself nothing is left, so that a mutant is never taken for it.
+    """
+
+    def __init__(self, folder: Path, results: Path) -> None:
+        self._folder, self._known = folder, results.with_suffix(".seconds.json")
+        every = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".toml") and not path.is_symlink())
+        content = hashlib.sha256(b"".join(path.read_bytes() for path in every)).hexdigest()
+        read = json.loads(self._known.read_text()) if self._known.is_file() else {}
+        self._taken: dict[str, float] = read["taken"] if read.get("content") == content else {}
+        self._content = content
+
+    def of(self, file: str) -> int:
+        stages = str(tests_of(file))
+        if stages not in self._taken:
+            before = _children()
+            code, test = run_tests(self._folder, tests_of(file), 900, write_bytecode=True)
+            if code != 0:
+                raise SystemExit(f"the tests of {file} fail without a mutant (exit code {code}): {test}")
+            self._taken[stages] = round(_children() - before, 1)
+            self._known.write_text(json.dumps({"content": self._content, "taken": self._taken}))
+            print(f"{file}: its tests pass without a mutant, {self._taken[stages]:.0f} s of CPU time", flush=True)
+        for compiled in (self._folder / file).parent.glob(f"__pycache__/{Path(file).stem}.*"):
+            compiled.unlink()
+        return int(10 + 5 * self._taken[stages])
 
 
 if __name__ == "__main__":

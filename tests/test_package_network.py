@@ -21,8 +21,11 @@ def rplib(*argv):
     assert main(list(argv)) == 0, argv
 rplib("data", "phantom", "data", "--cases", "3", "--test-cases", "1", "--size", "32", "32", "32")
 rplib("train", "--recipe", "la-8", "--data", "data", "--out", "run", *(word for s in settings for word in ("--set", s)))
-import rplib.reference.evaluate, rplib.reference.predict
-print("trained")
+rplib("evaluate", "run", "--data", "data", "--nifti", "none", "--device", "cpu")
+rplib("compare", "run")
+import glob
+rplib("predict", "run", glob.glob("data/**/*.h5", recursive=True)[0], "--out", "predicted", "--device", "cpu")
+print("trained and used")
 """
 
 
@@ -37,9 +40,10 @@ def test_import_and_loss_open_no_connection(tmp_path):
     assert output_of(run_python(BLOCKED + LOSS_CALL, cwd=tmp_path, path=[ROOT])).startswith("loss ")
 
 
-def test_training_opens_no_connection(tmp_path):
+def test_commands_open_no_connection(tmp_path):
+    """Data, training, evaluation with its report, comparison, prediction."""
     pytest.importorskip("monai")
-    assert output_of(run_python(BLOCKED + COMMANDS, cwd=tmp_path, path=[ROOT])).endswith("trained\n")
+    assert output_of(run_python(BLOCKED + COMMANDS, cwd=tmp_path, path=[ROOT])).endswith("trained and used\n")
 
 
 def test_every_checkpoint_is_loaded_as_data():

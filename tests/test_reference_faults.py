@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 POSIX = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
-def run(script: str, *arguments: object) -> str:
+def run(script: str, *words: object) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / script), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "tests" / script), *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -30,7 +30,7 @@ def test_damaged_files_are_refused_by_name():
 
 @POSIX
 def test_a_disturbed_conversion_is_finished_by_the_same_command():
-    assert "shrink: 8 runs" in run("kill_runs.py", "shrink", "--runs", 8)
+    assert "shrink: 10 runs" in run("kill_runs.py", "shrink", "--runs", 10)
 
 
 @POSIX
@@ -43,15 +43,17 @@ def test_more_damaged_files():
 @POSIX
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
-@pytest.mark.parametrize("job", ["train", "evaluate", "predict", "phantom"])
-def test_disturbed_runs_are_finished_by_the_same_command(job):
-    assert f"{job}: 8 runs" in run("kill_runs.py", job, "--runs", 8)
+@pytest.mark.parametrize(
+    ("job", "runs"), [("train", 10), ("evaluate", 10), ("predict", 10), ("phantom", 10), ("sweep", 10), ("torchrun", 2)]
+)
+def test_disturbed_runs_are_finished_by_the_same_command(job, runs):
+    assert f"{job}: {runs} runs" in run("kill_runs.py", job, "--runs", runs)
 
 
 @POSIX
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
 def test_mutants_are_killed(tmp_path):
-    """Of the training step; other files have survivors (README.md), so that they are for `mutation.py` by hand."""
-    arguments = ["--mutants", 11, "--seed", 1, "--results", tmp_path / "mutants.jsonl", "reference/training/step.py"]
-    assert "| all | 11 |" in run("mutation.py", *arguments)
+    """A tenth of the standing sample, some of each part: every one is killed or known to be equivalent."""
+    out = run("mutation.py", "--share", 0.1, "--results", tmp_path / "mutants.jsonl")
+    assert "| all | 33 |" in out, out
