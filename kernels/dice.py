@@ -44,24 +44,24 @@ def _sums_of(sums, network, c, CLASSES: tl.constexpr):
 
 
 @triton.jit
-def dice_value(sums, network, CLASSES: tl.constexpr, CHOSEN: tl.constexpr, BITS: tl.constexpr):
-    """Dice loss of one network; CHOSEN classes in the mean, the ones in BITS."""
+def dice_value(sums, network, CLASSES: tl.constexpr, RULES: tl.constexpr):
+    """Dice loss of one network; RULES says which classes are in the mean."""
     total = 0.0
     for c in tl.static_range(CLASSES):
-        if (BITS >> c) & 1:
+        if (RULES.bits >> c) & 1:
             overlap, size = _sums_of(sums, network, c, CLASSES)
             total += 1.0 - (2.0 * overlap + _SMOOTH) / (size + _SMOOTH)
-    return total / CHOSEN
+    return total / RULES.chosen
 
 
 @triton.jit
-def dice_coefficients(sums, network, factor, CLASSES: tl.constexpr, CHOSEN: tl.constexpr, BITS: tl.constexpr):
+def dice_coefficients(sums, network, factor, CLASSES: tl.constexpr, RULES: tl.constexpr):
     """factor * (alpha, beta) of one network: two tuples of scalars."""
-    share = factor / CHOSEN
+    share = factor / RULES.chosen
     alpha = ()
     beta = ()
     for c in tl.static_range(CLASSES):
-        if (BITS >> c) & 1:
+        if (RULES.bits >> c) & 1:
             overlap, size = _sums_of(sums, network, c, CLASSES)
             inverse = 1.0 / (size + _SMOOTH)
             alpha = alpha + (-2.0 * inverse * share,)

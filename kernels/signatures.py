@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from rplib.kernels import launch, passes
+from rplib.kernels.rules import rules_of
 from rplib.kernels.voxels import SIZES
+from rplib.options import Confidence, Options
+from rplib.supervision import Supervision
 
 _TYPES = {
     torch.float16: "*fp16",
@@ -48,7 +51,7 @@ def iter_specs(
     *,
     batch: int = 4,
     spatial: tuple[int, ...] = (112, 112, 80),
-    confidence: str | None = "entropy",
+    confidence: Confidence | None = "entropy",
     weighted: bool = True,
     on_logits: bool = True,
     labelled: int = 0,
@@ -76,7 +79,7 @@ def record_launches(
     *,
     batch: int = 4,
     spatial: tuple[int, ...] = (112, 112, 80),
-    confidence: str | None = "entropy",
+    confidence: Confidence | None = "entropy",
     weighted: bool = True,
     on_logits: bool = True,
     labelled: int = 0,
@@ -95,16 +98,15 @@ def record_launches(
             made = [t.movedim(1, -1).contiguous().movedim(-1, 1) for t in made]
         return made
 
-    logits = tensors(classes)
-    read = tensors(features) if weighted else None
-    eps = 1e-6
     target = torch.empty((labelled, *spatial), dtype=torch.uint8, device="meta") if labelled else None
-    terms = passes.Terms(target, 0.5, range(1, classes)) if labelled else passes.MUTUAL_ALONE
+    batch = passes.Batch(tensors(classes), tensors(features) if weighted else None, target)
+    options = Options(confidence=confidence, cross_entropy_on="logits" if on_logits else "probabilities")
+    rules = rules_of(options, Supervision() if labelled else None, classes)
     with launch.observed(record):
-        known = passes.statistics(logits, read, confidence, eps, target)
-        _, _, kept = passes.weighting(logits, read, known, confidence, on_logits, eps, with_record=True, terms=terms)
+        known = passes.statistics(batch, rules)
+        _, _, kept = passes.weighting(batch, known, rules, passes.Weights(0.5), with_record=True)
         upstream = torch.empty((), dtype=torch.float32, device="meta")
-        passes.gradient(upstream, known.sums, kept, logits, confidence, on_logits, terms)
+        passes.gradient(upstream, known.sums, kept, batch, rules, 0.5)
     return launches
 
 

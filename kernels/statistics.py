@@ -149,7 +149,6 @@ class Inputs(NamedTuple):
 class Options(NamedTuple):
     """The constants of statistics_kernel that a block needs."""
 
-    EPS: tl.constexpr
     CLASSES: tl.constexpr
     CLASSES_PAD: tl.constexpr
     CLASSES_DOT: tl.constexpr
@@ -158,11 +157,9 @@ class Options(NamedTuple):
     FEATURE_BLOCK: tl.constexpr
     ROWS: tl.constexpr
     VECTOR: tl.constexpr
-    COMPARE: tl.constexpr  # confidences
-    BY_ENTROPY: tl.constexpr
     WITH_FEATURES: tl.constexpr
-    WITH_DICE: tl.constexpr
     DOT: tl.constexpr
+    RULES: tl.constexpr
     Z_LAYOUT: tl.constexpr
     F_LAYOUT: tl.constexpr
     FLAT: tl.constexpr
@@ -182,7 +179,7 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
     zb = load_logits(i.zb, zb_v, i.zb_strides.channel, valid, CLASSES, o.CLASSES_PAD, o.Z_LAYOUT, o.WIDE, MASKED)
     a = opinion(za, CLASSES, False)
     b = opinion(zb, CLASSES, False)
-    m_ab, m_ba = more_uncertain(a, b, o.EPS, CLASSES, o.COMPARE, o.BY_ENTROPY)
+    m_ab, m_ba = more_uncertain(a, b, CLASSES, o.RULES)
     if MASKED:
         m_ab = m_ab & valid
         m_ba = m_ba & valid
@@ -205,7 +202,7 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
     soft_a = s.soft_a
     soft_b = s.soft_b
     truth = s.truth
-    if o.WITH_DICE:
+    if o.RULES.supervised:
         t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
         t, known = load_target(i.target, t_v, i.labelled, valid, MASKED)
         p_a = probabilities(a, CLASSES, True, True)
@@ -238,7 +235,7 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
 def _walk(i, program, programs, blocks_per_program, o):
     """`Sums` of a program: whole blocks first, and for the last program of a sample the ragged tail."""
     BLOCK: tl.constexpr = o.ROWS * o.VECTOR
-    PER_CLASS: tl.constexpr = o.CLASSES if o.WITH_DICE else 0
+    PER_CLASS: tl.constexpr = o.CLASSES if o.RULES.supervised else 0
     if o.DOT:
         features = _zeros((o.CLASSES_DOT, o.FEATURE_BLOCK), tl.float32, 1)
     else:
@@ -313,9 +310,9 @@ def statistics_kernel(
     za_b, za_c, za_0, za_1, za_2, zb_b, zb_c, zb_0, zb_1, zb_2,
     fa_b, fa_c, fa_0, fa_1, fa_2, fb_b, fb_c, fb_0, fb_1, fb_2,
     programs, blocks_per_program,
-    EPS: tl.constexpr, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, CLASSES_DOT: tl.constexpr,
+    CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, CLASSES_DOT: tl.constexpr,
     FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr, CONFIDENCE: tl.constexpr, WITH_FEATURES: tl.constexpr, WITH_DICE: tl.constexpr, DOT: tl.constexpr,
+    VECTOR: tl.constexpr, WITH_FEATURES: tl.constexpr, DOT: tl.constexpr, RULES: tl.constexpr,
     Z_LAYOUT: tl.constexpr, F_LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs * B, feature blocks)."""
@@ -330,7 +327,7 @@ def statistics_kernel(
     if WITH_FEATURES:
         fa += sample_offset(sample, fa_b, FEATURES_A, F_LAYOUT)
         fb += sample_offset(sample, fb_b, FEATURES_B, F_LAYOUT)
-    if WITH_DICE:
+    if RULES.supervised:
         target += sample_offset(sample, t_b, 1, 0)
     inputs = Inputs(
         za, zb, fa, fb, target,
@@ -342,8 +339,8 @@ def statistics_kernel(
     sums = _walk(
         inputs, program, programs, blocks_per_program,
         Options(
-            EPS, CLASSES, CLASSES_PAD, CLASSES_DOT, FEATURES_A, FEATURES_B, FEATURE_BLOCK, BLOCK // VECTOR, VECTOR,
-            CONFIDENCE != "none", CONFIDENCE == "entropy", WITH_FEATURES, WITH_DICE, DOT, Z_LAYOUT, F_LAYOUT, FLAT, WIDE,
+            CLASSES, CLASSES_PAD, CLASSES_DOT, FEATURES_A, FEATURES_B, FEATURE_BLOCK, BLOCK // VECTOR, VECTOR,
+            WITH_FEATURES, DOT, RULES, Z_LAYOUT, F_LAYOUT, FLAT, WIDE,
         ),
     )  # fmt: skip
     bad = tl.sum(sums.nonfinite, axis=0)
@@ -361,7 +358,7 @@ def statistics_kernel(
         if WITH_FEATURES:
             _store_members(members + mine, sums.members_a, sums.seen, CLASSES, CLASSES_PAD)
             _store_members(members + plane + mine, sums.members_b, sums.seen, CLASSES, CLASSES_PAD)
-        if WITH_DICE:
+        if RULES.supervised:
             if sample < labelled:
                 _store_per_class(members + 2 * plane + mine, sums.truth, CLASSES, CLASSES_PAD)
                 _store_per_class(dice + 4 * mine, sums.overlap_a, CLASSES, CLASSES_PAD)
@@ -416,9 +413,9 @@ def prototypes_kernel(
     all_counts,  # out: (2,) int64
     all_sums,  # out: (1 + 5 C,) float32, or (1,) without Dice: the vector of dice.py
     batch, programs, flags, labelled,
-    EPS: tl.constexpr, CLASSES: tl.constexpr, FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr,
+    CLASSES: tl.constexpr, FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr,
     FEATURES_PAD: tl.constexpr, ROWS: tl.constexpr, COUNT_BLOCK: tl.constexpr,
-    WITH_FEATURES: tl.constexpr, WITH_DICE: tl.constexpr,
+    WITH_FEATURES: tl.constexpr, RULES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (2 B C with features + 1 + 5 C with Dice,): the prototypes, the counts and the nonfinite, the sums of Dice."""
     program = tl.program_id(0)
@@ -434,7 +431,7 @@ def prototypes_kernel(
         tl.store(all_counts + 1, _column_sum(counts + n, n, 1, tl.int64, COUNT_BLOCK))
         tl.store(all_sums, _column_sum(nonfinite, flags, 1, tl.float32, COUNT_BLOCK))
     elif after > 0:
-        if WITH_DICE:
+        if RULES.supervised:
             n = labelled * programs
             column = after - 1
             if column < 4 * CLASSES:
@@ -444,7 +441,7 @@ def prototypes_kernel(
                 tl.store(all_sums + after, truth.to(tl.float32))
     elif WITH_FEATURES:
         if program < rows:
-            _prototype(sums_a, members, prototypes_a, program, programs, EPS, CLASSES, FEATURES_A, FEATURES_PAD, ROWS)
+            _prototype(sums_a, members, prototypes_a, program, programs, RULES.eps, CLASSES, FEATURES_A, FEATURES_PAD, ROWS)
         else:
             row = program - rows
-            _prototype(sums_b, members + plane, prototypes_b, row, programs, EPS, CLASSES, FEATURES_B, FEATURES_PAD, ROWS)
+            _prototype(sums_b, members + plane, prototypes_b, row, programs, RULES.eps, CLASSES, FEATURES_B, FEATURES_PAD, ROWS)

@@ -22,8 +22,7 @@ def loss_kernel(
     total,  # out: () float32, cw * mutual + dice_weight * dice
     terms,  # out: (2,) float32: dice (sum over both networks), mutual
     mutual_factor, dice_weight, n,
-    EPS: tl.constexpr, CLASSES: tl.constexpr, WITH_DICE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    CHOSEN: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    CLASSES: tl.constexpr, RULES: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (1,). mutual = sum of L_ij = numerator_ij / (count_ij + eps), in a fixed order."""
     i = tl.arange(0, BLOCK)
@@ -33,14 +32,14 @@ def loss_kernel(
         at = start + i
         total_ab += tl.load(numerators + at, mask=at < n, other=0.0)
         total_ba += tl.load(numerators + n + at, mask=at < n, other=0.0)
-    n_ab = tl.load(counts).to(tl.float32) + EPS
-    n_ba = tl.load(counts + 1).to(tl.float32) + EPS
+    n_ab = tl.load(counts).to(tl.float32) + RULES.eps
+    n_ba = tl.load(counts + 1).to(tl.float32) + RULES.eps
     mutual = tl.sum(total_ab, axis=0) / n_ab + tl.sum(total_ba, axis=0) / n_ba + tl.load(sums)
     value = mutual * mutual_weight_of(mutual_factor, mutual_weight, HAS_WEIGHT)
     dice = 0.0
-    if WITH_DICE:
-        dice = dice_value(sums, 0, CLASSES, CHOSEN, BITS)
-        dice += dice_value(sums, 1, CLASSES, CHOSEN, BITS)
+    if RULES.supervised:
+        dice = dice_value(sums, 0, CLASSES, RULES)
+        dice += dice_value(sums, 1, CLASSES, RULES)
         value += dice_weight * dice
     tl.store(total, value)
     tl.store(terms, dice)

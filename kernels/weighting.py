@@ -86,7 +86,6 @@ class Outputs(NamedTuple):
 class Options(NamedTuple):
     """The constants of weighting_kernel that a block needs."""
 
-    EPS: tl.constexpr
     CLASSES: tl.constexpr
     CLASSES_PAD: tl.constexpr
     FEATURES_A: tl.constexpr
@@ -94,13 +93,11 @@ class Options(NamedTuple):
     FEATURE_BLOCK: tl.constexpr
     GROUPS: tl.constexpr
     GROUP: tl.constexpr
-    COMPARE: tl.constexpr  # confidences
-    BY_ENTROPY: tl.constexpr
     WITH_FEATURES: tl.constexpr
-    ON_LOGITS: tl.constexpr
     WITH_RECORD: tl.constexpr
-    DICE_IN_RECORD: tl.constexpr
+    TARGET_IN_RECORD: tl.constexpr
     WITH_MAPS: tl.constexpr
+    RULES: tl.constexpr
     UNROLL: tl.constexpr
     Z_LAYOUT: tl.constexpr
     F_LAYOUT: tl.constexpr
@@ -180,19 +177,19 @@ def _block(start, loss_ab, loss_ba, i, out, o, MASKED: tl.constexpr):
     zb = load_logits(i.zb, zb_v, i.zb_strides.channel, valid, CLASSES, o.CLASSES_PAD, o.Z_LAYOUT, o.WIDE, MASKED)
     a = opinion(za, CLASSES, False)
     b = opinion(zb, CLASSES, False)
-    m_ab, m_ba = more_uncertain(a, b, o.EPS, CLASSES, o.COMPARE, o.BY_ENTROPY)
+    m_ab, m_ba = more_uncertain(a, b, CLASSES, o.RULES)
     if MASKED:
         m_ab = m_ab & valid
         m_ba = m_ba & valid
-    if not o.COMPARE:
+    if not o.RULES.compare:
         w_ab = m_ab.to(tl.float32)
         w_ba = m_ba.to(tl.float32)
         if o.WITH_FEATURES:
             of_a, of_b = _products(v, m_ba, m_ab, valid, i, o, MASKED)
             w_ab = tl.where(m_ab, reliability(of_b, probabilities(b, CLASSES, False, False), CLASSES), 0.0)
             w_ba = tl.where(m_ba, reliability(of_a, probabilities(a, CLASSES, False, False), CLASSES), 0.0)
-        ce_ab, entry_a = _lesson(a, b.label, o.ON_LOGITS, CLASSES)
-        ce_ba, entry_b = _lesson(b, a.label, o.ON_LOGITS, CLASSES)
+        ce_ab, entry_a = _lesson(a, b.label, o.RULES.on_logits, CLASSES)
+        ce_ba, entry_b = _lesson(b, a.label, o.RULES.on_logits, CLASSES)
         loss_ab += tl.sum(tl.where(m_ab, w_ab * ce_ab, 0.0), axis=1)
         loss_ba += tl.sum(tl.where(m_ba, w_ba * ce_ba, 0.0), axis=1)
         entry_a *= w_ab * i.scale_ab
@@ -201,7 +198,7 @@ def _block(start, loss_ab, loss_ba, i, out, o, MASKED: tl.constexpr):
         student = where(m_ab, a, b, CLASSES)
         teacher = where(m_ab, b, a, CLASSES)
         learns = m_ab | m_ba
-        ce, entry = _lesson(student, teacher.label, o.ON_LOGITS, CLASSES)
+        ce, entry = _lesson(student, teacher.label, o.RULES.on_logits, CLASSES)
         weight = learns.to(tl.float32)
         if o.WITH_FEATURES:
             p = probabilities(teacher, CLASSES, False, False)
@@ -215,17 +212,17 @@ def _block(start, loss_ab, loss_ba, i, out, o, MASKED: tl.constexpr):
         entry_a = tl.where(m_ab, entry, 0.0)
         entry_b = tl.where(m_ba, entry, 0.0)
     if o.WITH_RECORD:
-        if o.DICE_IN_RECORD:
+        if o.TARGET_IN_RECORD:
             t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
             t, known = load_target(i.target, t_v, i.labelled, valid, MASKED)
             entry_a += tl.where(known, dice_slope(a, i.dice_a, t, CLASSES)[0], 0.0)
             entry_b += tl.where(known, dice_slope(b, i.dice_b, t, CLASSES)[0], 0.0)
-        if not o.COMPARE:
+        if not o.RULES.compare:
             _store_plane(out.record, v, entry_a, out.record_stride, MASKED)
             _store_plane(out.record + out.second_plane, v, entry_b, out.record_stride, MASKED)
         elif CLASSES == 2:
             first = _with_student(entry, m_ba)
-            if o.DICE_IN_RECORD:
+            if o.TARGET_IN_RECORD:
                 first = tl.where(i.labelled, entry_a, first)
                 if i.labelled:
                     _store_plane(out.record + out.second_plane, v, entry_b, out.record_stride, MASKED)
@@ -271,11 +268,11 @@ def weighting_kernel(
     za_b, za_c, za_0, za_1, za_2, zb_b, zb_c, zb_0, zb_1, zb_2,
     fa_b, fa_c, fa_0, fa_1, fa_2, fb_b, fb_c, fb_0, fb_1, fb_2,
     programs, blocks_per_program,
-    EPS: tl.constexpr, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr,
+    CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr,
     FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, CONFIDENCE: tl.constexpr, WITH_FEATURES: tl.constexpr,
-    ON_LOGITS: tl.constexpr, WITH_RECORD: tl.constexpr, DICE_IN_RECORD: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    CHOSEN: tl.constexpr, BITS: tl.constexpr, WITH_MAPS: tl.constexpr, UNROLL: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, WITH_FEATURES: tl.constexpr,
+    WITH_RECORD: tl.constexpr, TARGET_IN_RECORD: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    WITH_MAPS: tl.constexpr, RULES: tl.constexpr, UNROLL: tl.constexpr,
     Z_LAYOUT: tl.constexpr, F_LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs * B,)."""
@@ -299,12 +296,12 @@ def weighting_kernel(
     dice_b = ((), ())
     if WITH_RECORD:
         cw = mutual_weight_of(mutual_factor, mutual_weight, HAS_WEIGHT)
-        scale_ab = cw / (tl.load(counts).to(tl.float32) + EPS)
-        scale_ba = cw / (tl.load(counts + 1).to(tl.float32) + EPS)
-        if DICE_IN_RECORD:
+        scale_ab = cw / (tl.load(counts).to(tl.float32) + RULES.eps)
+        scale_ba = cw / (tl.load(counts + 1).to(tl.float32) + RULES.eps)
+        if TARGET_IN_RECORD:
             target += sample_offset(sample, t_b, 1, 0)
-            dice_a = dice_coefficients(sums, 0, dice_weight, CLASSES, CHOSEN, BITS)
-            dice_b = dice_coefficients(sums, 1, dice_weight, CLASSES, CHOSEN, BITS)
+            dice_a = dice_coefficients(sums, 0, dice_weight, CLASSES, RULES)
+            dice_b = dice_coefficients(sums, 1, dice_weight, CLASSES, RULES)
     inputs = Inputs(
         za, zb, fa, fb, target, prototypes_a, prototypes_b,
         strides_of(za_c, za_0, za_1, za_2, CLASSES, Z_LAYOUT), strides_of(zb_c, zb_0, zb_1, zb_2, CLASSES, Z_LAYOUT),
@@ -319,9 +316,8 @@ def weighting_kernel(
     loss_ab, loss_ba = _walk(
         inputs, outputs, program, programs, blocks_per_program,
         Options(
-            EPS, CLASSES, CLASSES_PAD, FEATURES_A, FEATURES_B, FEATURE_BLOCK, GROUPS, GROUP,
-            CONFIDENCE != "none", CONFIDENCE == "entropy", WITH_FEATURES,
-            ON_LOGITS, WITH_RECORD, DICE_IN_RECORD, WITH_MAPS, UNROLL, Z_LAYOUT, F_LAYOUT, FLAT, WIDE,
+            CLASSES, CLASSES_PAD, FEATURES_A, FEATURES_B, FEATURE_BLOCK, GROUPS, GROUP, WITH_FEATURES,
+            WITH_RECORD, TARGET_IN_RECORD, WITH_MAPS, RULES, UNROLL, Z_LAYOUT, F_LAYOUT, FLAT, WIDE,
         ),
     )  # fmt: skip
     tl.store(numerators + here, loss_ab)

@@ -9,7 +9,8 @@ from rplib import dispatch, lean, naive
 from rplib.functional import prepared, usable_in_autograd
 from rplib.options import Options
 from rplib.statistics import ObjectiveStatistics
-from rplib.supervised import Supervision, supervised_loss
+from rplib.supervised import supervised_loss
+from rplib.supervision import Supervision
 from rplib.targets import Labelled, Target, bad_labels, check_labels, check_target
 
 Terms = tuple[Tensor, Tensor, Tensor, ObjectiveStatistics | None]
@@ -45,9 +46,7 @@ def objective_with(
     if form == "triton":  # Dice inside the kernels' own passes
         from rplib.kernels.operators import objective
 
-        chosen = range(1, classes) if supervision.dice_classes is None else supervision.dice_classes
-        z = usable_in_autograd(z)
-        total, supervised, mutual = objective(z, f, options, known.classes, supervision.dice_weight, chosen, weight)
+        total, supervised, mutual = objective(usable_in_autograd(z), f, options, supervision, known.classes, weight)
         if spoilt is not None:
             total, supervised = total + spoilt, supervised + spoilt
         return total, supervised, mutual, None
