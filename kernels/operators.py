@@ -19,6 +19,7 @@ from rplib.kernels.rules import Rules, decoded, encoded, rules_of
 from rplib.maps import Reliability, ordered_pairs
 from rplib.options import Options
 from rplib.similarity import similarity
+from rplib.statistics import ObjectiveStatistics
 from rplib.supervision import Supervision
 
 
@@ -35,16 +36,21 @@ def objective(
     supervision: Supervision,
     target: Tensor,
     consistency_weight: float | Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The whole objective: total (0-dim float32, differentiable once), and its terms Dice and mutual, detached."""
+) -> tuple[Tensor, Tensor, Tensor, ObjectiveStatistics | None]:
+    """The whole objective: total (0-dim float32, differentiable once); its terms Dice and mutual, and statistics, detached."""
     group = options.process_group
     rules = rules_of(options, supervision, logits[0].shape[1])
     local, terms = _run(logits, features, options, rules, target.detach(), supervision.dice_weight, consistency_weight)
-    dice, mutual = terms.detach().unbind()
-    if group is None:
-        return local, dice, mutual
-    mutual = ranks.detached_sum(mutual, group)
-    return ranks.as_one_process(local, supervision.dice_weight * dice + consistency_weight * mutual, group), dice, mutual
+    terms = terms.detach()
+    dice, shared = terms[0], ranks.detached_sum(terms[1:6], group)
+    mutual = shared[0]
+    statistics = None
+    if rules.detailed:  # views of what loss_kernel reports: nothing is launched
+        pseudo_labels = terms[9:].view(2, logits[0].shape[1])
+        statistics = ObjectiveStatistics(terms[6:8], shared[1:3], shared[3:5], pseudo_labels, terms[8])
+    if group is not None:
+        local = ranks.as_one_process(local, supervision.dice_weight * dice + consistency_weight * mutual, group)
+    return local, dice, mutual, statistics
 
 
 def _run(
@@ -135,7 +141,7 @@ def _(
         channels = 0 if features is None else features.shape[1]
         return logits_a.new_empty((logits_a.shape[0], logits_a.shape[1], channels), dtype=torch.float32)
 
-    counts = logits_a.new_empty((2,), dtype=torch.int64)
+    counts = logits_a.new_empty(passes.counts_shape(logits_a.shape[1], decoded(rules)), dtype=torch.int64)
     sums = logits_a.new_empty(passes.sums_shape(logits_a.shape[1], decoded(rules)), dtype=torch.float32)
     return prototypes(features_a), prototypes(features_b), counts, sums
 
@@ -189,7 +195,7 @@ def _(
     new = logits_a.new_empty
     return (
         new((), dtype=torch.float32),
-        new((2,), dtype=torch.float32),
+        new(passes.terms_shape(logits_a.shape[1], decoded(rules)), dtype=torch.float32),
         new(values, dtype=torch.float32),
         new(code, dtype=torch.uint8),
     )

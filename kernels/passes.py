@@ -32,7 +32,8 @@ from rplib.kernels.weighting import weighting_kernel
 class Statistics(NamedTuple):
     """What the first pass knows.
 
-    prototypes_a, prototypes_b: (B, C, F) float32. counts: (2,) int64, reliable voxels of student a and b. sums: float32,
+    prototypes_a, prototypes_b: (B, C, F) float32. counts: int64, (2,) reliable voxels of student a and b, or with
+    ``rules.detailed`` (3 + 2 C,), see prototypes_kernel. sums: float32,
     (1,) or with Dice (1 + 5 C,): 0 or NaN for non-finite input, then the sums of dice.py. A reduction over ranks adds counts
     and sums.
     """
@@ -116,7 +117,7 @@ def statistics(batch: Batch, rules: Rules) -> Statistics:
     sums_a = new((samples, programs, classes, f_a), dtype=torch.float32)
     sums_b = new((samples, programs, classes, f_b), dtype=torch.float32)
     members = new((3, samples, programs, classes), dtype=torch.int32)
-    counts = new((2, samples, programs), dtype=torch.int32)
+    counts = new((3 if rules.detailed else 2, samples, programs), dtype=torch.int32)
     nonfinite = new((samples, programs, feature_blocks), dtype=torch.float32)
     dice = new((labelled, programs, 4, classes), dtype=torch.float32)
     with current_device(za):
@@ -132,10 +133,10 @@ def statistics(batch: Batch, rules: Rules) -> Statistics:
         )  # fmt: skip
         prototypes_a = new((samples, classes, f_a), dtype=torch.float32)
         prototypes_b = new((samples, classes, f_b), dtype=torch.float32)
-        all_counts = new((2,), dtype=torch.int64)
+        all_counts = new(counts_shape(classes, rules), dtype=torch.int64)
         all_sums = new(sums_shape(classes, rules), dtype=torch.float32)
         features_pad = tiling.power_of_two(max(f_a, f_b, 1))
-        grid = (2 * samples * classes if batch.features else 0) + all_sums.numel()
+        grid = (2 * samples * classes if batch.features else 0) + all_sums.numel() + (2 * classes if rules.detailed else 0)
         launch(
             prototypes_kernel, (grid,),
             sums_a, sums_b, members, counts, nonfinite, dice, prototypes_a, prototypes_b, all_counts, all_sums,
@@ -147,6 +148,16 @@ def statistics(batch: Batch, rules: Rules) -> Statistics:
     return Statistics(prototypes_a, prototypes_b, all_counts, all_sums)
 
 
+def counts_shape(classes: int, rules: Rules) -> tuple[int]:
+    """Shape of `Statistics.counts`."""
+    return (3 + 2 * classes if rules.detailed else 2,)
+
+
+def terms_shape(classes: int, rules: Rules) -> tuple[int]:
+    """Shape of the terms that `weighting` returns."""
+    return (9 + 2 * classes if rules.detailed else 2,)
+
+
 def sums_shape(classes: int, rules: Rules) -> tuple[int]:
     """Shape of `Statistics.sums`."""
     return (1 + 5 * classes if rules.supervised else 1,)
@@ -155,13 +166,13 @@ def sums_shape(classes: int, rules: Rules) -> tuple[int]:
 def weighting(
     batch: Batch, known: Statistics, rules: Rules, weights: Weights = MUTUAL_ALONE, *, with_record: bool
 ) -> tuple[Tensor, Tensor, Record]:
-    """Run the second pass, 2 launches: total 0-dim, (dice, mutual) as (2,), both float32; and the record."""
+    """Run the second pass, 2 launches: total 0-dim, and (dice, mutual, with ``rules.detailed`` what loss_kernel reports), float32; the record."""
     za = batch.logits[0]
     values, code = record_shapes(za, rules, with_record, batch.labelled)
     record = Record(za.new_empty(values, dtype=torch.float32), za.new_empty(code, dtype=torch.uint8))
     numerators = _weight(batch, known, rules, weights, record=record, maps=None)
     total = za.new_empty((), dtype=torch.float32)
-    terms = za.new_empty((2,), dtype=torch.float32)
+    terms = za.new_empty(terms_shape(za.shape[1], rules), dtype=torch.float32)
     with current_device(za):
         launch(
             loss_kernel, (1,),
@@ -223,7 +234,7 @@ def _weight(
         plain=flat and with_record, dice=labels is not None,
     )  # fmt: skip
     programs, per_program = split(voxels, tiles.groups * tiles.group, samples, za.device)
-    numerators = za.new_empty((2, samples, programs), dtype=torch.float32)
+    numerators = za.new_empty((4 if rules.detailed else 2, samples, programs), dtype=torch.float32)
     # Pointers that a variant of the kernel does not touch still need a tensor.
     weights, masks = maps if maps else (numerators, known.counts)
     values, code = record if record is not None and with_record else (numerators, numerators)

@@ -13,12 +13,13 @@ class Rules(NamedTuple):
     """What is compared, weighted and added up.
 
     compare: there is a confidence. by_entropy: it is the entropy, else the largest probability. on_logits: cross-entropy on
-    logits. dice: the supervised term has Dice, of the ``chosen`` classes that are set in ``bits``. eps: see the method.
+    logits. detailed: sums for `rplib.ObjectiveStatistics` are kept. dice: the supervised term has Dice, of the ``chosen`` classes that are set in ``bits``. eps: see the method.
     """
 
     compare: bool = True
     by_entropy: bool = True
     on_logits: bool = True
+    detailed: bool = False
     dice: bool = False
     chosen: int = 1
     bits: int = 0
@@ -41,7 +42,7 @@ def rules_of(options: Options, supervision: Supervision | None = None, classes: 
     if supervision is None:
         return rules
     chosen = range(1, classes) if supervision.dice_classes is None else supervision.dice_classes
-    return rules._replace(dice=True, chosen=len(chosen), bits=sum([1 << c for c in chosen]))
+    return rules._replace(detailed=supervision.statistics, dice=True, chosen=len(chosen), bits=sum([1 << c for c in chosen]))
 
 
 class Encoded(NamedTuple):

@@ -29,7 +29,7 @@ class Sums(NamedTuple):
     """What a program adds up. Tiles of one number per row (ROWS,); tuples over classes where there are some.
 
     seen: voxels. ab, ba: reliable voxels of student a and b. nonfinite: 0 or NaN. members_a, members_b: voxels pseudo-labelled as
-    class 1, 2 .. (those of class 0 are the rest). features_a, features_b: sums of features, (FEATURE_BLOCK, ROWS) or with DOT one
+    class 1, 2 .. (those of class 0 are the rest). differing: voxels of different pseudo-labels, if asked for. features_a, features_b: sums of features, (FEATURE_BLOCK, ROWS) or with DOT one
     tile (CLASSES_DOT, FEATURE_BLOCK). overlap_a, overlap_b, soft_a, soft_b, truth: of Dice.
     """
 
@@ -39,6 +39,7 @@ class Sums(NamedTuple):
     nonfinite: tl.tensor
     members_a: tl.tuple
     members_b: tl.tuple
+    differing: tl.tuple
     features_a: tl.tuple
     features_b: tl.tuple
     overlap_a: tl.tuple
@@ -195,6 +196,7 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
     nonfinite = s.nonfinite + _rows(bad * 0.0)  # 0, or NaN where a logit is NaN or +inf
     members_a = s.members_a
     members_b = s.members_b
+    differing = s.differing
     features_a = s.features_a
     features_b = s.features_b
     overlap_a = s.overlap_a
@@ -212,9 +214,15 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
         soft_a = _add_tiles(soft_a, p_a, t, known, False, CLASSES)
         soft_b = _add_tiles(soft_b, p_b, t, known, False, CLASSES)
         truth = _add_truth(truth, t, CLASSES)
-    if o.WITH_FEATURES:
+    if o.WITH_FEATURES or o.RULES.detailed:
         members_a = _add_members(members_a, a.label, valid, CLASSES, MASKED)
         members_b = _add_members(members_b, b.label, valid, CLASSES, MASKED)
+    if o.RULES.detailed:
+        different = a.label != b.label
+        if MASKED:
+            different = different & valid
+        differing = (differing[0] + _rows(different.to(tl.int32)),)
+    if o.WITH_FEATURES:
         f = i.first_feature + tl.arange(0, o.FEATURE_BLOCK)
         fa_v = voxel_offsets(v, i.size1, i.size2, i.fa_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
         fb_v = voxel_offsets(v, i.size1, i.size2, i.fb_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
@@ -227,7 +235,8 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
             o.DOT, o.WIDE, MASKED, o.FEATURES_B % o.FEATURE_BLOCK != 0 or o.FEATURES_A != o.FEATURES_B,
         )  # fmt: skip
     return Sums(
-        seen, ab, ba, nonfinite, members_a, members_b, features_a, features_b, overlap_a, overlap_b, soft_a, soft_b, truth
+        seen, ab, ba, nonfinite, members_a, members_b, differing, features_a, features_b,
+        overlap_a, overlap_b, soft_a, soft_b, truth,
     )  # fmt: skip
 
 
@@ -240,14 +249,15 @@ def _walk(i, program, programs, blocks_per_program, o):
         features = _zeros((o.CLASSES_DOT, o.FEATURE_BLOCK), tl.float32, 1)
     else:
         features = _zeros((o.FEATURE_BLOCK, o.ROWS), tl.float32, o.CLASSES if o.WITH_FEATURES else 0)
-    members = _zeros((o.ROWS,), tl.int32, o.CLASSES - 1 if o.WITH_FEATURES else 0)
+    members = _zeros((o.ROWS,), tl.int32, o.CLASSES - 1 if o.WITH_FEATURES or o.RULES.detailed else 0)
     per_class = _zeros((o.ROWS,), tl.float32, PER_CLASS)
     zero = tl.zeros((o.ROWS,), tl.int32)
+    differing = _zeros((o.ROWS,), tl.int32, 1 if o.RULES.detailed else 0)
     first = program * blocks_per_program
     whole = tl.minimum(first + blocks_per_program, i.voxels // BLOCK)
     sums = Sums(
-        tl.maximum(whole - first, 0) * BLOCK, zero, zero, tl.zeros((o.ROWS,), tl.float32), members, members, features, features,
-        per_class, per_class, per_class, per_class, _zeros((o.ROWS,), tl.int32, PER_CLASS),
+        tl.maximum(whole - first, 0) * BLOCK, zero, zero, tl.zeros((o.ROWS,), tl.float32), members, members, differing,
+        features, features, per_class, per_class, per_class, per_class, _zeros((o.ROWS,), tl.int32, PER_CLASS),
     )  # fmt: skip
     for block in range(first, whole):
         sums = _block(block * BLOCK, sums, i, o, False)
@@ -304,7 +314,7 @@ def statistics_kernel(
     sums_a, sums_b,  # out: (B, programs, C, F) float32
     members,  # out: (3, B, programs, C) int32, voxels per class: a, b, target
     dice,  # out: (labelled, programs, 4, C) float32, overlap and soft sums (see dice.py)
-    counts,  # out: (2, B, programs) int32, reliable voxels: student a, student b
+    counts,  # out: (2 or detailed 3, B, programs) int32, reliable voxels: student a, student b; voxels whose labels differ
     nonfinite,  # out: (B, programs, feature blocks) float32, 0 or NaN
     labelled, voxels, size1, size2, t_b, t_0, t_1, t_2,
     za_b, za_c, za_0, za_1, za_2, zb_b, zb_c, zb_0, zb_1, zb_2,
@@ -355,7 +365,9 @@ def statistics_kernel(
         tl.store(counts + all_programs + here, tl.sum(sums.ba, axis=0))
         mine = here * CLASSES
         plane = all_programs * CLASSES
-        if WITH_FEATURES:
+        if RULES.detailed:
+            tl.store(counts + 2 * all_programs + here, tl.sum(sums.differing[0], axis=0))
+        if WITH_FEATURES or RULES.detailed:
             _store_members(members + mine, sums.members_a, sums.seen, CLASSES, CLASSES_PAD)
             _store_members(members + plane + mine, sums.members_b, sums.seen, CLASSES, CLASSES_PAD)
         if RULES.supervised:
@@ -410,17 +422,19 @@ def _column_sum(values, n, stride, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
 def prototypes_kernel(
     sums_a, sums_b, members, counts, nonfinite, dice,  # what statistics_kernel wrote
     prototypes_a, prototypes_b,  # out: (B, C, F) float32
-    all_counts,  # out: (2,) int64
+    all_counts,  # out: (2,) int64, or detailed (3 + 2 C,): and the voxels whose labels differ, those of each class of a and b
     all_sums,  # out: (1 + 5 C,) float32, or (1,) without Dice: the vector of dice.py
     batch, programs, flags, labelled,
     CLASSES: tl.constexpr, FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr,
     FEATURES_PAD: tl.constexpr, ROWS: tl.constexpr, COUNT_BLOCK: tl.constexpr,
     WITH_FEATURES: tl.constexpr, RULES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (2 B C with features + 1 + 5 C with Dice,): the prototypes, the counts and the nonfinite, the sums of Dice."""
+    """Grid: (2 B C with features + 1 + 5 C with Dice + 2 C detailed,): the prototypes, the counts and the nonfinite, the sums of
+    Dice, the voxels of each pseudo-class."""
     program = tl.program_id(0)
     rows = batch * CLASSES
     plane = batch * programs * CLASSES
+    SUPERVISED: tl.constexpr = 5 * CLASSES if RULES.supervised else 0
     if WITH_FEATURES:
         after = program - 2 * rows
     else:
@@ -430,6 +444,15 @@ def prototypes_kernel(
         tl.store(all_counts, _column_sum(counts, n, 1, tl.int64, COUNT_BLOCK))
         tl.store(all_counts + 1, _column_sum(counts + n, n, 1, tl.int64, COUNT_BLOCK))
         tl.store(all_sums, _column_sum(nonfinite, flags, 1, tl.float32, COUNT_BLOCK))
+        if RULES.detailed:
+            tl.store(all_counts + 2, _column_sum(counts + 2 * n, n, 1, tl.int64, COUNT_BLOCK))
+    elif after > SUPERVISED:
+        if RULES.detailed:
+            n = batch * programs
+            column = after - 1 - SUPERVISED
+            of_b = column // CLASSES
+            voxels = _column_sum(members + of_b * plane + column % CLASSES, n, CLASSES, tl.int64, COUNT_BLOCK)
+            tl.store(all_counts + 3 + column, voxels)
     elif after > 0:
         if RULES.supervised:
             n = labelled * programs

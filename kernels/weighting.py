@@ -83,6 +83,14 @@ class Outputs(NamedTuple):
     map_plane: tl.tensor
 
 
+class Sums(NamedTuple):
+    """What a program adds up, a tile (GROUPS,) each: both students' losses, and if asked for their weights."""
+
+    loss_ab: tl.tensor
+    loss_ba: tl.tensor
+    weights: tl.tuple
+
+
 class Options(NamedTuple):
     """The constants of weighting_kernel that a block needs."""
 
@@ -166,8 +174,8 @@ def _store_plane(record, v, value, record_stride, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _block(start, loss_ab, loss_ba, i, out, o, MASKED: tl.constexpr):
-    """Weigh the block of voxels that begins at ``start``; i: `Inputs`, out: `Outputs`, o: `Options`; returns the losses' rows."""
+def _block(start, s, i, out, o, MASKED: tl.constexpr):
+    """Weigh the block of voxels that begins at ``start``; i: `Inputs`, out: `Outputs`, o: `Options`; returns s with its `Sums`."""
     CLASSES: tl.constexpr = o.CLASSES
     v = start + tl.arange(0, o.GROUPS)[:, None] * o.GROUP + tl.arange(0, o.GROUP)[None, :]  # (GROUPS, GROUP)
     valid = v < i.voxels
@@ -190,8 +198,8 @@ def _block(start, loss_ab, loss_ba, i, out, o, MASKED: tl.constexpr):
             w_ba = tl.where(m_ba, reliability(of_a, probabilities(a, CLASSES, False, False), CLASSES), 0.0)
         ce_ab, entry_a = _lesson(a, b.label, o.RULES.on_logits, CLASSES)
         ce_ba, entry_b = _lesson(b, a.label, o.RULES.on_logits, CLASSES)
-        loss_ab += tl.sum(tl.where(m_ab, w_ab * ce_ab, 0.0), axis=1)
-        loss_ba += tl.sum(tl.where(m_ba, w_ba * ce_ba, 0.0), axis=1)
+        loss_ab = s.loss_ab + tl.sum(tl.where(m_ab, w_ab * ce_ab, 0.0), axis=1)
+        loss_ba = s.loss_ba + tl.sum(tl.where(m_ba, w_ba * ce_ba, 0.0), axis=1)
         entry_a *= w_ab * i.scale_ab
         entry_b *= w_ba * i.scale_ba
     else:  # at most one teaches: student and teacher are selected first
@@ -205,12 +213,15 @@ def _block(start, loss_ab, loss_ba, i, out, o, MASKED: tl.constexpr):
             weight = tl.where(learns, reliability(_teachers_products(v, m_ab, m_ba, valid, i, o, MASKED), p, CLASSES), 0.0)
         part = tl.where(learns, weight * ce, 0.0)
         entry = tl.where(learns, weight * entry * tl.where(m_ab, i.scale_ab, i.scale_ba), 0.0)
-        loss_ab += tl.sum(tl.where(m_ab, part, 0.0), axis=1)
-        loss_ba += tl.sum(tl.where(m_ab, 0.0, part), axis=1)
+        loss_ab = s.loss_ab + tl.sum(tl.where(m_ab, part, 0.0), axis=1)
+        loss_ba = s.loss_ba + tl.sum(tl.where(m_ab, 0.0, part), axis=1)
         w_ab = tl.where(m_ab, weight, 0.0)
         w_ba = tl.where(m_ba, weight, 0.0)
         entry_a = tl.where(m_ab, entry, 0.0)
         entry_b = tl.where(m_ba, entry, 0.0)
+    weights = s.weights
+    if o.RULES.detailed:
+        weights = (weights[0] + tl.sum(w_ab, axis=1), weights[1] + tl.sum(w_ba, axis=1))
     if o.WITH_RECORD:
         if o.TARGET_IN_RECORD:
             t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
@@ -236,22 +247,25 @@ def _block(start, loss_ab, loss_ba, i, out, o, MASKED: tl.constexpr):
         tl.store(out.weights + out.map_plane + v, w_ba, mask=valid)
         tl.store(out.masks + v, m_ab.to(tl.int8), mask=valid)
         tl.store(out.masks + out.map_plane + v, m_ba.to(tl.int8), mask=valid)
-    return loss_ab, loss_ba
+    return Sums(loss_ab, loss_ba, weights)
 
 
 @triton.jit
 def _walk(i, out, program, programs, blocks_per_program, o):
-    """Weigh a program's blocks, the last one first; returns both students' sums."""
+    """Weigh a program's blocks, the last one first; returns their `Sums`."""
     BLOCK: tl.constexpr = o.GROUPS * o.GROUP
-    loss_ab = tl.zeros((o.GROUPS,), tl.float32)
-    loss_ba = tl.zeros((o.GROUPS,), tl.float32)
+    zero = tl.zeros((o.GROUPS,), tl.float32)
+    if o.RULES.detailed:
+        sums = Sums(zero, zero, (zero, zero))
+    else:
+        sums = Sums(zero, zero, ())
     first = program * blocks_per_program
     whole = tl.minimum(first + blocks_per_program, i.voxels // BLOCK)
     if (program == programs - 1) & (i.voxels % BLOCK != 0):
-        loss_ab, loss_ba = _block(i.voxels // BLOCK * BLOCK, loss_ab, loss_ba, i, out, o, True)
+        sums = _block(i.voxels // BLOCK * BLOCK, sums, i, out, o, True)
     for done in range(whole - first):
-        loss_ab, loss_ba = _block((whole - 1 - done) * BLOCK, loss_ab, loss_ba, i, out, o, False)
-    return tl.sum(loss_ab, axis=0), tl.sum(loss_ba, axis=0)
+        sums = _block((whole - 1 - done) * BLOCK, sums, i, out, o, False)
+    return sums
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -259,7 +273,7 @@ def weighting_kernel(
     za, zb, fa, fb, target, prototypes_a, prototypes_b,
     counts, sums,  # of prototypes_kernel
     mutual_weight,  # with HAS_WEIGHT a 0-dim tensor that multiplies mutual_factor
-    numerators,  # out: (2, B, programs) float32
+    numerators,  # out: (2 or detailed 4, B, programs) float32: losses of students a and b, their weights
     record,  # out: (B + samples with two planes, record_stride) float32, rows padded to whole sectors
     code,  # out for C > 2: (B, record_stride) uint8
     weights,  # out with WITH_MAPS: (2, B, V) float32
@@ -313,12 +327,15 @@ def weighting_kernel(
         record + row, record_stride, sample_offset(samples, record_stride, 1, 1), code + row,
         weights + map_row, masks + map_row, samples.to(tl.int64) * voxels,
     )  # fmt: skip
-    loss_ab, loss_ba = _walk(
+    found = _walk(
         inputs, outputs, program, programs, blocks_per_program,
         Options(
             CLASSES, CLASSES_PAD, FEATURES_A, FEATURES_B, FEATURE_BLOCK, GROUPS, GROUP, WITH_FEATURES,
             WITH_RECORD, TARGET_IN_RECORD, WITH_MAPS, RULES, UNROLL, Z_LAYOUT, F_LAYOUT, FLAT, WIDE,
         ),
     )  # fmt: skip
-    tl.store(numerators + here, loss_ab)
-    tl.store(numerators + all_programs + here, loss_ba)
+    tl.store(numerators + here, tl.sum(found.loss_ab, axis=0))
+    tl.store(numerators + all_programs + here, tl.sum(found.loss_ba, axis=0))
+    if RULES.detailed:
+        tl.store(numerators + 2 * all_programs + here, tl.sum(found.weights[0], axis=0))
+        tl.store(numerators + 3 * all_programs + here, tl.sum(found.weights[1], axis=0))

@@ -40,16 +40,15 @@ def objective_with(
         "ignore_index": supervision.ignore_index is not None,
         "labelled": not known.first,
         "supervised": supervision.supervised != "dice",
-        "statistics": supervision.statistics,
     }
     form = dispatch.choose(options.impl, z, f, [*asked, *(name for name, so in used.items() if so)])
     if form == "triton":  # Dice inside the kernels' own passes
         from rplib.kernels.operators import objective
 
-        total, supervised, mutual = objective(usable_in_autograd(z), f, options, supervision, known.classes, weight)
+        total, supervised, mutual, statistics = objective(usable_in_autograd(z), f, options, supervision, known.classes, weight)
         if spoilt is not None:
             total, supervised = total + spoilt, supervised + spoilt
-        return total, supervised, mutual, None
+        return total, supervised, mutual, statistics
     detailed = supervision.statistics
     if form == "naive":
         mutual, statistics = naive.loss_and_statistics(z, f, options, None, taught, detailed=detailed)
