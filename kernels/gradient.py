@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from rplib.kernels.dice import dice_coefficients, dice_slope, load_target
+from rplib.kernels.dice import Coefficients, load_target, supervised_coefficients, supervised_slope
 from rplib.kernels.voxels import (
     SIZES,
     load,
@@ -49,8 +49,8 @@ class Tensors(NamedTuple):
     size1: tl.tensor
     size2: tl.tensor
     factor: tl.tensor
-    dice_a: tl.tuple
-    dice_b: tl.tuple
+    supervised_a: Coefficients
+    supervised_b: Coefficients
 
 
 class Options(NamedTuple):
@@ -117,13 +117,13 @@ def _student_alone(i, v, za_v, zb_v, valid, o, MASKED: tl.constexpr):
 
 @triton.jit
 def _one_of_both(student, label, weight, coefficients, t, known, factor, o):
-    """Gradient of a network whose Dice counts as well."""
+    """Gradient of a network whose supervised term counts as well."""
     grad = slope(student, label, o.RULES.on_logits, o.CLASSES)
     result = ()
     if o.RULES.supervised:
-        dice = dice_slope(student, coefficients, t, o.CLASSES)
+        taught = supervised_slope(student, coefficients, t, o.CLASSES, o.RULES)
         for c in tl.static_range(o.CLASSES):
-            result = result + ((grad[c] * weight + tl.where(known, dice[c], 0.0)) * factor,)
+            result = result + ((grad[c] * weight + tl.where(known, taught[c], 0.0)) * factor,)
     else:
         for c in tl.static_range(o.CLASSES):
             result = result + (grad[c] * weight * factor,)
@@ -149,8 +149,8 @@ def _both_networks(i, v, za_v, zb_v, valid, o, MASKED: tl.constexpr):
     if o.RULES.supervised:
         t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
         t, known = load_target(i.target, t_v, i.labelled, valid, MASKED)
-    grad_a = _one_of_both(a, b.label, w_a, i.dice_a, t, known, i.factor, o)
-    grad_b = _one_of_both(b, a.label, w_b, i.dice_b, t, known, i.factor, o)
+    grad_a = _one_of_both(a, b.label, w_a, i.supervised_a, t, known, i.factor, o)
+    grad_b = _one_of_both(b, a.label, w_b, i.supervised_b, t, known, i.factor, o)
     return grad_a, grad_b
 
 
@@ -220,13 +220,13 @@ def gradient_kernel(
     start = tl.program_id(0) % blocks * BLOCK
     samples = tl.num_programs(0) // blocks
     row = sample_offset(sample, record_stride, 1, 1)
-    dice_a = ((), ())
-    dice_b = ((), ())
+    supervised_a = Coefficients((), (), ())
+    supervised_b = Coefficients((), (), ())
     if RULES.supervised:
         target += sample_offset(sample, t_b, 1, 0)
         if CLASSES > 2:
-            dice_a = dice_coefficients(sums, 0, dice_weight, CLASSES, RULES)
-            dice_b = dice_coefficients(sums, 1, dice_weight, CLASSES, RULES)
+            supervised_a = supervised_coefficients(sums, 0, dice_weight, CLASSES, RULES)
+            supervised_b = supervised_coefficients(sums, 1, dice_weight, CLASSES, RULES)
     tensors = Tensors(
         za + sample_offset(sample, za_b, CLASSES, LAYOUT), zb + sample_offset(sample, zb_b, CLASSES, LAYOUT), target,
         record + row, sample_offset(samples, record_stride, 1, 1), code + row,
@@ -235,6 +235,6 @@ def gradient_kernel(
         strides_of(0, t_0, t_1, t_2, 1, 0),
         strides_of(ga_c, ga_0, ga_1, ga_2, CLASSES, LAYOUT), strides_of(gb_c, gb_0, gb_1, gb_2, CLASSES, LAYOUT),
         sample < labelled, voxels_of(voxels, LAYOUT), size1, size2,
-        tl.load(upstream).to(tl.float32) + tl.load(sums), dice_a, dice_b,
+        tl.load(upstream).to(tl.float32) + tl.load(sums), supervised_a, supervised_b,
     )  # fmt: skip
     _whole_or_tail(start, tensors, Options(CLASSES, CLASSES_PAD, GROUPS, GROUP, RULES, LAYOUT, FLAT, WIDE))

@@ -33,9 +33,8 @@ class Statistics(NamedTuple):
     """What the first pass knows.
 
     prototypes_a, prototypes_b: (B, C, F) float32. counts: int64, (2,) reliable voxels of student a and b, or with
-    ``rules.detailed`` (3 + 2 C,), see prototypes_kernel. sums: float32,
-    (1,) or with Dice (1 + 5 C,): 0 or NaN for non-finite input, then the sums of dice.py. A reduction over ranks adds counts
-    and sums.
+    ``rules.detailed`` (3 + 2 C,), see prototypes_kernel. sums: float32, (1,), 0 or NaN for non-finite input, and with a target
+    the sums of dice.py. A reduction over ranks adds counts and sums.
     """
 
     prototypes_a: Tensor
@@ -119,7 +118,7 @@ def statistics(batch: Batch, rules: Rules) -> Statistics:
     members = new((3, samples, programs, classes), dtype=torch.int32)
     counts = new((3 if rules.detailed else 2, samples, programs), dtype=torch.int32)
     nonfinite = new((samples, programs, feature_blocks), dtype=torch.float32)
-    dice = new((labelled, programs, 4, classes), dtype=torch.float32)
+    dice = new((labelled, programs, 4 * classes + (2 if rules.entropy else 0)), dtype=torch.float32)
     with current_device(za):
         launch(
             statistics_kernel, (programs * samples, feature_blocks),
@@ -160,13 +159,13 @@ def terms_shape(classes: int, rules: Rules) -> tuple[int]:
 
 def sums_shape(classes: int, rules: Rules) -> tuple[int]:
     """Shape of `Statistics.sums`."""
-    return (1 + 5 * classes if rules.supervised else 1,)
+    return (1 + 5 * classes + (2 if rules.entropy else 0) if rules.supervised else 1,)
 
 
 def weighting(
     batch: Batch, known: Statistics, rules: Rules, weights: Weights = MUTUAL_ALONE, *, with_record: bool
 ) -> tuple[Tensor, Tensor, Record]:
-    """Run the second pass, 2 launches: total 0-dim, and (dice, mutual, with ``rules.detailed`` what loss_kernel reports), float32; the record."""
+    """Run the second pass, 2 launches: total 0-dim; dice, mutual and what else loss_kernel puts into terms; the record."""
     za = batch.logits[0]
     values, code = record_shapes(za, rules, with_record, batch.labelled)
     record = Record(za.new_empty(values, dtype=torch.float32), za.new_empty(code, dtype=torch.uint8))

@@ -13,7 +13,8 @@ class Rules(NamedTuple):
     """What is compared, weighted and added up.
 
     compare: there is a confidence. by_entropy: it is the entropy, else the largest probability. on_logits: cross-entropy on
-    logits. detailed: sums for `rplib.ObjectiveStatistics` are kept. dice: the supervised term has Dice, of the ``chosen`` classes that are set in ``bits``. eps: see the method.
+    logits. detailed: sums for `rplib.ObjectiveStatistics` are kept. dice: the supervised term has Dice, of the ``chosen`` classes
+    that are set in ``bits``. entropy: it has cross-entropy; with both it is their mean. eps: see the method.
     """
 
     compare: bool = True
@@ -21,6 +22,7 @@ class Rules(NamedTuple):
     on_logits: bool = True
     detailed: bool = False
     dice: bool = False
+    entropy: bool = False
     chosen: int = 1
     bits: int = 0
     eps: float = 1e-6
@@ -28,7 +30,12 @@ class Rules(NamedTuple):
     @property
     def supervised(self) -> bool:
         """There is a supervised term, and so a target."""
-        return self.dice
+        return self.dice or self.entropy
+
+    @property
+    def share(self) -> float:
+        """Of Dice and of cross-entropy in the supervised term."""
+        return 0.5 if self.dice and self.entropy else 1.0
 
 
 def rules_of(options: Options, supervision: Supervision | None = None, classes: int = 0) -> Rules:
@@ -42,7 +49,13 @@ def rules_of(options: Options, supervision: Supervision | None = None, classes: 
     if supervision is None:
         return rules
     chosen = range(1, classes) if supervision.dice_classes is None else supervision.dice_classes
-    return rules._replace(detailed=supervision.statistics, dice=True, chosen=len(chosen), bits=sum([1 << c for c in chosen]))
+    return rules._replace(
+        detailed=supervision.statistics,
+        dice=supervision.supervised != "cross_entropy",
+        entropy=supervision.supervised != "dice",
+        chosen=len(chosen),
+        bits=sum([1 << c for c in chosen]),
+    )
 
 
 class Encoded(NamedTuple):

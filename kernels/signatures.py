@@ -14,7 +14,7 @@ from rplib.kernels import launch, passes
 from rplib.kernels.rules import rules_of
 from rplib.kernels.voxels import SIZES
 from rplib.options import Confidence, Options
-from rplib.supervision import Supervision
+from rplib.supervision import Supervised, Supervision
 
 _TYPES = {
     torch.float16: "*fp16",
@@ -56,6 +56,7 @@ def iter_specs(
     on_logits: bool = True,
     labelled: int = 0,
     statistics: bool = False,
+    supervised: Supervised = "dice",
 ) -> Iterator[KernelSpec]:
     """Every kernel of one forward and backward pass, in the order of the launches.
 
@@ -63,12 +64,13 @@ def iter_specs(
         classes: C. features: F of both networks. dtype: of logits and features. channels_last: their memory format.
         batch: B. spatial: sizes of 1 to 3 spatial axes (the paper's Left Atrium patch).
         confidence, weighted, on_logits: the loss's keywords.
-        labelled: samples with a target (uint8): 0 is the loss alone, more the whole objective. statistics: its keyword.
+        labelled: samples with a target (uint8): 0 is the loss alone, more the whole objective.
+        statistics, supervised: the objective's keywords.
     """
     for recorded in record_launches(
         classes, features, dtype, channels_last,
         batch=batch, spatial=spatial, confidence=confidence, weighted=weighted, on_logits=on_logits, labelled=labelled,
-        statistics=statistics,
+        statistics=statistics, supervised=supervised,
     ):  # fmt: skip
         yield spec(recorded)
 
@@ -86,6 +88,7 @@ def record_launches(
     on_logits: bool = True,
     labelled: int = 0,
     statistics: bool = False,
+    supervised: Supervised = "dice",
 ) -> list[launch.Launch]:
     """The launches themselves, arguments on the meta device; keywords as `iter_specs`."""
     launches: list[launch.Launch] = []
@@ -104,7 +107,7 @@ def record_launches(
     target = torch.empty((labelled, *spatial), dtype=torch.uint8, device="meta") if labelled else None
     batch = passes.Batch(tensors(classes), tensors(features) if weighted else None, target)
     options = Options(confidence=confidence, cross_entropy_on="logits" if on_logits else "probabilities")
-    rules = rules_of(options, Supervision(statistics=statistics) if labelled else None, classes)
+    rules = rules_of(options, Supervision(supervised=supervised, statistics=statistics) if labelled else None, classes)
     with launch.observed(record):
         known = passes.statistics(batch, rules)
         _, _, kept = passes.weighting(batch, known, rules, passes.Weights(0.5), with_record=True)

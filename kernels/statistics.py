@@ -13,6 +13,7 @@ from rplib.kernels.dice import load_target
 from rplib.kernels.voxels import (
     SIZES,
     channel_offset,
+    cross_entropy,
     load,
     load_logits,
     more_uncertain,
@@ -29,8 +30,9 @@ class Sums(NamedTuple):
     """What a program adds up. Tiles of one number per row (ROWS,); tuples over classes where there are some.
 
     seen: voxels. ab, ba: reliable voxels of student a and b. nonfinite: 0 or NaN. members_a, members_b: voxels pseudo-labelled as
-    class 1, 2 .. (those of class 0 are the rest). differing: voxels of different pseudo-labels, if asked for. features_a, features_b: sums of features, (FEATURE_BLOCK, ROWS) or with DOT one
-    tile (CLASSES_DOT, FEATURE_BLOCK). overlap_a, overlap_b, soft_a, soft_b, truth: of Dice.
+    class 1, 2 .. (those of class 0 are the rest). differing: voxels whose pseudo-labels differ, if asked for. features_a,
+    features_b: sums of features, (FEATURE_BLOCK, ROWS) or with DOT one tile (CLASSES_DOT, FEATURE_BLOCK). overlap_a, overlap_b,
+    soft_a, soft_b, truth: of Dice. entropy: of cross-entropy, both networks'.
     """
 
     seen: tl.tensor
@@ -47,6 +49,7 @@ class Sums(NamedTuple):
     soft_a: tl.tuple
     soft_b: tl.tuple
     truth: tl.tuple
+    entropy: tl.tuple
 
 
 @triton.jit
@@ -204,15 +207,22 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
     soft_a = s.soft_a
     soft_b = s.soft_b
     truth = s.truth
+    entropy = s.entropy
     if o.RULES.supervised:
         t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
         t, known = load_target(i.target, t_v, i.labelled, valid, MASKED)
-        p_a = probabilities(a, CLASSES, True, True)
-        p_b = probabilities(b, CLASSES, True, True)
-        overlap_a = _add_tiles(overlap_a, p_a, t, known, True, CLASSES)
-        overlap_b = _add_tiles(overlap_b, p_b, t, known, True, CLASSES)
-        soft_a = _add_tiles(soft_a, p_a, t, known, False, CLASSES)
-        soft_b = _add_tiles(soft_b, p_b, t, known, False, CLASSES)
+        if o.RULES.dice:
+            p_a = probabilities(a, CLASSES, True, True)
+            p_b = probabilities(b, CLASSES, True, True)
+            overlap_a = _add_tiles(overlap_a, p_a, t, known, True, CLASSES)
+            overlap_b = _add_tiles(overlap_b, p_b, t, known, True, CLASSES)
+            soft_a = _add_tiles(soft_a, p_a, t, known, False, CLASSES)
+            soft_b = _add_tiles(soft_b, p_b, t, known, False, CLASSES)
+        if o.RULES.entropy:
+            entropy = (
+                entropy[0] + _rows(tl.where(known, cross_entropy(a, t, True, CLASSES), 0.0)),
+                entropy[1] + _rows(tl.where(known, cross_entropy(b, t, True, CLASSES), 0.0)),
+            )
         truth = _add_truth(truth, t, CLASSES)
     if o.WITH_FEATURES or o.RULES.detailed:
         members_a = _add_members(members_a, a.label, valid, CLASSES, MASKED)
@@ -236,7 +246,7 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
         )  # fmt: skip
     return Sums(
         seen, ab, ba, nonfinite, members_a, members_b, differing, features_a, features_b,
-        overlap_a, overlap_b, soft_a, soft_b, truth,
+        overlap_a, overlap_b, soft_a, soft_b, truth, entropy,
     )  # fmt: skip
 
 
@@ -244,7 +254,7 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
 def _walk(i, program, programs, blocks_per_program, o):
     """`Sums` of a program: whole blocks first, and for the last program of a sample the ragged tail."""
     BLOCK: tl.constexpr = o.ROWS * o.VECTOR
-    PER_CLASS: tl.constexpr = o.CLASSES if o.RULES.supervised else 0
+    PER_CLASS: tl.constexpr = o.CLASSES if o.RULES.dice else 0
     if o.DOT:
         features = _zeros((o.CLASSES_DOT, o.FEATURE_BLOCK), tl.float32, 1)
     else:
@@ -257,7 +267,9 @@ def _walk(i, program, programs, blocks_per_program, o):
     whole = tl.minimum(first + blocks_per_program, i.voxels // BLOCK)
     sums = Sums(
         tl.maximum(whole - first, 0) * BLOCK, zero, zero, tl.zeros((o.ROWS,), tl.float32), members, members, differing,
-        features, features, per_class, per_class, per_class, per_class, _zeros((o.ROWS,), tl.int32, PER_CLASS),
+        features, features, per_class, per_class, per_class, per_class,
+        _zeros((o.ROWS,), tl.int32, o.CLASSES if o.RULES.supervised else 0),
+        _zeros((o.ROWS,), tl.float32, 2 if o.RULES.entropy else 0),
     )  # fmt: skip
     for block in range(first, whole):
         sums = _block(block * BLOCK, sums, i, o, False)
@@ -313,7 +325,7 @@ def statistics_kernel(
     target,  # classes of the first `labelled` samples
     sums_a, sums_b,  # out: (B, programs, C, F) float32
     members,  # out: (3, B, programs, C) int32, voxels per class: a, b, target
-    dice,  # out: (labelled, programs, 4, C) float32, overlap and soft sums (see dice.py)
+    dice,  # out: (labelled, programs, 4 C or with cross-entropy 4 C + 2) float32, its sums but ``truth`` (see dice.py)
     counts,  # out: (2 or detailed 3, B, programs) int32, reliable voxels: student a, student b; voxels whose labels differ
     nonfinite,  # out: (B, programs, feature blocks) float32, 0 or NaN
     labelled, voxels, size1, size2, t_b, t_0, t_1, t_2,
@@ -373,10 +385,15 @@ def statistics_kernel(
         if RULES.supervised:
             if sample < labelled:
                 _store_per_class(members + 2 * plane + mine, sums.truth, CLASSES, CLASSES_PAD)
-                _store_per_class(dice + 4 * mine, sums.overlap_a, CLASSES, CLASSES_PAD)
-                _store_per_class(dice + 4 * mine + CLASSES, sums.overlap_b, CLASSES, CLASSES_PAD)
-                _store_per_class(dice + 4 * mine + 2 * CLASSES, sums.soft_a, CLASSES, CLASSES_PAD)
-                _store_per_class(dice + 4 * mine + 3 * CLASSES, sums.soft_b, CLASSES, CLASSES_PAD)
+                dice += here * (4 * CLASSES + (2 if RULES.entropy else 0))
+                if RULES.dice:
+                    _store_per_class(dice, sums.overlap_a, CLASSES, CLASSES_PAD)
+                    _store_per_class(dice + CLASSES, sums.overlap_b, CLASSES, CLASSES_PAD)
+                    _store_per_class(dice + 2 * CLASSES, sums.soft_a, CLASSES, CLASSES_PAD)
+                    _store_per_class(dice + 3 * CLASSES, sums.soft_b, CLASSES, CLASSES_PAD)
+                if RULES.entropy:
+                    tl.store(dice + 4 * CLASSES, tl.sum(sums.entropy[0], axis=0))
+                    tl.store(dice + 4 * CLASSES + 1, tl.sum(sums.entropy[1], axis=0))
 
 
 @triton.jit
@@ -423,18 +440,19 @@ def prototypes_kernel(
     sums_a, sums_b, members, counts, nonfinite, dice,  # what statistics_kernel wrote
     prototypes_a, prototypes_b,  # out: (B, C, F) float32
     all_counts,  # out: (2,) int64, or detailed (3 + 2 C,): and the voxels whose labels differ, those of each class of a and b
-    all_sums,  # out: (1 + 5 C,) float32, or (1,) without Dice: the vector of dice.py
+    all_sums,  # out: (1 + 5 C or with cross-entropy 3 + 5 C,) float32, or (1,) without labels: the vector of dice.py
     batch, programs, flags, labelled,
     CLASSES: tl.constexpr, FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr,
     FEATURES_PAD: tl.constexpr, ROWS: tl.constexpr, COUNT_BLOCK: tl.constexpr,
     WITH_FEATURES: tl.constexpr, RULES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (2 B C with features + 1 + 5 C with Dice + 2 C detailed,): the prototypes, the counts and the nonfinite, the sums of
-    Dice, the voxels of each pseudo-class."""
+    """Grid: (2 B C with features + the length of ``all_sums`` + 2 C detailed,): the prototypes, the counts and the nonfinite, the
+    supervised sums, the voxels of each pseudo-class."""
     program = tl.program_id(0)
     rows = batch * CLASSES
     plane = batch * programs * CLASSES
-    SUPERVISED: tl.constexpr = 5 * CLASSES if RULES.supervised else 0
+    ENTROPIES: tl.constexpr = 2 if RULES.entropy else 0
+    SUPERVISED: tl.constexpr = 5 * CLASSES + ENTROPIES if RULES.supervised else 0
     if WITH_FEATURES:
         after = program - 2 * rows
     else:
@@ -457,8 +475,14 @@ def prototypes_kernel(
         if RULES.supervised:
             n = labelled * programs
             column = after - 1
+            WIDTH: tl.constexpr = 4 * CLASSES + ENTROPIES
             if column < 4 * CLASSES:
-                tl.store(all_sums + after, _column_sum(dice + column, n, 4 * CLASSES, tl.float32, COUNT_BLOCK))
+                if RULES.dice:
+                    tl.store(all_sums + after, _column_sum(dice + column, n, WIDTH, tl.float32, COUNT_BLOCK))
+                else:
+                    tl.store(all_sums + after, 0.0)
+            elif column >= 5 * CLASSES:
+                tl.store(all_sums + after, _column_sum(dice + column - CLASSES, n, WIDTH, tl.float32, COUNT_BLOCK))
             else:
                 truth = _column_sum(members + 2 * plane + column - 4 * CLASSES, n, CLASSES, tl.int64, COUNT_BLOCK)
                 tl.store(all_sums + after, truth.to(tl.float32))

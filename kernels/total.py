@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from rplib.kernels.dice import dice_value
+from rplib.kernels.dice import supervised_value
 from rplib.kernels.voxels import SIZES
 
 
@@ -65,8 +65,8 @@ def loss_kernel(
     value = mutual * mutual_weight_of(mutual_factor, mutual_weight, HAS_WEIGHT)
     dice = 0.0
     if RULES.supervised:
-        dice = dice_value(sums, 0, CLASSES, RULES)
-        dice += dice_value(sums, 1, CLASSES, RULES)
+        dice = supervised_value(sums, 0, CLASSES, RULES)
+        dice += supervised_value(sums, 1, CLASSES, RULES)
         value += dice_weight * dice
     tl.store(total, value)
     tl.store(terms, dice)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from rplib.kernels.dice import dice_coefficients, dice_slope, load_target
+from rplib.kernels.dice import Coefficients, load_target, supervised_coefficients, supervised_slope
 from rplib.kernels.similarity import products, reliability, taken_products, where_products
 from rplib.kernels.total import mutual_weight_of
 from rplib.kernels.voxels import (
@@ -67,8 +67,8 @@ class Inputs(NamedTuple):
     size2: tl.tensor
     scale_ab: tl.tensor
     scale_ba: tl.tensor
-    dice_a: tl.tuple
-    dice_b: tl.tuple
+    supervised_a: Coefficients
+    supervised_b: Coefficients
 
 
 class Outputs(NamedTuple):
@@ -175,7 +175,7 @@ def _store_plane(record, v, value, record_stride, MASKED: tl.constexpr):
 
 @triton.jit
 def _block(start, s, i, out, o, MASKED: tl.constexpr):
-    """Weigh the block of voxels that begins at ``start``; i: `Inputs`, out: `Outputs`, o: `Options`; returns s with its `Sums`."""
+    """Weigh the block of voxels that begins at ``start``; i: `Inputs`, out: `Outputs`, o: `Options`; returns s with it."""
     CLASSES: tl.constexpr = o.CLASSES
     v = start + tl.arange(0, o.GROUPS)[:, None] * o.GROUP + tl.arange(0, o.GROUP)[None, :]  # (GROUPS, GROUP)
     valid = v < i.voxels
@@ -226,8 +226,8 @@ def _block(start, s, i, out, o, MASKED: tl.constexpr):
         if o.TARGET_IN_RECORD:
             t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
             t, known = load_target(i.target, t_v, i.labelled, valid, MASKED)
-            entry_a += tl.where(known, dice_slope(a, i.dice_a, t, CLASSES)[0], 0.0)
-            entry_b += tl.where(known, dice_slope(b, i.dice_b, t, CLASSES)[0], 0.0)
+            entry_a += tl.where(known, supervised_slope(a, i.supervised_a, t, CLASSES, o.RULES)[0], 0.0)
+            entry_b += tl.where(known, supervised_slope(b, i.supervised_b, t, CLASSES, o.RULES)[0], 0.0)
         if not o.RULES.compare:
             _store_plane(out.record, v, entry_a, out.record_stride, MASKED)
             _store_plane(out.record + out.second_plane, v, entry_b, out.record_stride, MASKED)
@@ -306,22 +306,22 @@ def weighting_kernel(
     map_row = sample.to(tl.int64) * voxels
     scale_ab = 0.0
     scale_ba = 0.0
-    dice_a = ((), ())
-    dice_b = ((), ())
+    supervised_a = Coefficients((), (), ())
+    supervised_b = Coefficients((), (), ())
     if WITH_RECORD:
         cw = mutual_weight_of(mutual_factor, mutual_weight, HAS_WEIGHT)
         scale_ab = cw / (tl.load(counts).to(tl.float32) + RULES.eps)
         scale_ba = cw / (tl.load(counts + 1).to(tl.float32) + RULES.eps)
         if TARGET_IN_RECORD:
             target += sample_offset(sample, t_b, 1, 0)
-            dice_a = dice_coefficients(sums, 0, dice_weight, CLASSES, RULES)
-            dice_b = dice_coefficients(sums, 1, dice_weight, CLASSES, RULES)
+            supervised_a = supervised_coefficients(sums, 0, dice_weight, CLASSES, RULES)
+            supervised_b = supervised_coefficients(sums, 1, dice_weight, CLASSES, RULES)
     inputs = Inputs(
         za, zb, fa, fb, target, prototypes_a, prototypes_b,
         strides_of(za_c, za_0, za_1, za_2, CLASSES, Z_LAYOUT), strides_of(zb_c, zb_0, zb_1, zb_2, CLASSES, Z_LAYOUT),
         strides_of(fa_c, fa_0, fa_1, fa_2, FEATURES_A, F_LAYOUT), strides_of(fb_c, fb_0, fb_1, fb_2, FEATURES_B, F_LAYOUT),
         strides_of(0, t_0, t_1, t_2, 1, 0), sample < labelled,
-        voxels_of(voxels, Z_LAYOUT), size1, size2, scale_ab, scale_ba, dice_a, dice_b,
+        voxels_of(voxels, Z_LAYOUT), size1, size2, scale_ab, scale_ba, supervised_a, supervised_b,
     )  # fmt: skip
     outputs = Outputs(
         record + row, record_stride, sample_offset(samples, record_stride, 1, 1), code + row,

@@ -39,7 +39,6 @@ def objective_with(
     used = {
         "ignore_index": supervision.ignore_index is not None,
         "labelled": not known.first,
-        "supervised": supervision.supervised != "dice",
     }
     form = dispatch.choose(options.impl, z, f, [*asked, *(name for name, so in used.items() if so)])
     if form == "triton":  # Dice inside the kernels' own passes
