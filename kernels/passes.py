@@ -230,7 +230,7 @@ def _weight(
     tiles = tiling.weighting_tiles(
         classes, max(f_a, f_b), max(fa.element_size(), fb.element_size()),
         channels_last=f_layout in (LAST, PACKED), aligned=f_layout != ANY,
-        plain=flat and with_record, dice=labels is not None,
+        plain=flat and with_record, dice=labels is not None, detailed=rules.detailed,
     )  # fmt: skip
     programs, per_program = split(voxels, tiles.groups * tiles.group, samples, za.device)
     numerators = za.new_empty((4 if rules.detailed else 2, samples, programs), dtype=torch.float32)
