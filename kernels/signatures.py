@@ -105,14 +105,14 @@ def record_launches(
         return made
 
     target = torch.empty((labelled, *spatial), dtype=torch.uint8, device="meta") if labelled else None
-    batch = passes.Batch(tensors(classes), tensors(features) if weighted else None, target)
+    given = passes.Batch(tensors(classes), tensors(features) if weighted else None, target)
     options = Options(confidence=confidence, cross_entropy_on="logits" if on_logits else "probabilities")
     rules = rules_of(options, Supervision(supervised=supervised, statistics=statistics) if labelled else None, classes)
     with launch.observed(record):
-        known = passes.statistics(batch, rules)
-        _, _, kept = passes.weighting(batch, known, rules, passes.Weights(0.5), with_record=True)
+        known = passes.statistics(given, rules)
+        _, _, kept = passes.weighting(given, known, rules, passes.Weights(0.5), with_record=True)
         upstream = torch.empty((), dtype=torch.float32, device="meta")
-        passes.gradient(upstream, known.sums, kept, batch, rules, 0.5)
+        passes.gradient(upstream, known.sums, kept, given, rules, 0.5)
     return launches
 
 

@@ -108,8 +108,8 @@ def weighting_tiles(
     pad = power_of_two(classes)
     widest = power_of_two(max(features, 1))
     if channels_last:
-        feature_block = 8 if itemsize == 4 or (detailed and classes > 4) else 16
-        return WeightingTiles(128 // group, group, pad, min(widest, feature_block), classes <= 4, 4)
+        block = 64 if detailed and classes > 4 else 128
+        return WeightingTiles(block // group, group, pad, min(widest, 8 if itemsize == 4 else 16), classes <= 4, 4)
     block = 2048 // itemsize if aligned else 256  # 16 bytes a thread: the features of a block lie in no other thread's registers
     if classes > 16:  # one voxel a thread: the logits of both networks alone take 2 C registers
         return WeightingTiles(128 // group, group, pad, min(widest, 8), False, 4)
