@@ -17,14 +17,16 @@ def mutual_weight_of(factor, weight, HAS_WEIGHT: tl.constexpr):
 
 
 @triton.jit
-def _sum(values, n, BLOCK: tl.constexpr):
-    """Sum of n numbers in a fixed order."""
+def _sums(values, n, BLOCK: tl.constexpr):
+    """Sums of n numbers and of the n that follow, in a fixed order."""
     i = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
+    first = tl.zeros((BLOCK,), tl.float32)
+    second = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):
         at = start + i
-        total += tl.load(values + at, mask=at < n, other=0.0)
-    return tl.sum(total, axis=0)
+        first += tl.load(values + at, mask=at < n, other=0.0)
+        second += tl.load(values + n + at, mask=at < n, other=0.0)
+    return tl.sum(first, axis=0), tl.sum(second, axis=0)
 
 
 @triton.jit
@@ -59,8 +61,9 @@ def loss_kernel(
 ):  # fmt: skip
     """Grid: (1,). mutual = sum of L_ij = numerator_ij / (count_ij + eps), in a fixed order."""
     nonfinite = tl.load(sums)
-    mutual_ab = _sum(numerators, n, BLOCK) / (tl.load(counts).to(tl.float32) + RULES.eps)
-    mutual_ba = _sum(numerators + n, n, BLOCK) / (tl.load(counts + 1).to(tl.float32) + RULES.eps)
+    loss_ab, loss_ba = _sums(numerators, n, BLOCK)
+    mutual_ab = loss_ab / (tl.load(counts).to(tl.float32) + RULES.eps)
+    mutual_ba = loss_ba / (tl.load(counts + 1).to(tl.float32) + RULES.eps)
     mutual = mutual_ab + mutual_ba + nonfinite
     value = mutual * mutual_weight_of(mutual_factor, mutual_weight, HAS_WEIGHT)
     dice = 0.0
@@ -72,6 +75,7 @@ def loss_kernel(
     tl.store(terms, dice)
     tl.store(terms + 1, mutual)
     if RULES.detailed:
-        weight_ab = _sum(numerators + 2 * n, n, BLOCK) + nonfinite
-        weight_ba = _sum(numerators + 3 * n, n, BLOCK) + nonfinite
-        _report(terms + 2, counts, weight_ab, weight_ba, mutual_ab + nonfinite, mutual_ba + nonfinite, CLASSES)
+        weight_ab, weight_ba = _sums(numerators + 2 * n, n, BLOCK)
+        _report(
+            terms + 2, counts, weight_ab + nonfinite, weight_ba + nonfinite, mutual_ab + nonfinite, mutual_ba + nonfinite, CLASSES
+        )  # fmt: skip
