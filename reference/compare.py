@@ -4,8 +4,8 @@ examples:
   rplib compare runs/la-8-seed* runs/la-8-supervised-seed*
   rplib compare RUN... --output "mean of both" --csv table.csv
 
-Runs that differ only in the seed form one row; the first recipe is the baseline. All runs must have been evaluated on the same
-cases (`rplib evaluate RUN --data DIR`).
+Runs that differ only in the seed form one row; the first recipe is the baseline. With several foreground classes there is a row
+for each, and one for all. All runs must have been evaluated on the same cases (`rplib evaluate RUN --data DIR`).
 """
 
 import argparse
@@ -23,6 +23,8 @@ from rplib.errors import UserError, reading
 # Settings that may differ besides the seed: they affect neither training nor evaluation results.
 _SAME = {"seed", "cache", "checkpoint_every", "log_every", "window_batch"}
 
+ALL = "all"  # classes
+
 Scores = dict[str, dict[tuple[str, str], float]]  # metric -> (case, class) -> value; NaN where missing
 
 
@@ -35,16 +37,21 @@ class Run:
     scores: Scores
     table: Path | None = None  # the scores.csv
 
-    def mean(self, metric: str) -> float:
-        """Mean over the cases and classes that have the score."""
-        return _mean(self.scores[metric].values())
+    def mean(self, metric: str, klass: str = ALL) -> float:
+        """Mean over the cases, and over the classes unless one is named, that have the score."""
+        return _mean(self.of(metric, klass).values())
+
+    def of(self, metric: str, klass: str) -> dict[tuple[str, str], float]:
+        """The scores of one class, or all."""
+        return {key: value for key, value in self.scores[metric].items() if klass in (ALL, key[1])}
 
 
 @dataclass(frozen=True)
 class Line:
-    """One metric of the runs of one recipe, compared with the first recipe.
+    """One metric of the runs of one recipe, for one class or all, compared with the first recipe.
 
     Attributes:
+        klass: the class, or ``"all"``: the mean over cases and classes. Runs of one foreground class have only the latter.
         runs: number of runs.
         mean, deviation: of the runs' means. Deviations are sample deviations (n - 1), NaN for a single run.
         missing: cases without the score, over all runs.
@@ -55,6 +62,7 @@ class Line:
     """
 
     recipe: str
+    klass: str
     runs: int
     metric: str
     mean: float
@@ -96,9 +104,9 @@ def run(args: argparse.Namespace) -> int:
     print(render(lines), end="")
     if args.csv:
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(asdict(lines[0])), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: "" if _is_nan(value) else value for key, value in asdict(line).items()} for line in lines)
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow("class" if key == "klass" else key for key in asdict(lines[0]))
+        writer.writerows(["" if _is_nan(value) else value for value in asdict(line).values()] for line in lines)
         write_text_atomically(args.csv, text.getvalue())
     return 0
 
@@ -191,30 +199,33 @@ def compare(recipes: dict[str, list[Run]]) -> list[Line]:
                     f"{name}{where}: not scored on the same cases as {runs[0].title} (for example case {odd[0]}, class {odd[1]})."
                 )
     first = next(iter(recipes.values()))
+    classes = sorted({klass for _, klass in cases}, key=lambda klass: (len(klass), klass))  # 2 before 10
     return [
-        _line(name, group, first, metric)
+        _line(name, group, first, metric, klass)
         for metric in METRICS
         if not all(_is_nan(one.mean(metric)) for one in runs)
+        for klass in [*(classes if len(classes) > 1 else []), ALL]
         for name, group in recipes.items()
     ]
 
 
-def _line(name: str, group: Sequence[Run], first: Sequence[Run], metric: str) -> Line:
-    means = [one.mean(metric) for one in group]
-    cases = group[0].scores[metric]
+def _line(name: str, group: Sequence[Run], first: Sequence[Run], metric: str, klass: str) -> Line:
+    means = [mean for one in group if not _is_nan(mean := one.mean(metric, klass))]
+    cases = group[0].of(metric, klass)
     pairs = [[_mean(one.scores[metric][case] for one in runs) for runs in (group, first)] for case in cases]
     pairs = [pair for pair in pairs if not any(map(_is_nan, pair))]
     sign = 1 if metric in ("dice", "jaccard") else -1  # 1: higher is better
     alone = group is first
     return Line(
         recipe=name,
+        klass=klass,
         runs=len(group),
         metric=metric,
-        mean=statistics.fmean(means),
+        mean=_mean(means),
         deviation=_deviation(means),
-        missing=sum(_is_nan(value) for one in group for value in one.scores[metric].values()),
-        difference=math.nan if alone else statistics.fmean(means) - statistics.fmean(one.mean(metric) for one in first),
-        difference_deviation=math.nan if alone else _deviation(_differences(group, first, metric)),
+        missing=sum(_is_nan(value) for one in group for value in one.of(metric, klass).values()),
+        difference=math.nan if alone else _mean(means) - _mean(one.mean(metric, klass) for one in first),
+        difference_deviation=math.nan if alone else _deviation(_differences(group, first, metric, klass)),
         better=sum(sign * ours > sign * theirs for ours, theirs in pairs),
         cases=len(pairs),
     )
@@ -226,14 +237,15 @@ def render(lines: Sequence[Line]) -> str:
 
     from rplib.reference.reporting.tables import TITLES, as_text, shown
 
-    first = lines[0].recipe
+    first, several = lines[0].recipe, any(line.klass != ALL for line in lines)
     table = Table(title="mean of the runs \u00b1 standard deviation over the runs", title_justify="left")
-    for column in ("metric", "recipe", "runs", "mean", f"minus {first}", "better in", "missing"):
-        table.add_column(column, justify="left" if column in ("metric", "recipe") else "right")
+    for column in ("metric", *(["class"] if several else []), "recipe", "runs", "mean", f"minus {first}", "better in", "missing"):
+        table.add_column(column, justify="left" if column in ("metric", "class", "recipe") else "right")
     for line in lines:
         metric, none = line.metric, line.recipe == first
         table.add_row(
-            TITLES[metric] if none else "",
+            TITLES[metric] if none and line.klass == lines[0].klass else "",
+            *([line.klass if none else ""] if several else []),
             line.recipe,
             str(line.runs),
             shown(line.mean, metric) + _plus_minus(line.deviation, metric),
@@ -249,11 +261,13 @@ def _differing(a: Run, b: Run) -> list[str]:
     return [key for key in a.settings if key not in _SAME and a.settings[key] != b.settings[key]]
 
 
-def _differences(group: Sequence[Run], first: Sequence[Run], metric: str) -> list[float]:
-    """Paired by seed, if both have the same seeds."""
-    theirs = {one.settings.get("seed"): one.mean(metric) for one in first}
-    ours = {one.settings.get("seed"): one.mean(metric) for one in group}
-    return [ours[seed] - theirs[seed] for seed in ours] if set(ours) == set(theirs) else []
+def _differences(group: Sequence[Run], first: Sequence[Run], metric: str, klass: str) -> list[float]:
+    """Paired by seed, if both have the same seeds and every run has the score."""
+    theirs = {one.settings.get("seed"): one.mean(metric, klass) for one in first}
+    ours = {one.settings.get("seed"): one.mean(metric, klass) for one in group}
+    if set(ours) != set(theirs) or any(map(_is_nan, [*ours.values(), *theirs.values()])):
+        return []
+    return [ours[seed] - theirs[seed] for seed in ours]
 
 
 def _mean(values: Iterable[float]) -> float:

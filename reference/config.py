@@ -99,6 +99,10 @@ class Config:
         2, "equal to batch_size: labelled-only training; unlabelled cases are not read", least=1, most=_MOST_BATCH
     )
     augmentation: str = _key("mirror-rotate", "in the first two axes; 'none' crops only", choices=("mirror-rotate", "none"))
+    crop_margin: int = _key(
+        0, "voxels by which crops may reach beyond the image, which is 0 there: the only shift where patch = image", least=0,
+        most=_MOST_AXIS,
+    )  # fmt: skip
     cache: str = _key("auto", "where volumes are kept; 'auto': on the GPU if they fit, else in RAM", choices=CACHES)
 
     in_channels: int = _key(1, "channels of the image", least=1, most=_MOST_CHANNELS, section="network")
@@ -190,6 +194,11 @@ class Config:
                 f"protocol 'paper' selects weights on the test list, so validation={self.validation} has no effect; "
                 "set validation=0 or protocol=held-out."
             )
+        if self.crop_margin and (self.protocol == "paper" or self.crop_margin >= min(axis for axis in self.patch if axis > 1)):
+            raise UserError(
+                f"crop_margin={self.crop_margin} with patch {list(self.patch)} and protocol {self.protocol!r}; expected fewer "
+                "voxels than the patch has, and 0 under protocol 'paper', which pads as the authors do."
+            )
         if self.batch_size * math.prod(max(1, axis // DEPTH) for axis in self.patch) < 2:
             raise UserError(
                 f"batch_size {self.batch_size} with patch {list(self.patch)} leaves one value per channel at "
@@ -266,10 +275,10 @@ def parse(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     try:
         table = tomllib.loads(text.removeprefix("\ufeff").replace("\r\n", "\n"))
     except (ValueError, RecursionError, MemoryError) as error:  # ValueError: bad TOML, and integers of thousands of digits
-        told = "nested too deeply" if isinstance(error, RecursionError) else brief_reason(error)
+        reported = "nested too deeply" if isinstance(error, RecursionError) else brief_reason(error)
         if is_out_of_memory(error):
-            told = "it does not fit into the memory"
-        raise UserError(f"{source} is not valid TOML: {told}.") from error
+            reported = "it does not fit into the memory"
+        raise UserError(f"{source} is not valid TOML: {reported}.") from error
     values = {**_base_of(table, source), **_known_keys(table, source), **parse_overrides(overrides)}
     try:
         return Config(**values)

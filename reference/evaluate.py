@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="voxel size in mm, one number per axis, for distances in mm and for NIfTI headers (default: as in the "
         "files; the published h5 files lack it, Left Atrium: 0.625 0.625 0.625)",
     )  # fmt: skip
+    parser.add_argument(
+        "--patients",
+        metavar="REGEX",
+        help="add scores per patient, of all its voxels together: a regular expression whose one group is the patient in a "
+        "case's name, such as '(patient[0-9]+)_'",
+    )
     parser.add_argument("--largest-component", action="store_true", help="keep the largest component of each class (paper: no)")
     parser.add_argument(
         "--nifti", choices=("prediction", "all", "none"), default="prediction",
@@ -59,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluates and returns the exit code; user errors raise `rplib.errors.UserError`."""
     from rplib.errors import UserError
+    from rplib.reference.evaluation.patients import patient_pattern
     from rplib.reference.evaluation.scoring import evaluate
     from rplib.reference.files import output_folder, remove_leftovers
     from rplib.reference.reporting.report import VOLUMES, nifti_writer, write
@@ -69,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"no run folder {args.run_folder}; create one with `rplib train --out {args.run_folder}`.")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; choose a folder.")
+    patients = None if args.patients is None else patient_pattern(args.patients)
     volumes = None if args.nifti == "none" else nifti_writer(out / VOLUMES, args.spacing, args.nifti == "all")
     with output_folder(out, f"--out {out}"):
         remove_leftovers(out, deep=True)
@@ -86,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
             on_case=volumes,
             maps=0 if args.no_maps else args.pictures,
             pictures=args.pictures,
+            patients=patients,
         )
         write(report, out, args.pictures)
     return 0

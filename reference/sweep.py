@@ -1,6 +1,6 @@
 """Train and compare many settings: recipes x settings x seeds, from one file.
 
-A file holds the data set, the seeds, and one table a cell:
+The file names the data set, the seeds, and one table per cell:
 
   data = "LA"                      # paths are relative to the file
   out = "sweep"                    # run folders, logs, sweep.csv, sweep.html
@@ -16,11 +16,11 @@ A file holds the data set, the seeds, and one table a cell:
   recipe = "la-8"
   set = { method = "both" }
 
-Run again it resumes, and trains only what is missing; adopt = ["runs/*"] takes runs with the same settings from elsewhere.
+The same command resumes and trains only what is missing; adopt = ["runs/*"] finds runs with the same settings elsewhere.
 
 examples:
   rplib sweep FILE.toml
-  rplib sweep FILE.toml --report        no training: table and page of what is there
+  rplib sweep FILE.toml --report        no training: table and page from the runs scored so far
 """
 
 import argparse
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("file", type=Path, metavar="FILE.toml", help="what to train")
     parser.add_argument("--jobs", type=positive, metavar="N", help="trainings at a time (default: as in the file, else 1)")
-    parser.add_argument("--report", action="store_true", help="train nothing; write table and page of what is scored by now")
+    parser.add_argument("--report", action="store_true", help="report the runs scored so far; do not train")
 
 
 def run(args: argparse.Namespace) -> int:

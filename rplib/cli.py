@@ -112,10 +112,10 @@ def _explained(arguments: list[str]) -> int:
         print("rplib: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        told = explained(error)
-        if told is None:
+        text = explained(error)
+        if text is None:
             raise
-        return _mistake(str(told))
+        return _mistake(str(text))
 
 
 @contextlib.contextmanager

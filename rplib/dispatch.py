@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rplib.averages import NOTHING, Extras
 from rplib.options import Implementation, Options
 
 
@@ -33,6 +34,7 @@ MOST_FEATURES = 1024
 # What the kernels do not compute (yet): under ``impl="auto"`` a call with one of these takes the lean form on a GPU too.
 BEYOND_KERNELS = {
     "mask": "the kernels take no mask",
+    "sample_weights": "the kernels take no sample_weights",
     "students": "the kernels teach every network, and students= names some",
     "ignore_index": "the kernels know no ignore_index",
     "labelled": "the kernels take the first samples of the batch as the labelled ones",
@@ -66,10 +68,11 @@ def choose(
     return "torch" if obstacle else "triton"
 
 
-def asked_of(options: Options, mask: Tensor | None) -> list[str]:
+def asked_of(options: Options, mask: Tensor | None, extras: Extras = NOTHING) -> list[str]:
     """Names in `BEYOND_KERNELS` of what a call of the loss makes use of."""
     used = {
         "mask": mask is not None,
+        "sample_weights": extras.sample_weights is not None,
         "students": options.students is not None,
         "minimum_confidence": options.minimum_confidence is not None,
         "temperature": options.temperature != 1,

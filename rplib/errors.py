@@ -19,7 +19,7 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as a cluster scheduler or `kill` sends it; the command line leaves with exit code 143."""
 
 
-# What to do about an error of the operating system; every other one is told without.
+# What to do about an error of the operating system; all others are reported without advice.
 _REMEDIES = {
     errno.EACCES: "change its permissions or choose another place",
     errno.EPERM: "change its permissions or choose another place",
@@ -50,10 +50,10 @@ def explained(error: BaseException) -> UserError | None:
     >>> explained(ValueError("a fault of the program"))
     """
     if isinstance(error, OSError) and error.errno is not None:
-        told = error.strerror or os.strerror(error.errno)
+        reported = error.strerror or os.strerror(error.errno)
         named = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, (str, bytes, os.PathLike)) else ""
         remedy = _REMEDIES.get(error.errno)
-        return UserError(f"{told}{named}" + (f"; {remedy}" if remedy and named else ""))
+        return UserError(f"{reported}{named}" + (f"; {remedy}" if remedy and named else ""))
     if is_out_of_memory(error):
         return UserError(f"the memory is full ({brief_reason(error)}); {_MEMORY}")
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve before Python 3.13

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rplib import dispatch, inputs, lean, naive, per_voxel
+from rplib.averages import Extras, PrototypeAverages
 from rplib.maps import Reliability
 from rplib.options import Confidence, CrossEntropyOn, Implementation, Options, Prototypes, Reduction, Weighting
 from rplib.ranks import Group
@@ -16,6 +17,7 @@ def reliable_mutual_loss(
     logits: Sequence[Tensor],
     features: Sequence[Tensor] | None = None,
     mask: Tensor | None = None,
+    sample_weights: Tensor | Sequence[float] | None = None,
     *,
     confidence: Confidence | None = "entropy",
     weighting: Weighting | None = "similarity",
@@ -40,6 +42,8 @@ def reliable_mutual_loss(
             Needed for ``weighting="similarity"``. They get no gradient.
         mask: (B, *spatial) bool, True where a voxel counts; None: everywhere. Elsewhere nothing teaches, learns or is counted:
             loss and gradients are those of the problem without these voxels, whatever their values (NaN too).
+        sample_weights: (B,) numbers from 0; the weights of a sample's voxels are multiplied by that of the sample, the number of
+            voxels taught is not. None: 1 for all.
         confidence: which voxels are taught. ``"entropy"``: where the teacher's entropy is strictly lower;
             ``"max_probability"``: where its largest probability is strictly higher; ``None``: everywhere.
         weighting: how much. ``"similarity"``: by how much the voxel's feature resembles its class prototypes; ``None``: 1.
@@ -59,7 +63,8 @@ def reliable_mutual_loss(
         minimum_confidence: a network teaches only where its largest probability is at least this; None: no such limit.
         temperature: T of the teacher's probabilities in the weight, softmax(z_j / T): below 1 a sharper distribution.
         class_weights: C numbers; the weight of a voxel is multiplied by that of its pseudo-label. None: 1 for all.
-        prototypes: the mean features of a class in each ``"sample"``, as in the paper, or in the whole ``"batch"``.
+        prototypes: the mean features of a class in each ``"sample"``, as in the paper, or in the whole ``"batch"``. Their moving
+            average over the calls, ``"average"``, is kept by `rplib.ReliableMutualLoss` and `rplib.MutualObjective` alone.
         reduction: ``"mean"``: per pair the mean over the voxels taught, as in the paper; ``"sum"``: the sum over them;
             ``"none"``: nothing is summed.
 
@@ -91,29 +96,37 @@ def reliable_mutual_loss(
         confidence, weighting, cross_entropy_on, eps, impl, check_finite, process_group, students,
         minimum_confidence, temperature, class_weights, prototypes, reduction,
     )  # fmt: skip
-    return loss_with(options, logits, features, mask)
+    return loss_with(options, logits, features, mask, sample_weights)
 
 
-def loss_with(options: Options, logits: Sequence[Tensor], features: Sequence[Tensor] | None, mask: Tensor | None) -> Tensor:
-    """`reliable_mutual_loss` with keywords that were checked before: for modules that keep them."""
-    logits, features, mask = prepared(logits, features, mask, options)
-    form = dispatch.choose(options.impl, logits, features, dispatch.asked_of(options, mask))
+def loss_with(
+    options: Options,
+    logits: Sequence[Tensor],
+    features: Sequence[Tensor] | None,
+    mask: Tensor | None,
+    sample_weights: Tensor | Sequence[float] | None = None,
+    averages: PrototypeAverages | None = None,
+) -> Tensor:
+    """`reliable_mutual_loss` with keywords that were checked before: for modules that keep them, and the averages."""
+    logits, features, mask, extras = prepared(logits, features, mask, options, sample_weights, averages)
+    form = dispatch.choose(options.impl, logits, features, dispatch.asked_of(options, mask, extras))
     if form == "triton":
         from rplib.kernels.operators import loss as triton_loss  # here: Triton need not be installed
 
         return triton_loss(usable_in_autograd(logits), features, options)
     if options.reduction == "none":
-        found = (naive if form == "naive" else lean).maps([z.detach() for z in logits], features, options, mask)
+        found = (naive if form == "naive" else lean).maps([z.detach() for z in logits], features, options, mask, extras)
         return per_voxel.loss(logits, found, options, mask)
     if form == "naive":
-        return naive.loss(logits, features, options, valid=mask)
-    return lean.loss(logits, features, options, mask)
+        return naive.loss(logits, features, options, valid=mask, extras=extras)
+    return lean.loss(logits, features, options, mask, extras)
 
 
 def reliability(
     logits: Sequence[Tensor],
     features: Sequence[Tensor] | None = None,
     mask: Tensor | None = None,
+    sample_weights: Tensor | Sequence[float] | None = None,
     *,
     confidence: Confidence | None = "entropy",
     weighting: Weighting | None = "similarity",
@@ -158,13 +171,25 @@ def reliability(
         confidence, weighting, cross_entropy_on, eps, impl, check_finite, process_group, students,
         minimum_confidence, temperature, class_weights, prototypes, reduction,
     )  # fmt: skip
-    logits, features, mask = prepared(logits, features, mask, options)
+    return reliability_with(options, logits, features, mask, sample_weights)
+
+
+def reliability_with(
+    options: Options,
+    logits: Sequence[Tensor],
+    features: Sequence[Tensor] | None,
+    mask: Tensor | None,
+    sample_weights: Tensor | Sequence[float] | None = None,
+    averages: PrototypeAverages | None = None,
+) -> list[Reliability]:
+    """`reliability` with keywords that were checked before."""
+    logits, features, mask, extras = prepared(logits, features, mask, options, sample_weights, averages)
     logits = [z.detach() for z in logits]
-    form = dispatch.choose(impl, logits, features, dispatch.asked_of(options, mask))
+    form = dispatch.choose(options.impl, logits, features, dispatch.asked_of(options, mask, extras))
     if form == "naive":
-        return naive.maps(logits, features, options, mask)
+        return naive.maps(logits, features, options, mask, extras)
     if form == "torch":
-        return lean.maps(logits, features, options, mask)
+        return lean.maps(logits, features, options, mask, extras)
     from rplib.kernels.operators import maps as triton_maps
 
     return triton_maps(logits, features, options)
@@ -176,10 +201,23 @@ class Prepared(NamedTuple):
     logits: list[Tensor]
     features: list[Tensor] | None
     mask: Tensor | None
+    extras: Extras
 
 
-def prepared(logits: Sequence[Tensor], features: Sequence[Tensor] | None, mask: Tensor | None, options: Options) -> Prepared:
+def prepared(
+    logits: Sequence[Tensor],
+    features: Sequence[Tensor] | None,
+    mask: Tensor | None,
+    options: Options,
+    sample_weights: Tensor | Sequence[float] | None = None,
+    averages: PrototypeAverages | None = None,
+) -> Prepared:
     """Check what a caller passes against each other and against the options."""
+    if options.prototypes == "average" and averages is None:
+        raise ValueError(
+            'prototypes="average" keeps state from call to call, and a function has none; use rplib.ReliableMutualLoss or '
+            "rplib.MutualObjective."
+        )
     needed = options.weighting is not None
     z, f = inputs.check_tensors(logits, features, features_needed=needed)
     options.check_sizes(len(z), z[0].shape[1])
@@ -189,7 +227,7 @@ def prepared(logits: Sequence[Tensor], features: Sequence[Tensor] | None, mask: 
         z = [t if k in options.students else t.detach() for k, t in enumerate(z)]
     if options.check_finite:
         inputs.check_finite(z, f, mask)
-    return Prepared(z, f, mask)
+    return Prepared(z, f, mask, Extras(inputs.check_sample_weights(sample_weights, z[0]), averages))
 
 
 def usable_in_autograd(logits: list[Tensor]) -> list[Tensor]:

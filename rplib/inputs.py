@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+_STACK = " A stack of deep supervision outputs (B, outputs, C, *spatial)? Unpack it with rplib.unstack."
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -59,12 +60,7 @@ def check_tensors(
             stacked = f.shape[2:] == first.shape[3:] and f.ndim == first.ndim - 1
             raise ValueError(
                 f"features[{k}] has shape {_shape(f)} but logits[0] has {_shape(first)}; "
-                "expected (B, F, *spatial) with the same batch and spatial sizes."
-                + (
-                    " A stack of deep supervision outputs (B, outputs, C, *spatial)? Unpack it with rplib.unstack."
-                    if stacked
-                    else ""
-                )
+                "expected (B, F, *spatial) with the same batch and spatial sizes." + (_STACK if stacked else "")
             )
         if f.shape[1] < 1:
             raise ValueError(f"features[{k}] has shape {_shape(f)}; expected at least one feature channel.")
@@ -105,10 +101,43 @@ def check_mask(mask: Tensor | None, z: Tensor) -> Tensor | None:
     if tuple(mask.shape) == (z.shape[0], 1, *z.shape[2:]):
         mask = mask.squeeze(1)
     if tuple(mask.shape) != shape:
-        raise ValueError(f"mask has shape {_shape(mask)} but logits[0] has {_shape(z)}; expected {shape}.")
+        stacked = tuple(mask.shape) in ((z.shape[0], *z.shape[3:]), (z.shape[0], 1, *z.shape[3:]))
+        raise ValueError(
+            f"mask has shape {_shape(mask)} but logits[0] has {_shape(z)}; expected {shape}." + (_STACK if stacked else "")
+        )
     if mask.device != z.device:
         raise ValueError(f"mask is on {mask.device} but logits[0] is on {z.device}; expected one device for all.")
     return mask.detach()
+
+
+def check_sample_weights(weights: Tensor | Sequence[float] | None, z: Tensor) -> Tensor | None:
+    """Factors of the B samples of logits z (B, C, *spatial), as (B,) on their device.
+
+    Raises:
+        TypeError, ValueError: says what came and what was expected.
+    """
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor):
+        try:
+            weights = torch.as_tensor(weights, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"sample_weights is {weights!r}; expected B numbers, or a tensor (B,).") from error
+        weights = weights.to(z.device)
+    weights = plain(weights)
+    if weights.dtype.is_complex or weights.dtype == torch.bool:
+        raise TypeError(f"sample_weights has dtype {weights.dtype}; expected real numbers (B,).")
+    if tuple(weights.shape) != (z.shape[0],):
+        raise ValueError(
+            f"sample_weights has shape {_shape(weights)} but logits[0] has {_shape(z)}; expected one number per sample: "
+            f"({z.shape[0]},)."
+        )
+    if weights.device != z.device:
+        raise ValueError(f"sample_weights is on {weights.device} but logits[0] is on {z.device}; expected one device for all.")
+    looking = weights.device.type == "cpu" and looks_allowed(weights.device)
+    if looking and not bool((weights >= 0).all() & weights.isfinite().all()):
+        raise ValueError(f"sample_weights is {weights.tolist()}; expected finite numbers from 0.")
+    return weights.detach()
 
 
 def looks_allowed(device: torch.device) -> bool:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rplib import ranks
+from rplib.averages import NOTHING, Extras
 from rplib.inputs import valid_only
 from rplib.lean_voxels import (
     class_factor,
@@ -38,26 +39,39 @@ from rplib.similarity import by_matrix_product, similarity
 from rplib.statistics import ObjectiveStatistics, Sums
 
 
-def loss(logits: list[Tensor], features: list[Tensor] | None, options: Options, valid: Tensor | None = None) -> Tensor:
+def loss(
+    logits: list[Tensor],
+    features: list[Tensor] | None,
+    options: Options,
+    valid: Tensor | None = None,
+    extras: Extras = NOTHING,
+) -> Tensor:
     """The mutual loss, a 0-dim tensor, differentiable once with respect to the logits."""
-    return loss_and_statistics(logits, features, options, valid, detailed=False)[0]
+    return loss_and_statistics(logits, features, options, valid, extras, detailed=False)[0]
 
 
 def loss_and_statistics(
-    logits: list[Tensor], features: list[Tensor] | None, options: Options, valid: Tensor | None, *, detailed: bool
+    logits: list[Tensor],
+    features: list[Tensor] | None,
+    options: Options,
+    valid: Tensor | None,
+    extras: Extras = NOTHING,
+    *,
+    detailed: bool,
 ) -> tuple[Tensor, ObjectiveStatistics | None]:
     """The mutual loss, and if ``detailed`` what the same two passes know besides."""
     features = features if options.weighting else None
     group = options.process_group
-    known = statistics(logits, features, options, valid, detailed=detailed)
+    known = statistics(logits, features, options, valid, extras, detailed=detailed)
     nonfinite = ranks.detached_sum(known.nonfinite, group)
     counts = ranks.detached_sum(known.counts, group)
     normaliser = counts.to(nonfinite.dtype) + options.eps + nonfinite  # n_ij: (pairs,)
     if options.reduction == "sum":
         normaliser = torch.ones_like(normaliser) + nonfinite
     value, numerators, weights = _LeanLoss.apply(  # type: ignore[no-untyped-call]
-        options, len(logits), detailed, valid, nonfinite, normaliser, *(known.prototypes or []), *logits, *(features or [])
-    )
+        options, len(logits), detailed, valid, extras.sample_weights, nonfinite, normaliser, *(known.prototypes or []), *logits,
+        *(features or []),
+    )  # fmt: skip
     result = ranks.as_one_process(value, ranks.detached_sum(value, group), group)
     if not detailed:
         return result, None
@@ -66,7 +80,13 @@ def loss_and_statistics(
     return result, sums.over_ranks(group)
 
 
-def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options, valid: Tensor | None = None) -> list[Reliability]:
+def maps(
+    logits: list[Tensor],
+    features: list[Tensor] | None,
+    options: Options,
+    valid: Tensor | None = None,
+    extras: Extras = NOTHING,
+) -> list[Reliability]:
     """Masks, weights and what they are made of, pair by pair."""
     dtype = compute_dtype(logits, features)
     spatial = logits[0].shape[2:]
@@ -76,7 +96,7 @@ def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options, 
     uncertainties = [uncertainty(t, n, options) for t, n in zip(z, networks, strict=True)]
     known: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * len(z)
     if options.weighting is not None and features is not None:
-        prototypes = statistics(logits, features, options, valid).prototypes
+        prototypes = statistics(logits, features, options, valid, extras).prototypes
         assert prototypes is not None
         for k, (n, mu, f) in enumerate(zip(networks, prototypes, features, strict=True)):
             s, _ = similarity(valid_only(f.detach().flatten(2).to(dtype), keep), mu)
@@ -89,6 +109,7 @@ def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options, 
         weight = mask.to(dtype) if teacher is None else torch.where(mask, teacher[2], torch.zeros_like(teacher[2]))
         factor = class_factor(networks[j].label, options, dtype)
         weight = weight if factor is None else weight * factor
+        weight = weight if extras.sample_weights is None else weight * extras.sample_weights.to(dtype)[:, None, None]
         result.append(
             Reliability(
                 student=i,
@@ -124,6 +145,7 @@ def statistics(
     features: list[Tensor] | None,
     options: Options,
     valid: Tensor | None = None,
+    extras: Extras = NOTHING,
     *,
     detailed: bool = False,
 ) -> Statistics:
@@ -175,17 +197,20 @@ def statistics(
         counted = valid.sum() if valid is not None else torch.full((), batch * voxels, dtype=torch.int64, device=device)
     if not features:
         return Statistics(counts, None, nonfinite, labelled, differing, counted)
+    totals, numbers = [torch.cat(s) for s in sums], [torch.cat(m) for m in members]  # (B, C, F), (B, C)
+    nonfinite = nonfinite + sum(total.sum() for total in totals) * 0
+    if options.prototypes != "sample":
+        totals = [ranks.detached_sum(total.sum(dim=0, keepdim=True), options.process_group) for total in totals]
+        numbers = [ranks.detached_sum(number.sum(dim=0, keepdim=True), options.process_group) for number in numbers]
+    if extras.averages is not None:
+        flat = [total[0] for total in totals], [number[0] for number in numbers]
+        means = [mean.unsqueeze(0) for mean in extras.averages.updated(*flat, options.eps)]
+    else:
+        means = [t / (n.to(dtype).unsqueeze(2) + options.eps) for t, n in zip(totals, numbers, strict=True)]
     prototypes = []
-    for network_sums, network_members in zip(sums, members, strict=True):
-        total = torch.cat(network_sums)  # (B, C, F)
-        nonfinite = nonfinite + total.sum() * 0
-        number = torch.cat(network_members)  # (B, C)
-        if options.prototypes == "batch":
-            total = ranks.detached_sum(total.sum(dim=0, keepdim=True), options.process_group).expand(batch, -1, -1)
-            number = ranks.detached_sum(number.sum(dim=0, keepdim=True), options.process_group).expand(batch, -1)
-        mean = total / (number.to(dtype).unsqueeze(2) + options.eps)
+    for mean in means:  # (B, C, F), or (1, C, F) for all samples
         length = mean.square().sum(dim=2, keepdim=True).sqrt()
-        prototypes.append(mean / length.clamp_min(1e-12))
+        prototypes.append((mean / length.clamp_min(1e-12)).expand(batch, -1, -1))
     return Statistics(counts, prototypes, nonfinite, labelled, differing, counted)
 
 
@@ -203,6 +228,7 @@ class _LeanLoss(torch.autograd.Function):
         networks: int,
         detailed: bool,
         valid: Tensor | None,
+        sample_weights: Tensor | None,
         nonfinite: Tensor,
         normaliser: Tensor,
         *tensors: Tensor,
@@ -210,12 +236,12 @@ class _LeanLoss(torch.autograd.Function):
         """tensors: prototypes, logits, features per network, or logits alone. Only the first output carries a gradient."""
         groups = [list(tensors[k : k + networks]) for k in range(0, len(tensors), networks)]
         prototypes, logits, features = groups if len(groups) == 3 else (None, groups[0], None)
-        first = 6 + (networks if prototypes else 0)  # where the logits begin among the arguments
+        first = 7 + (networks if prototypes else 0)  # where the logits begin among the arguments
         wanted = [k for k in range(networks) if ctx.needs_input_grad[first + k]]
-        second = _weighting(logits, features, prototypes, normaliser, options, valid, wanted, detailed)
+        second = _weighting(logits, features, prototypes, normaliser, options, valid, sample_weights, wanted, detailed)
         ctx.save_for_backward(nonfinite, *second.gradients, *(logits[k] for k in wanted))
         ctx.wanted = [first + k for k in wanted]
-        ctx.arguments = 6 + len(tensors)
+        ctx.arguments = 7 + len(tensors)
         return second.value + nonfinite, second.numerators, second.weights
 
     @staticmethod
@@ -263,6 +289,7 @@ def _weighting(
     normaliser: Tensor,
     options: Options,
     valid: Tensor | None,
+    sample_weights: Tensor | None,
     wanted: list[int],
     detailed: bool,
 ) -> _Weighted:
@@ -301,6 +328,7 @@ def _weighting(
                 share = reliable[j] * share if reliable else share
                 factor = class_factor(networks[j].label, options, dtype)
                 share = share if factor is None else share * factor
+                share = share if sample_weights is None else share * sample_weights[b].to(dtype)[:, None, None]
                 zeros = torch.zeros_like(networks[j].top)
                 weight = torch.where(mask, share, zeros)  # w_ij / n_ij: (b, 1, v)
                 ce = cross_entropy(z[i], networks[i], networks[j].label, options)

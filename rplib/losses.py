@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from rplib.functional import loss_with
+from rplib.averages import PrototypeAverages
+from rplib.functional import loss_with, reliability_with
+from rplib.maps import Reliability
 from rplib.objective import objective_with
 from rplib.options import Confidence, CrossEntropyOn, Implementation, Options, Prototypes, Reduction, Weighting
 from rplib.ranks import Group
@@ -17,7 +19,14 @@ from rplib.targets import Labelled
 class ReliableMutualLoss(nn.Module):
     """The reliable-pseudo-label loss as a module without parameters.
 
-    Keywords, shapes, errors and source: `rplib.functional.reliable_mutual_loss`.
+    Keywords, shapes, errors and source: `rplib.functional.reliable_mutual_loss`. Two more keywords need a module:
+
+    Args:
+        prototypes: also ``"average"``: the mean features of a class are averaged over the calls, for batches that hold few
+            voxels of a class or none. The sums behind them run over ``process_group``; they are saved in ``state_dict()`` and
+            updated in training mode alone; ``reset_prototypes()`` forgets them. Call the module once before compiling it.
+        prototype_decay: weight of the former calls in that average. 0 is ``"batch"``, with memory for the classes that a batch
+            lacks.
 
     Example:
         >>> import torch
@@ -45,16 +54,45 @@ class ReliableMutualLoss(nn.Module):
         class_weights: tuple[float, ...] | None = None,
         prototypes: Prototypes = "sample",
         reduction: Reduction = "mean",
+        prototype_decay: float = 0.99,
     ) -> None:
         super().__init__()
         self.options = Options(
             confidence, weighting, cross_entropy_on, eps, impl, check_finite, process_group, students,
-            minimum_confidence, temperature, class_weights, prototypes, reduction,
+            minimum_confidence, temperature, class_weights, prototypes, reduction, prototype_decay,
         )  # fmt: skip
+        self.averages = PrototypeAverages(prototype_decay) if prototypes == "average" else None
 
-    def forward(self, logits: Sequence[Tensor], features: Sequence[Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        logits: Sequence[Tensor],
+        features: Sequence[Tensor] | None = None,
+        mask: Tensor | None = None,
+        sample_weights: Tensor | Sequence[float] | None = None,
+    ) -> Tensor:
         """Loss of K networks' logits (B, C, *spatial) and features (B, F, *spatial), where mask (B, *spatial) is True: 0-dim."""
-        return loss_with(self.options, logits, features, mask)
+        return loss_with(self.options, logits, features, mask, sample_weights, self.averages)
+
+    def reliability(
+        self,
+        logits: Sequence[Tensor],
+        features: Sequence[Tensor] | None = None,
+        mask: Tensor | None = None,
+        sample_weights: Tensor | Sequence[float] | None = None,
+    ) -> list[Reliability]:
+        """`rplib.reliability` with the keywords and averages of this module, which it leaves as they are."""
+        if self.averages is None or not self.averages.training:
+            return reliability_with(self.options, logits, features, mask, sample_weights, self.averages)
+        self.averages.eval()
+        try:
+            return reliability_with(self.options, logits, features, mask, sample_weights, self.averages)
+        finally:
+            self.averages.train()
+
+    def reset_prototypes(self) -> None:
+        """Forget the averages of ``prototypes="average"``: the next call starts as the first did."""
+        if self.averages is not None:
+            self.averages.reset()
 
     def extra_repr(self) -> str:
         """The keywords, for print(module)."""
@@ -135,6 +173,7 @@ class MutualObjective(nn.Module):
         class_weights: tuple[float, ...] | None = None,
         prototypes: Prototypes = "sample",
         reduction: Reduction = "mean",
+        prototype_decay: float = 0.99,
     ) -> None:
         super().__init__()
         self.supervision = Supervision(
@@ -154,6 +193,7 @@ class MutualObjective(nn.Module):
             class_weights=class_weights,
             prototypes=prototypes,
             reduction=reduction,
+            prototype_decay=prototype_decay,
         )
         if reduction == "none":
             raise ValueError('reduction is "none"; expected "mean" or "sum": the objective is one number.')
@@ -166,6 +206,7 @@ class MutualObjective(nn.Module):
         consistency_weight: float | Tensor,
         mask: Tensor | None = None,
         labelled: Labelled = None,
+        sample_weights: Tensor | Sequence[float] | None = None,
     ) -> ObjectiveTerms | ObjectiveTermsAndStatistics:
         """Compute the objective.
 
@@ -179,6 +220,7 @@ class MutualObjective(nn.Module):
             labelled: which samples of the batch the target belongs to: None, the first B_l; their number; their indices, in
                 the order of the target; or a bool mask (B,). A target may also have all B samples: those of the others are
                 not read. Pass numbers or a CPU tensor: one on a GPU is waited for.
+            sample_weights: (B,) numbers from 0, factors of the samples' weights in the mutual term; None: 1 for all.
 
         Returns:
             `ObjectiveTerms`: total, dice, mutual; with ``statistics=True`` `ObjectiveTermsAndStatistics`.
@@ -189,11 +231,16 @@ class MutualObjective(nn.Module):
         """
         options = self.mutual_loss.options
         total, dice, mutual, statistics = objective_with(
-            options, self.supervision, logits, features, target, consistency_weight, mask, labelled
-        )
+            options, self.supervision, logits, features, target, consistency_weight, mask, labelled, sample_weights,
+            self.mutual_loss.averages,
+        )  # fmt: skip
         if statistics is None:
             return ObjectiveTerms(total, dice, mutual)
         return ObjectiveTermsAndStatistics(total, dice, mutual, statistics)
+
+    def reset_prototypes(self) -> None:
+        """Forget the averages of ``prototypes="average"``: the next call starts as the first did."""
+        self.mutual_loss.reset_prototypes()
 
     def extra_repr(self) -> str:
         """The keywords of the supervised term, for print(module)."""

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rplib import ranks
+from rplib.averages import NOTHING, Extras
 from rplib.inputs import valid_only
 from rplib.maps import Reliability, ordered_pairs
 from rplib.options import Options
@@ -33,6 +34,7 @@ def loss(
     options: Options,
     masks: list[Tensor] | None = None,
     valid: Tensor | None = None,
+    extras: Extras = NOTHING,
 ) -> Tensor:
     """The mutual loss, a 0-dim tensor; gradients by autograd.
 
@@ -40,7 +42,7 @@ def loss(
     differ where both networks are equally confident, and are compared with the formula at one and the same mask.
     ``valid``, (B, *spatial) bool: the voxels that count.
     """
-    return loss_and_statistics(logits, features, options, masks, valid, detailed=False)[0]
+    return loss_and_statistics(logits, features, options, masks, valid, extras, detailed=False)[0]
 
 
 def loss_and_statistics(
@@ -49,18 +51,20 @@ def loss_and_statistics(
     options: Options,
     masks: list[Tensor] | None,
     valid: Tensor | None,
+    extras: Extras = NOTHING,
     *,
     detailed: bool,
 ) -> tuple[Tensor, ObjectiveStatistics | None]:
     """The mutual loss, and if ``detailed`` what is logged with it."""
     logits, features = _prepared(logits, features, valid)
     probabilities = [F.softmax(z, dim=1) for z in logits]
+    averaged = _averaged(probabilities, features, options, valid, extras)
     group = options.process_group
     total = logits[0].new_zeros(())
     counts, numerators, weights = [], [], []
     for n, (i, j) in enumerate(ordered_pairs(len(logits), options.students)):
         mask = _mask(probabilities[i], probabilities[j], options, valid) if masks is None else masks[n]
-        pair = _pair(i, j, mask, probabilities, features, options, valid)
+        pair = _pair(i, j, mask, probabilities, features, averaged, valid, options, extras)
         scores = logits[i] if options.cross_entropy_on == "logits" else probabilities[i]
         cross_entropy = F.cross_entropy(scores, pair.pseudo_label, reduction="none")  # (B, *spatial)
         # Where nobody teaches, a class that the student rules out (a logit of -inf) costs nothing: 0, not 0 * inf.
@@ -77,31 +81,50 @@ def loss_and_statistics(
     return result, Sums(*(t.detach() for t in sums)).over_ranks(group)
 
 
-def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options, valid: Tensor | None = None) -> list[Reliability]:
+def maps(
+    logits: list[Tensor],
+    features: list[Tensor] | None,
+    options: Options,
+    valid: Tensor | None = None,
+    extras: Extras = NOTHING,
+) -> list[Reliability]:
     """What the loss above multiplies the cross-entropy with, pair by pair."""
     logits, features = _prepared(logits, features, valid)
     p = [F.softmax(z, dim=1) for z in logits]
+    averaged = _averaged(p, features, options, valid, extras)
     return [
-        _pair(i, j, _mask(p[i], p[j], options, valid), p, features, options, valid)
+        _pair(i, j, _mask(p[i], p[j], options, valid), p, features, averaged, valid, options, extras)
         for i, j in ordered_pairs(len(logits), options.students)
     ]
 
 
 def _pair(
-    i: int, j: int, mask: Tensor, p: list[Tensor], f: list[Tensor] | None, options: Options, valid: Tensor | None
+    i: int,
+    j: int,
+    mask: Tensor,
+    p: list[Tensor],
+    f: list[Tensor] | None,
+    averaged: list[Tensor] | None,
+    valid: Tensor | None,
+    options: Options,
+    extras: Extras,
 ) -> Reliability:
     label = p[j].argmax(dim=1)  # (B, *spatial)
     if options.weighting is None or f is None:
-        return Reliability(i, j, mask, _by_class(mask.to(p[i].dtype), label, options), label, None, None)
-    prototypes = _prototypes(f[j], label, valid, p[j].shape[1], options)
+        return Reliability(i, j, mask, _factors(mask.to(p[i].dtype), label, options, extras), label, None, None)
+    prototypes = averaged[j] if averaged else _prototypes(f[j], label, valid, p[j].shape[1], options)
     similarity = _similarity(f[j], prototypes)
     sharpened = p[j] if options.temperature == 1 else F.softmax(torch.log(p[j]) / options.temperature, dim=1)
     weight = mask.to(p[i].dtype) * (1 - (similarity - sharpened) ** 2).mean(dim=1)
-    return Reliability(i, j, mask, _by_class(weight, label, options), label, prototypes, similarity)
+    return Reliability(i, j, mask, _factors(weight, label, options, extras), label, prototypes, similarity)
 
 
-def _by_class(weight: Tensor, label: Tensor, options: Options) -> Tensor:
-    return weight if options.class_weights is None else weight * weight.new_tensor(options.class_weights)[label]
+def _factors(weight: Tensor, label: Tensor, options: Options, extras: Extras) -> Tensor:
+    if options.class_weights is not None:
+        weight = weight * weight.new_tensor(options.class_weights)[label]
+    if extras.sample_weights is not None:
+        weight = weight * extras.sample_weights.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1))
+    return weight
 
 
 def _mask(student: Tensor, teacher: Tensor, options: Options, valid: Tensor | None) -> Tensor:
@@ -121,19 +144,36 @@ def _more_confident(student: Tensor, teacher: Tensor, options: Options) -> Tenso
     return entropy_student > entropy_teacher
 
 
+def _averaged(
+    p: list[Tensor], f: list[Tensor] | None, options: Options, valid: Tensor | None, extras: Extras
+) -> list[Tensor] | None:
+    """mu of every network, (B, C, F), from the averages over the calls; None where each batch stands for itself."""
+    if options.weighting is None or f is None or extras.averages is None:
+        return None
+    sums = [_sums(f[k], p[k].argmax(dim=1), valid, p[k].shape[1], options) for k in range(len(p))]
+    means = extras.averages.updated([total[0] for total, _ in sums], [number[0, :, 0] for _, number in sums], options.eps)
+    return [F.normalize(m, dim=-1, eps=1e-12).expand(p[0].shape[0], -1, -1) for m in means]
+
+
 def _prototypes(f: Tensor, label: Tensor, valid: Tensor | None, classes: int, options: Options) -> Tensor:
-    mean = f.new_zeros(f.shape[0], classes, f.shape[1])  # (B, C, F)
+    total, number = _sums(f, label, valid, classes, options)
+    return F.normalize(total / (number + options.eps), dim=-1, eps=1e-12)
+
+
+def _sums(f: Tensor, label: Tensor, valid: Tensor | None, classes: int, options: Options) -> tuple[Tensor, Tensor]:
+    """Sum of the features of every class (B, C, F), and its voxels (B, C, 1)."""
+    total = f.new_zeros(f.shape[0], classes, f.shape[1])  # (B, C, F)
     number = f.new_zeros(f.shape[0], classes, 1)
     for b in range(f.shape[0]):
         for c in range(classes):
             of_class = label[b] == c  # (*spatial)
             of_class = (of_class if valid is None else of_class & valid[b]).to(f.dtype)
-            mean[b, c] = (f[b] * of_class).flatten(1).sum(dim=1)
+            total[b, c] = (f[b] * of_class).flatten(1).sum(dim=1)
             number[b, c] = of_class.sum()
-    if options.prototypes == "batch":
-        mean = ranks.detached_sum(mean.sum(dim=0, keepdim=True), options.process_group).expand_as(mean)
+    if options.prototypes != "sample":
+        total = ranks.detached_sum(total.sum(dim=0, keepdim=True), options.process_group).expand_as(total)
         number = ranks.detached_sum(number.sum(dim=0, keepdim=True), options.process_group).expand_as(number)
-    return F.normalize(mean / (number + options.eps), dim=-1, eps=1e-12)
+    return total, number
 
 
 def _similarity(f: Tensor, prototypes: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rplib import dispatch, lean, naive
+from rplib.averages import PrototypeAverages
 from rplib.functional import prepared, usable_in_autograd
 from rplib.options import Options
 from rplib.statistics import ObjectiveStatistics
@@ -25,9 +26,11 @@ def objective_with(
     consistency_weight: float | Tensor,
     mask: Tensor | None = None,
     labelled: Labelled = None,
+    sample_weights: Tensor | Sequence[float] | None = None,
+    averages: PrototypeAverages | None = None,
 ) -> Terms:
     """Total, and its terms (supervised, mutual), detached; statistics or None."""
-    z, f, mask = prepared(logits, features, mask, options)
+    z, f, mask, extras = prepared(logits, features, mask, options, sample_weights, averages)
     supervision.check_classes(z[0])
     known = check_target(target, z[0], labelled)
     classes = z[0].shape[1]
@@ -35,7 +38,7 @@ def objective_with(
     spoilt = check_labels(known, bad, classes, supervision.ignore_index, look=options.check_finite)
     weight = check_weight(consistency_weight, z[0])
     taught = mask if supervision.mutual_on == "all" else _unlabelled(known, z[0], mask)
-    asked = dispatch.asked_of(options, taught)
+    asked = dispatch.asked_of(options, taught, extras)
     used = {
         "ignore_index": supervision.ignore_index is not None,
         "labelled": not known.first,
@@ -50,9 +53,9 @@ def objective_with(
         return total, supervised, mutual, statistics
     detailed = supervision.statistics
     if form == "naive":
-        mutual, statistics = naive.loss_and_statistics(z, f, options, None, taught, detailed=detailed)
+        mutual, statistics = naive.loss_and_statistics(z, f, options, None, taught, extras, detailed=detailed)
     else:
-        mutual, statistics = lean.loss_and_statistics(z, f, options, taught, detailed=detailed)
+        mutual, statistics = lean.loss_and_statistics(z, f, options, taught, extras, detailed=detailed)
     learning = z if options.students is None else [z[k] for k in sorted(options.students)]
     supervised = supervised_loss(learning, known, supervision, mask, options.process_group)
     if spoilt is not None:

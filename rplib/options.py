@@ -9,7 +9,7 @@ Confidence = Literal["entropy", "max_probability"]
 Weighting = Literal["similarity"]
 CrossEntropyOn = Literal["logits", "probabilities"]
 Implementation = Literal["auto", "triton", "torch", "naive"]
-Prototypes = Literal["sample", "batch"]
+Prototypes = Literal["sample", "batch", "average"]
 Reduction = Literal["mean", "sum", "none"]
 
 _ALLOWED: dict[str, tuple[str | None, ...]] = {
@@ -17,7 +17,7 @@ _ALLOWED: dict[str, tuple[str | None, ...]] = {
     "weighting": ("similarity", None),
     "cross_entropy_on": ("logits", "probabilities"),
     "impl": ("auto", "triton", "torch", "naive"),
-    "prototypes": ("sample", "batch"),
+    "prototypes": ("sample", "batch", "average"),
     "reduction": ("mean", "sum", "none"),
 }
 
@@ -43,6 +43,7 @@ class Options:
     class_weights: tuple[float, ...] | None = None
     prototypes: Prototypes = "sample"
     reduction: Reduction = "mean"
+    prototype_decay: float = 0.99  # of the modules alone, which keep the averages
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():
@@ -55,6 +56,8 @@ class Options:
         least = self.minimum_confidence
         if least is not None and (not _is_number(least) or not 0 <= least <= 1):
             raise ValueError(f"minimum_confidence is {least!r}; expected a probability such as 0.95, or None.")
+        if not _is_number(self.prototype_decay) or not 0 <= self.prototype_decay < 1:
+            raise ValueError(f"prototype_decay is {self.prototype_decay!r}; expected a number from 0 to below 1, such as 0.99.")
         if not isinstance(self.check_finite, bool):
             raise ValueError(f"check_finite is {self.check_finite!r}; expected True or False.")
         check_group(self.process_group)

@@ -205,6 +205,21 @@ LOSS = (
         VALUES + "test_options[triton-4-entropy-similarity-logits]",
     ),
     Fault(
+        "masked voxels are counted among the members of a prototype",
+        "rplib/lean.py",
+        (("    return of_class if inside is None else of_class & inside\n", "    return of_class\n"),),
+        "tests/test_loss_averages.py::test_values_and_gradients_over_three_calls[torch-2-True]",
+    ),
+    Fault(
+        "masked voxels' features are summed into the prototypes",
+        "rplib/lean.py",
+        (
+            ("    return of_class if inside is None else of_class & inside\n", "    return of_class\n"),
+            ("values = valid_only(f[b, :, v].to(dtype), inside)", "values = f[b, :, v].to(dtype)"),
+        ),
+        "tests/test_loss_mask.py::test_loss_gradient_and_maps_are_those_of_the_cropped_problem[torch-2-2-default]",
+    ),
+    Fault(
         "Dice: the other network's sums",
         "kernels/dice.py",
         (("overlap = tl.load(at + network * CLASSES", "overlap = tl.load(at + (1 - network) * CLASSES"),),

@@ -122,15 +122,15 @@ def targets(kind: str, folder: Path) -> list[Target]:
                 sitk.WriteImage(sitk.GetImageFromArray(values), str(root / name / "lgemri.nrrd"), compressed)
                 label = sitk.GetImageFromArray((values > 100).astype(np.uint8) * 255)
                 sitk.WriteImage(label, str(root / name / "laendo.nrrd"), compressed)
-            words = ["data", "left-atrium", str(root), str(dest)]
+            arguments = ["data", "left-atrium", str(root), str(dest)]
             with contextlib.redirect_stdout(io.StringIO()):
-                assert cli.main(words) == 0
+                assert cli.main(arguments) == 0
             written = open_dataset(dest).path("b")
 
             def clean(written: Path = written) -> None:
                 written.unlink(missing_ok=True)
 
-            found += [Target(root / "b" / f"{what}.nrrd", words, clean) for what in ("lgemri", "laendo")]
+            found += [Target(root / "b" / f"{what}.nrrd", arguments, clean) for what in ("lgemri", "laendo")]
         return found
     if kind in ("checkpoint", "csv"):
         from rplib.reference import checkpoint
@@ -141,13 +141,13 @@ def targets(kind: str, folder: Path) -> list[Target]:
     if kind == "checkpoint":
         run = folder / "run.pt"
         checkpoint.save(run, {"network": network.state_dict(), "config": config.to_toml(), "iteration": 1})
-        words = ["predict", str(run), str(case), "--out", str(out), "--existing", "overwrite", "--device", "cpu"]
-        return [Target(run, words)]
+        arguments = ["predict", str(run), str(case), "--out", str(out), "--existing", "overwrite", "--device", "cpu"]
+        return [Target(run, arguments)]
     if kind == "toml":
         recipe = folder / "own.toml"
         recipe.write_text(load_config_text())
-        words = ["train", "--recipe", str(recipe), "--data", str(folder / "none"), "--out", str(out)]
-        return [Target(recipe, words, lambda: shutil.rmtree(out, ignore_errors=True))]
+        arguments = ["train", "--recipe", str(recipe), "--data", str(folder / "none"), "--out", str(out)]
+        return [Target(recipe, arguments, lambda: shutil.rmtree(out, ignore_errors=True))]
     run = folder / "run"
     (run / "evaluation-test").mkdir(parents=True)
     (run / "config.toml").write_text(config.to_toml())
@@ -182,16 +182,16 @@ def verdict(target: Target, folder: Path, before: set[str]) -> str:
             code = cli.main(list(target.command))
     except BaseException:
         return f"traceback: {traceback.format_exc()[-600:]}"
-    told = out.getvalue() + err.getvalue()
+    message = out.getvalue() + err.getvalue()
     mistakes = [line for line in err.getvalue().splitlines() if line.startswith("rplib: error: ")]
     if code not in (0, 2):
         return f"exit code {code}"
-    if code == 2 and (len(mistakes) != 1 or "Traceback" in told):
+    if code == 2 and (len(mistakes) != 1 or "Traceback" in message):
         return f"{len(mistakes)} lines of errors: {err.getvalue()[-300:]}"
     # A damaged list may name another file that is not there, a sound recipe meets the missing data: both are named.
-    if code == 2 and str(target.file) not in told and str(target.file.parent) not in told:
-        return f"does not name the file: {told[-300:]}"
-    if any(not c.isprintable() and c not in "\n\r\t" for c in told):
+    if code == 2 and str(target.file) not in message and str(target.file.parent) not in message:
+        return f"does not name the file: {message[-300:]}"
+    if any(not c.isprintable() and c not in "\n\r\t" for c in message):
         return "control characters in the output"
     strangers = {name for name in everything(folder) - before if not name.startswith(("out", "dest"))}
     return f"wrote {sorted(strangers)[:3]}" if strangers else f"ok {code}"
@@ -238,7 +238,7 @@ def fuzz(kind: str, number: int, seed: int) -> tuple[Counter[str], list[str]]:
                 finally:
                     os._exit(code)
             os.close(writer)
-            told, began = b"", time.monotonic()
+            message, began = b"", time.monotonic()
             while True:
                 ready, _, _ = select.select([reader], [], [], SILENCE)
                 part = os.read(reader, 1 << 16) if ready else b""
@@ -246,11 +246,11 @@ def fuzz(kind: str, number: int, seed: int) -> tuple[Counter[str], list[str]]:
                     os.kill(process, signal.SIGKILL)
                 if not part:
                     break
-                told += part
+                message += part
             os.close(reader)
             _, status = os.waitpid(process, 0)
             hung = time.monotonic() - began >= SILENCE and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        done = [line.partition(" ") for line in told.decode().splitlines() if not line.endswith("begins")]
+        done = [line.partition(" ") for line in message.decode().splitlines() if not line.endswith("begins")]
         for index, _, found in done:
             found = found.strip("'\"")
             counts[found if found.startswith("ok") else "failed"] += 1

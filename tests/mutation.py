@@ -202,18 +202,18 @@ def copy_of_the_project(folder: Path) -> None:
             shutil.copy2(source, folder / name)
 
 
-def run_tests(folder: Path, words: list[str], seconds: int) -> tuple[int, str]:
+def run_tests(folder: Path, argv: list[str], seconds: int) -> tuple[int, str]:
     """Exit code of pytest in a forked process (-signal where one ended it), and the first test that failed."""
     reader, writer = os.pipe()
     process = os.fork()
     if process:
         os.close(writer)
-        told = b""
+        message = b""
         while part := os.read(reader, 4096):
-            told += part
+            message += part
         os.close(reader)
         _, status = os.waitpid(process, 0)
-        return os.waitstatus_to_exitcode(status), told.decode()
+        return os.waitstatus_to_exitcode(status), message.decode()
     code = 3
     try:
         os.close(reader)
@@ -236,7 +236,7 @@ def run_tests(folder: Path, words: list[str], seconds: int) -> tuple[int, str]:
                     os.write(writer, report.nodeid.encode()[:300])
 
         options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-m", "not slow and not gpu", f"--rootdir={folder}"]
-        code = int(pytest.main([*options, *words], plugins=[First()]))
+        code = int(pytest.main([*options, *argv], plugins=[First()]))
     except BaseException:
         code = 4
     finally:

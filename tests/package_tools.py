@@ -56,9 +56,9 @@ def links_become_text(source: Path) -> None:
 
 def pip_install(source: Path, target: Path, *options: str) -> None:
     """Installs without the network and without dependencies."""
-    words = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target)]
+    arguments = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target)]
     done = subprocess.run(
-        [sys.executable, "-m", "pip", *words, *options, str(source)],
+        [sys.executable, "-m", "pip", *arguments, *options, str(source)],
         capture_output=True,
         text=True,
         cwd=target.parent,

@@ -42,10 +42,10 @@ def cut_short(iteration: int):
     """The training's step, which a Ctrl-C ends at that iteration."""
     genuine, calls = trainer.training_step, iter(range(1, 10**6))
 
-    def step(*words):
+    def step(*arguments):
         if next(calls) == iteration:
             raise KeyboardInterrupt
-        return genuine(*words)
+        return genuine(*arguments)
 
     return step
 
@@ -54,11 +54,11 @@ def broken(iteration: int):
     """The training's step, with a weight of NaN from that iteration on."""
     genuine, calls = trainer.training_step, iter(range(1, 10**6))
 
-    def step(model, *words):
+    def step(model, *arguments):
         if next(calls) == iteration:
             with torch.no_grad():
                 next(model.parameters()).fill_(float("nan"))
-        return genuine(model, *words)
+        return genuine(model, *arguments)
 
     return step
 
@@ -66,12 +66,12 @@ def broken(iteration: int):
 def main(folder: Path, data: Path, ports: list[str]) -> None:
     torch.set_num_threads(1)
 
-    def rplib(*words: str, step=trainer.training_step) -> tuple[int, str]:
+    def rplib(*arguments: str, step=trainer.training_step) -> tuple[int, str]:
         genuine, trainer.training_step = trainer.training_step, step
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-                return train.main(["--device", "cpu", *words]), said.getvalue()
+                return train.main(["--device", "cpu", *arguments]), said.getvalue()
         finally:
             trainer.training_step = genuine
             # torchrun's own meeting point serves one process group; the others of this program meet by themselves.

@@ -46,9 +46,9 @@ def write_dataset(root: Path, train: int = 5, test: int = 2, shape: tuple[int, .
     return names
 
 
-def mistake(capsys, *words: object) -> str:
-    """Runs `rplib` with these words, which must end with exit code 2 and one line; returns that line's text."""
-    code = cli.main([str(word) for word in words])
+def mistake(capsys, *arguments: object) -> str:
+    """Runs `rplib` with these arguments, which must end with exit code 2 and one line; returns that line's text."""
+    code = cli.main([str(word) for word in arguments])
     out, err = capsys.readouterr()
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("rplib: error: ")]
     assert code == 2, out + err

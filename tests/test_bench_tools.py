@@ -363,8 +363,8 @@ def test_what_is_counted_is_no_larger_than_the_input():
 
 
 def test_bench_measures_and_keeps_everything(tiny, tmp_path, capsys):
-    words = [*tiny, "--implementations", "naive,vectorised,torch,triton", "--csv", str(tmp_path / "r.csv")]
-    assert cli.main([*words, "--plot", str(tmp_path / "r.png")]) == 0
+    arguments = [*tiny, "--implementations", "naive,vectorised,torch,triton", "--csv", str(tmp_path / "r.csv")]
+    assert cli.main([*arguments, "--plot", str(tmp_path / "r.png")]) == 0
     out, err = capsys.readouterr()
     lines = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
     assert "tiny 2x3x4x5x6x7 float32 contiguous, teacher: cubes; floor 120 B/voxel, copy" in out
@@ -405,8 +405,8 @@ def wrong_by(factor):
 
 def test_no_speed_for_a_wrong_result(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(IMPLEMENTATIONS, "fast", Implementation("fast", wrong_by(1.001), "eager", exact_order=True))
-    words = [*tiny, "--implementations", "naive,fast,torch", "--csv", str(tmp_path / "r.csv")]
-    assert cli.main(words) == 1
+    arguments = [*tiny, "--implementations", "naive,fast,torch", "--csv", str(tmp_path / "r.csv")]
+    assert cli.main(arguments) == 1
     out = capsys.readouterr().out
     line = next(line for line in out.splitlines() if line.startswith("fast"))
     assert line.split()[1] == "WRONG" and line.split()[2:4] == ["-", "-"]
@@ -438,8 +438,8 @@ def test_one_failure_costs_one_row(tiny, tmp_path, capsys, monkeypatch):
     for name, error in errors.items():
         monkeypatch.setitem(IMPLEMENTATIONS, name, Implementation(name, failing(error), "eager", exact_order=True))
     monkeypatch.setattr(benchmark, "metered", no_count)
-    words = [*tiny, "--implementations", "broken,huge,torch,triton", "--csv", str(tmp_path / "r.csv")]
-    assert cli.main(words) == 1
+    arguments = [*tiny, "--implementations", "broken,huge,torch,triton", "--csv", str(tmp_path / "r.csv")]
+    assert cli.main(arguments) == 1
     out = capsys.readouterr().out
     assert "failed: broken on tiny float32 contiguous: ValueError: no such luck\n" in out
     assert "failed: triton on tiny float32 contiguous: in the interpreter: no kernel today\n" in out
@@ -457,8 +457,8 @@ def test_an_input_that_fails_costs_its_own_rows(tiny, tmp_path, capsys, monkeypa
         return make(case, device)
 
     monkeypatch.setattr(measure, "make_inputs", no_room)
-    words = ["--shapes", "large,tiny", "--implementations", "torch", "--csv", str(tmp_path / "r.csv")]
-    assert cli.main([*tiny, *words]) == 0
+    arguments = ["--shapes", "large,tiny", "--implementations", "torch", "--csv", str(tmp_path / "r.csv")]
+    assert cli.main([*tiny, *arguments]) == 0
     assert [(row["shape"], row["status"]) for row in read(tmp_path / "r.csv")] == [
         ("large", "out of memory"),
         ("tiny", "measured"),
@@ -476,8 +476,8 @@ def test_a_run_cut_short_keeps_what_it_has(tiny, tmp_path, monkeypatch):
         return interleaved(*args, **keywords)
 
     monkeypatch.setattr(measure, "interleaved", cut_short)
-    words = [*tiny, "--teachers", "cubes,random", "--implementations", "naive,torch", "--csv", str(tmp_path / "r.csv")]
-    assert cli.main(words) == 130
+    arguments = [*tiny, "--teachers", "cubes,random", "--implementations", "naive,torch", "--csv", str(tmp_path / "r.csv")]
+    assert cli.main(arguments) == 130
     rows = read(tmp_path / "r.csv")
     assert [(row["teachers"], row["implementation"]) for row in rows] == [
         (teachers, name) for teachers in TEACHERS for name in ("naive", "torch")
@@ -487,7 +487,7 @@ def test_a_run_cut_short_keeps_what_it_has(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "said"),
     [
         (["--shapes", "la"], "--shapes: unknown 'la'; expected one or more of left-atrium, pancreas"),
         (["--dtypes", "float8"], "--dtypes: unknown 'float8'"),
@@ -500,8 +500,8 @@ def test_a_run_cut_short_keeps_what_it_has(tiny, tmp_path, monkeypatch):
         (["--plot", "picture.txt"], "unknown picture format '.txt'"),
     ],
 )
-def test_mistakes_of_the_user_are_one_line(words, said, capsys):
-    assert cli.main(["bench", *words]) == 2
+def test_mistakes_of_the_user_are_one_line(arguments, said, capsys):
+    assert cli.main(["bench", *arguments]) == 2
     out, err = capsys.readouterr()
     assert not out and err.startswith("rplib: error: ") and said in err and err.count("\n") == 1
 

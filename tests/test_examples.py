@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,32 @@ def test_accelerate():
         AcceleratorState._reset_state(reset_partial_state=True)
         assert example("with_accelerate").main(epochs, precision) > (0.8 if precision == "no" else 0)
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.slow
+def test_accelerate_on_two_processes_learns_what_one_learns(tmp_path):
+    """gloo; each process draws its half of the batch, and DDP averages the gradients: both end with the same weights."""
+    needs("accelerate")
+    script = tmp_path / "two.py"
+    script.write_text(
+        f"import sys, torch\nsys.path[:0] = [{str(EXAMPLES)!r}, {str(ROOT)!r}]\nimport with_accelerate as example\n"
+        "from accelerate import PartialState\nkept = []\nbuild = example.Pair\n"
+        "example.Pair = lambda: kept.append(build()) or kept[-1]\n"
+        "found = example.main(epochs=4)\nstate = PartialState()\nassert state.num_processes == 2\n"
+        f"torch.save((found, kept[0].state_dict()), {str(tmp_path)!r} + f'/{{state.process_index}}.pt')\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]  # accelerate launch needs MPI on CPUs
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*launch, "--master-port", str(port), script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (first, ours), (_, theirs) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first > 0.7
+    for name, weights in ours.items():
+        if "running" not in name:
+            torch.testing.assert_close(weights, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_lightning():

@@ -146,7 +146,7 @@ def test_mutual_objective_fullgraph(impl):
 
 
 @pytest.mark.parametrize("impl", FAST_IMPLS)
-def test_a_weight_that_changes_is_not_compiled_anew(impl):
+def test_a_weight_that_changes_is_not_recompiled(impl):
     """The ramp gives a new number every 150 iterations."""
     from torch._dynamo.testing import CompileCounter
 

@@ -83,7 +83,7 @@ def test_a_value_that_is_not_finite_reaches_the_gradient_too(where, bad):
 
 @pytest.mark.parametrize("impl", FAST_IMPLS)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_margins_that_round_to_the_same_number_are_told_apart(impl, sign):
+def test_margins_that_round_to_the_same_number_are_distinguished(impl, sign):
     """Two classes: 1 - (-2**-30) rounds to 1 in float32; the second network is the more confident one all the same."""
     z = [torch.tensor([[[0.0], [1.0]]], device=DEVICE), torch.tensor([[[-(2.0**-30)], [1.0]]], device=DEVICE)]
     z = [t if sign == 1 else t.flip(1) for t in z]

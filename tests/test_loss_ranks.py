@@ -47,9 +47,9 @@ ASKED = [
 ]
 
 
-def _batch(classes: int, poisoned: bool = False):
+def _batch(classes: int, with_nan: bool = False):
     logits, features = networks((3, 4, 5), classes, 6, batch=5)
-    if poisoned:
+    if with_nan:
         features[1][3, 0, 0, 0, 0] = float("nan")
     target = torch.randint(0, classes, (5, 3, 4, 5), generator=torch.Generator().manual_seed(7))
     return [z.cpu() for z in logits], [f.cpu() for f in features], target
@@ -66,8 +66,8 @@ def _evaluate(impl, keywords, logits, features, target, group):
     return [loss.detach(), *(t.detach() for t in terms)], [t.grad for t in (*z, *w)]
 
 
-def _local(rank, classes, impl, keywords, counts, poisoned=False):
-    logits, features, target = _batch(classes, poisoned)
+def _local(rank, classes, impl, keywords, counts, with_nan=False):
+    logits, features, target = _batch(classes, with_nan)
     part = PARTS[rank]
     labels = target[part][: counts[rank]]
     return _evaluate(impl, keywords, [z[part] for z in logits], [f[part] for f in features], labels, dist.group.WORLD)
@@ -131,7 +131,7 @@ def _work(rank: int, port: int, folder: str):
         for classes, name, labelled in ASKED:
             results[classes, impl, name, labelled] = _local(rank, classes, impl, CASES[name], LABELLED[labelled])
         for classes in (2, 4):
-            results[classes, impl, "poisoned"] = _local(rank, classes, impl, {}, LABELLED["both"], poisoned=True)
+            results[classes, impl, "with_nan"] = _local(rank, classes, impl, {}, LABELLED["both"], with_nan=True)
         for name in OBJECTIVES:
             if impl != "triton" or name == "reported":
                 labels = _batch(3)[2][PARTS[rank]][: LABELLED["both"][rank]]
@@ -181,10 +181,10 @@ def test_two_ranks_are_one_process(ranks, classes, impl, name, labelled):
 @pytest.mark.parametrize("classes", [2, 4])
 def test_a_bad_value_on_one_rank_shows_on_all(ranks, classes, impl):
     for rank in (0, 1):
-        values, gradients = ranks[rank][classes, impl, "poisoned"]
+        values, gradients = ranks[rank][classes, impl, "with_nan"]
         loss, total, dice, mutual = values
         assert not loss.isfinite() and not total.isfinite() and not mutual.isfinite() and dice.isfinite()
-        if impl != "naive":  # the naive form poisons what the bad value touches
+        if impl != "naive":  # in the naive form, only what the bad value touches is spoiled
             assert not gradients[0].isfinite().all()
 
 

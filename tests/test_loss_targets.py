@@ -1,5 +1,7 @@
 """The objective's own options: labels and what is none, ignore_index, labelled=, supervised=, students=, the weight."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -156,6 +158,24 @@ def test_other_peoples_conventions_are_answered_with_the_helper(shape, text):
     logits, _, _ = problem()
     with pytest.raises(ValueError, match=text):
         rplib.MutualObjective(weighting=None)(logits, None, torch.zeros(shape, device=DEVICE), 0.1)
+
+
+def test_a_stack_of_2d_outputs_is_no_volume():
+    """(B, levels, C, X, Y) has the shape of 3-D logits: whatever else is passed shows the mistake; logits alone cannot."""
+    stacks = [torch.randn(2, 3, 4, 8, 8, device=DEVICE) for _ in range(2)]
+    features = [torch.randn(2, 5, 8, 8, device=DEVICE) for _ in range(2)]
+    mask = torch.ones(2, 8, 8, dtype=torch.bool, device=DEVICE)
+    for weighting in ("similarity", None):
+        loss_fn = rplib.ReliableMutualLoss(weighting=weighting)
+        with pytest.raises(ValueError, match=r"features\[0\].*rplib\.unstack"):
+            loss_fn(stacks, features)
+        for one in (mask, mask[:, None]):
+            with pytest.raises(ValueError, match=r"mask.*rplib\.unstack"):
+                loss_fn(stacks, None if weighting is None else [torch.randn(2, 5, 4, 8, 8, device=DEVICE)] * 2, one)
+        assert loss_fn(rplib.unstack(stacks)[0], features).ndim == 0
+    assert rplib.ReliableMutualLoss(weighting=None)(stacks).ndim == 0
+    documented = (Path(rplib.__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert "unpack stacks before that call" in documented
 
 
 def test_keywords_that_do_not_fit():

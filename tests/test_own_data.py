@@ -72,16 +72,16 @@ def locale_kept():
         locale.setlocale(locale.LC_ALL, before)
 
 
-def check(capsys, *words) -> tuple[int, str]:
-    code = cli.main(["data", "check", *map(str, words)])
+def check(capsys, *arguments) -> tuple[int, str]:
+    code = cli.main(["data", "check", *map(str, arguments)])
     out, err = capsys.readouterr()
     assert "Traceback" not in out + err
     return code, out
 
 
 def train(data: Path, out: Path, *settings: str) -> int:
-    words = ["train", "--recipe", "generic", "--data", data, "--out", out, "--device", "cpu", "--set", *TINY, *settings]
-    return cli.main([str(word) for word in words])
+    arguments = ["train", "--recipe", "generic", "--data", data, "--out", out, "--device", "cpu", "--set", *TINY, *settings]
+    return cli.main([str(word) for word in arguments])
 
 
 # ------------------------------------------------------------------------------------------------------------ nnU-Net
@@ -117,11 +117,11 @@ def test_an_nnunet_folder_is_trained_on_as_it_lies(tmp_path, capsys):
     assert case.image.shape == (2, *SHAPE) and case.label is None
     np.testing.assert_array_equal(case.affine, AFFINE)
     assert train(data, tmp_path / "run", "in_channels=2", "labelled=0", "iterations=2") == 0
-    words = ["evaluate", tmp_path / "run", "--data", data, "--device", "cpu"]
-    assert cli.main([str(word) for word in words]) == 0
+    arguments = ["evaluate", tmp_path / "run", "--data", data, "--device", "cpu"]
+    assert cli.main([str(word) for word in arguments]) == 0
     images = sorted((data / "imagesTr").glob("case_4_*"))
-    words = ["predict", tmp_path / "run", *images, "--out", tmp_path / "out", "--device", "cpu"]
-    assert cli.main([str(word) for word in words]) == 0
+    arguments = ["predict", tmp_path / "run", *images, "--out", tmp_path / "out", "--device", "cpu"]
+    assert cli.main([str(word) for word in arguments]) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["case_4_prediction.nii.gz"]
 
 
@@ -210,8 +210,8 @@ def test_dicom_series_are_images(tmp_path, capsys):
         assert (case.label is None) == (number == 3)
     assert train(data, tmp_path / "run", "labelled=0", "iterations=2") == 0
     write_nifti(tmp_path / "same.nii.gz", example_case(3)[0])
-    words = ["predict", tmp_path / "run", data / "images" / "patient3", tmp_path / "same.nii.gz", "--out", tmp_path / "out"]
-    assert cli.main([*map(str, words), "--device", "cpu"]) == 0
+    arguments = ["predict", tmp_path / "run", data / "images" / "patient3", tmp_path / "same.nii.gz", "--out", tmp_path / "out"]
+    assert cli.main([*map(str, arguments), "--device", "cpu"]) == 0
     found, expected = (nibabel.load(tmp_path / "out" / f"{name}_prediction.nii.gz") for name in ("patient3", "same"))
     np.testing.assert_array_equal(np.asarray(found.dataobj), np.asarray(expected.dataobj))
     np.testing.assert_allclose(found.affine, AFFINE, atol=1e-6)
@@ -332,8 +332,8 @@ def test_training_on_slices_of_volumes_and_scores_of_volumes(tmp_path, capsys):
     assert train(data, tmp_path / "run", "labelled=0", "patch=16,16,1", "stride=8,8,1", "batch_size=4", "channels_last=true") == 0
     network, config = load_network(tmp_path / "run")
     assert config.slices and isinstance(network.encoder.block_one.conv[0], torch.nn.Conv2d)
-    words = ["evaluate", tmp_path / "run", "--data", data, "--device", "cpu"]
-    assert cli.main([str(word) for word in words]) == 0
+    arguments = ["evaluate", tmp_path / "run", "--data", data, "--device", "cpu"]
+    assert cli.main([str(word) for word in arguments]) == 0
     (row, *_) = list(csv.DictReader((tmp_path / "run" / "evaluation-test" / "scores.csv").open()))
     case = open_dataset(data, "generic").load(row["case"], needs_label=True)
     found = segment(network, case.image, config.patch, config.stride)

@@ -19,9 +19,9 @@ def command(output):
     """The recipe of `make docs`, for this interpreter and another folder."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     (recipe,) = re.findall(r"^docs:.*\n\t@\$\(BIN\)/python (.*)$", makefile, flags=re.MULTILINE)
-    words = shlex.split(recipe)
-    words[words.index("--output-directory") + 1] = str(output)
-    return [sys.executable, *words]
+    argv = shlex.split(recipe)
+    argv[argv.index("--output-directory") + 1] = str(output)
+    return [sys.executable, *argv]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,8 @@ def pages(tmp_path_factory):
 
 
 def test_warnings_are_errors():
-    words = command("anywhere")
-    assert words[1:3] == ["-W", "error"]
+    argv = command("anywhere")
+    assert argv[1:3] == ["-W", "error"]
 
 
 def test_every_public_name_is_there(pages):

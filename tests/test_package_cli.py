@@ -34,9 +34,9 @@ def raising(error):
     return run
 
 
-def mistake(capsys, *words) -> str:
-    """The one line that these words give, without its `rplib: error: `."""
-    assert cli.main(words) == 2
+def mistake(capsys, *arguments) -> str:
+    """The one line that these arguments give, without its `rplib: error: `."""
+    assert cli.main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("rplib: error: ")
@@ -94,7 +94,7 @@ def test_exit_code_is_the_commands(stand_in):
     assert cli.main(["check"]) == 3
 
 
-def test_words_reach_the_command(stand_in):
+def test_arguments_reach_the_command(stand_in):
     seen = []
     stand_in(lambda args: seen.append(args.set) or 0, lambda parser: parser.add_argument("--set", action="append"))
     assert cli.main(["check", "--set", "a=1", "--set", "b=-2"]) == 0
@@ -134,7 +134,7 @@ def test_bugs_are_not_dressed_up_as_mistakes(stand_in, error):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ["data", "phantom", "set"],
         ["data", "check", "set"],
@@ -144,9 +144,9 @@ def test_bugs_are_not_dressed_up_as_mistakes(stand_in, error):
     ],
     ids=" ".join,
 )
-def test_missing_extra_is_one_line_with_the_remedy(words, tmp_path):
+def test_missing_extra_is_one_line_with_the_remedy(arguments, tmp_path):
     """As after `pip install rplib`: whichever package of the extra is asked for first."""
-    code = f"from rplib.cli import main; sys.exit(main({words!r}))"
+    code = f"from rplib.cli import main; sys.exit(main({arguments!r}))"
     done = run_python(code, cwd=tmp_path, path=[ROOT], blocked=cli.EXTRAS["reference"])
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
@@ -156,14 +156,14 @@ def test_missing_extra_is_one_line_with_the_remedy(words, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])
-def test_scripts_of_a_checkout_take_the_same_words(name, tmp_path):
+def test_scripts_of_a_checkout_accept_the_same_options(name, tmp_path):
     """`python reference/train.py` from anywhere, with nothing installed and no PYTHONPATH."""
     script = ROOT / "reference" / f"{name}.py"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    words = [sys.executable, str(script)]
-    done = subprocess.run([*words, "--help"], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    arguments = [sys.executable, str(script)]
+    done = subprocess.run([*arguments, "--help"], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.stdout.startswith(f"usage: rplib {name}"), done.stderr
-    done = subprocess.run([*words, "--no-such"], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    done = subprocess.run([*arguments, "--no-such"], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert done.stderr.startswith("rplib: error: ")
     assert done.stderr.count("\n") == 1
@@ -182,11 +182,11 @@ def test_missing_module_inside_a_command_names_its_extra(stand_in, capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
-@pytest.mark.parametrize("words", [["--help"], ["info"]])
-def test_reader_that_leaves_early(words):
+@pytest.mark.parametrize("arguments", [["--help"], ["info"]])
+def test_reader_that_leaves_early(arguments):
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    words = [sys.executable, "-m", "rplib", *words]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=buffered)
+    arguments = [sys.executable, "-m", "rplib", *arguments]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=buffered)
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 141

@@ -17,8 +17,8 @@ sys.addaudithook(refuse)
 COMMANDS = """
 from rplib.cli import main
 settings = "filters=2 patch=32,32,32 stride=32,32,32 iterations=1 labelled=2 batch_size=2 labelled_per_batch=1 amp=off".split()
-def rplib(*words):
-    assert main(list(words)) == 0, words
+def rplib(*argv):
+    assert main(list(argv)) == 0, argv
 rplib("data", "phantom", "data", "--cases", "3", "--test-cases", "1", "--size", "32", "32", "32")
 rplib("train", "--recipe", "la-8", "--data", "data", "--out", "run", *(word for s in settings for word in ("--set", s)))
 import rplib.reference.evaluate, rplib.reference.predict

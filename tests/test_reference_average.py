@@ -113,10 +113,10 @@ def test_validation_scores_the_averaged_weights(data, tmp_path, monkeypatch):
 def test_evaluate_scores_the_last_weights_beside_the_averaged(finished, data, tmp_path, capsys):
     run, *_ = finished
 
-    def scores(*words):
+    def scores(*argv):
         out = tmp_path / "scores"
-        words = ["evaluate", run, "--data", data, "--out", out, "--pictures", "0", "--nifti", "none", *words]
-        assert cli.main([str(word) for word in words]) == 0
+        argv = ["evaluate", run, "--data", data, "--out", out, "--pictures", "0", "--nifti", "none", *argv]
+        assert cli.main([str(word) for word in argv]) == 0
         with open(out / "scores.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         found = {}

@@ -57,7 +57,7 @@ def test_labelled_only_training_sees_the_same_labelled_crops():
 
 
 @pytest.mark.parametrize("protocol", ["held-out", "paper"])
-def test_a_restored_state_goes_on_with_the_same_batches(protocol):
+def test_a_restored_state_resumes_with_the_same_batches(protocol):
     config = SMALL.replace(protocol=protocol)
     going, other = (TwoStreamBatches(*cases(), config) for _ in range(2))
     for _ in range(7):
@@ -77,7 +77,7 @@ def test_the_seed_changes_the_batches():
 
 
 def symmetries(protocol: str, draws: int = 400) -> Counter:
-    """How often each symmetry of the square is drawn, told by where the corners of a cube go."""
+    """How often each symmetry of the square is drawn, by where the corners of a cube go."""
     image = np.zeros((16, 16, 16), np.float32)
     image[0, 0], image[0, 15], image[15, 0], image[15, 15] = 1, 2, 3, 4
     case = Case("A", image, image.astype(np.uint8))
@@ -118,6 +118,40 @@ def test_offsets_of_the_crop(protocol, offsets):
     assert {int(batches.next().images[0, 0, 0, 0, 0]) for _ in range(60)} == offsets
 
 
+@pytest.mark.parametrize("shape", [(16, 16, 16), (16, 16), (20, 16)])
+def test_a_patch_as_large_as_the_image_moves_by_the_margin_alone(shape):
+    """Without a margin there is one crop along such an axis; with one, every shift is drawn and the rest is 0."""
+    image = np.arange(1, 1 + np.prod(shape), dtype=np.float32).reshape(shape)
+    case, patch = Case("A", image, label_of(image)), (16,) * len(shape)
+    config = Config(patch=patch, stride=patch, labelled=3, augmentation="none", labelled_per_batch=1, batch_size=2)
+    spare = [size - 16 for size in shape]
+    for margin in (0, 2):
+        batches = TwoStreamBatches([case], [case], config.replace(crop_margin=margin))
+        seen = [set() for _ in shape]
+        for _ in range(120):
+            plan = batches.draw()
+            batch = batches.cut(plan)
+            (crop,) = plan.crops[0]
+            for axis, start in enumerate(crop.start):
+                seen[axis].add(start)
+            wide = np.pad(image, margin)
+            expected = wide[tuple(slice(s + margin, s + margin + 16) for s in crop.start)]
+            assert np.array_equal(batch.images[0, 0].numpy(), expected)
+            assert np.array_equal(batch.labels[0].numpy(), np.where(expected > 0, label_of(expected), 0))
+        assert seen == [set(range(-margin, n + margin + 1)) for n in spare]
+
+
+def test_a_margin_never_moves_a_crop_off_the_slices():
+    volume = numbered("A", (16, 18, 3))
+    config = Config(patch=(16, 16, 1), stride=(16, 16, 1), labelled_per_batch=1, batch_size=2, crop_margin=5)
+    batches = TwoStreamBatches([volume], [volume], config)
+    starts = [crop.start for _ in range(200) for (crop,) in batches.draw().crops]
+    assert {s[2] for s in starts} == {0, 1, 2} and min(min(s[:2]) for s in starts) == -5
+    for patch, margin, protocol in (((16, 16), 16, "held-out"), ((32, 16, 1), 16, "held-out"), ((16, 16), 1, "paper")):
+        with pytest.raises(UserError, match="crop_margin"):
+            Config(patch=patch, stride=(1,) * len(patch), crop_margin=margin, protocol=protocol)
+
+
 def test_small_volumes_are_padded():
     assert padding((10, 17, 16), (16, 16, 16)) == [(3, 3), (0, 0), (0, 0)]
     assert padding((11, 16, 16), (16, 16, 16)) == [(2, 3), (0, 0), (0, 0)]
@@ -134,7 +168,7 @@ def test_a_patch_larger_than_the_volume_works(protocol):
     assert tuple(batch.images.shape) == (4, 1, 16, 16, 16)
 
 
-def test_as_the_authors_an_incomplete_batch_is_dropped_and_the_unlabelled_order_starts_anew():
+def test_as_the_authors_an_incomplete_batch_is_dropped_and_the_unlabelled_order_restarts():
     batches = TwoStreamBatches(*cases(labelled=3, unlabelled=5), SMALL.replace(protocol="paper"))
     names = [batches.next().names for _ in range(40)]
     assert all(len(set(batch[2:])) == 2 for batch in names)  # each epoch is one batch: nothing is left over

@@ -60,6 +60,30 @@ def test_by_hand(runs, tmp_path, capsys):
     assert "65.00 ± 7.07" in text and "7.50 ± 3.54" in text and "1 of 2" in text and "Dice %" in text
 
 
+def test_several_classes_have_a_row_each(tmp_path, capsys):
+    """Two classes, of which the second is nowhere in case c1: its mean is over the case that has it."""
+    runs = []
+    for name, recipe, first, second in (("a", "la-8-supervised", (0.4, 0.6), 0.2), ("b", "la-8", (0.5, 0.5), 0.8)):
+        folder = evaluated(tmp_path / name, recipe, [], ["classes=3"])
+        lines = [f"c{n},decoder 1,1,{dice},0.1,,,,\n" for n, dice in enumerate(first)]
+        lines += [f"c0,decoder 1,2,{second},0.1,3,,,\n", "c1,decoder 1,2,,,,,,\n"]
+        (folder / "evaluation-test" / "scores.csv").write_text(HEADER + "".join(lines))
+        runs.append(folder)
+    assert cli.main(["compare", *map(str, runs), "--csv", str(tmp_path / "table.csv")]) == 0
+    text = capsys.readouterr().out
+    with (tmp_path / "table.csv").open() as file:
+        found = {(row["metric"], row["class"], row["recipe"]): row for row in csv.DictReader(file)}
+    means = {klass: float(found["dice", klass, "la-8"]["mean"]) for klass in ("1", "2", "all")}
+    assert means == pytest.approx({"1": 0.5, "2": 0.8, "all": 0.6})
+    second = found["dice", "2", "la-8"]
+    assert float(second["difference"]) == pytest.approx(0.6)
+    assert (second["better"], second["cases"], second["missing"]) == ("1", "1", "1")
+    assert float(found["dice", "1", "la-8"]["difference"]) == pytest.approx(0, abs=1e-12)
+    assert found["hd95", "1", "la-8"]["mean"] == "" and found["hd95", "2", "la-8"]["mean"] == "3.0"
+    assert text.count("80.00") == 1 and "class" in text
+    assert [line.split("│")[2].strip() for line in text.splitlines() if "│ la-8-supervised" in line][:3] == ["1", "2", "all"]
+
+
 def test_other_output_and_no_box(runs, tmp_path, capsys):
     assert cli.main(["compare", str(runs[0]), str(runs[3]), "--output", "mean of both"]) == 0
     assert "50.00" in capsys.readouterr().out
@@ -76,7 +100,7 @@ def test_a_run_without_any_distance_shows_a_dash(runs, tmp_path, capsys):
     assert [cell.strip() for cell in lines[start + 1].split("│")[2:8]] == ["la-16", "1", "-", "-", "0 of 0", "2"]
 
 
-def test_settings_tell_recipes_of_one_name_apart():
+def test_settings_distinguish_recipes_of_one_name():
     base = load_recipe("la-8", [])
     settings = [
         base,

@@ -35,14 +35,14 @@ def volume(array, spacing=(1.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0), direction=Non
     return image
 
 
-def save(path: Path, *words, **keywords) -> Path:
+def save(path: Path, *arguments, **keywords) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(volume(*words, **keywords), str(path), useCompression=True)
+    sitk.WriteImage(volume(*arguments, **keywords), str(path), useCompression=True)
     return path
 
 
-def run(capsys, *words) -> tuple[int, str, str]:
-    code = cli.main(["data", *map(str, words)])
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    code = cli.main(["data", *map(str, arguments)])
     out, err = capsys.readouterr()
     assert "Traceback" not in out + err
     return code, out, err
@@ -164,8 +164,8 @@ def test_real_left_atrium_cases_come_back(tmp_path, capsys):
         grid = {"spacing": (0.625, 0.625, 0.625), "origin": (1.0, 2.0, 3.0), "direction": FLIPPED_XY}
         save(tmp_path / "raw" / name / "lgemri.nrrd", raw, **grid)
         save(tmp_path / "raw" / name / "laendo.nrrd", truth, **grid)
-    words = ["left-atrium", tmp_path / "raw", tmp_path / "dest", "--lists", tmp_path / "la"]
-    code, out, err = run(capsys, *words)
+    arguments = ["left-atrium", tmp_path / "raw", tmp_path / "dest", "--lists", tmp_path / "la"]
+    code, out, err = run(capsys, *arguments)
     assert code == 0, out + err
     assert "NOT the published lists" not in out
     converted = open_dataset(tmp_path / "dest")
@@ -370,7 +370,7 @@ def test_labels_whose_header_says_nothing_are_laid_over_the_ct_and_must_meet_tis
     assert "letters of xyz" in mistake(capsys, "data", "pancreas", tmp_path / "raw", tmp_path / "x", "--flip-labels", "yy")
 
 
-def test_a_missing_slice_and_a_damaged_one_are_told(tmp_path, capsys):
+def test_a_missing_slice_and_a_damaged_one_are_reported(tmp_path, capsys):
     hu, label = ct()
     write_dicom(tmp_path / "raw" / "PANCREAS_0001", hu, (1, 1, 2.5), (0, 0, 0), skip=(5,))
     write_dicom(tmp_path / "raw" / "PANCREAS_0004", hu, (1, 1, 2.5), (0, 0, 0))
@@ -502,8 +502,8 @@ from rplib.cli import main
 sys.exit(main(sys.argv[1:]))
 """
     dest = tmp_path / "dest"
-    words = ["data", "brats", str(tmp_path / "raw"), str(dest)]
-    killed = subprocess.run([sys.executable, "-c", trap, *words], cwd=ROOT, capture_output=True)
+    arguments = ["data", "brats", str(tmp_path / "raw"), str(dest)]
+    killed = subprocess.run([sys.executable, "-c", trap, *arguments], cwd=ROOT, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [path.name for path in (dest / "data").glob("*.h5")] == ["A.h5"]
     assert len(list((dest / "data").glob(".*"))) == 1  # the half
@@ -514,7 +514,7 @@ sys.exit(main(sys.argv[1:]))
     assert run(capsys, "check", dest)[0] == 0
 
 
-def test_bad_raw_files_are_told_and_the_others_done(tmp_path, capsys):
+def test_bad_raw_files_are_reported_and_the_rest_still_run(tmp_path, capsys):
     for name in "ABCDEFGH":
         raw_brats(tmp_path / "raw", name)
     files = {name: {what: tmp_path / "raw" / name / f"{name}_{what}.nii.gz" for what in ("flair", "seg")} for name in "ABCDEFGH"}

@@ -171,9 +171,9 @@ def test_the_seed_and_the_index_fix_a_phantom():
 
 
 def test_rplib_data_phantom_writes_what_rplib_data_check_accepts(tmp_path, capsys):
-    words = ["--cases", "3", "--size", "32", "32", "32", "--seed", "4"]
-    assert cli.main(["data", "phantom", str(tmp_path / "a"), *words]) == 0
-    assert cli.main(["data", "phantom", str(tmp_path / "b"), *words]) == 0
+    arguments = ["--cases", "3", "--size", "32", "32", "32", "--seed", "4"]
+    assert cli.main(["data", "phantom", str(tmp_path / "a"), *arguments]) == 0
+    assert cli.main(["data", "phantom", str(tmp_path / "b"), *arguments]) == 0
     files = [sorted(p.relative_to(tmp_path / side) for p in (tmp_path / side).rglob("*")) for side in "ab"]
     assert files[0] == files[1]
     dataset = open_dataset(tmp_path / "a")
@@ -193,8 +193,8 @@ def test_rplib_data_phantom_writes_what_rplib_data_check_accepts(tmp_path, capsy
 
 @pytest.mark.parametrize(("size", "classes"), [((48, 48), 4), ((48, 40, 36), 3), ((64, 64), 5)])
 def test_phantoms_of_several_organs(tmp_path, capsys, size, classes):
-    words = ["--cases", "2", "--test-cases", "1", "--size", *map(str, size), "--classes", str(classes), "--seed", "3"]
-    assert cli.main(["data", "phantom", str(tmp_path / "a"), *words]) == 0
+    arguments = ["--cases", "2", "--test-cases", "1", "--size", *map(str, size), "--classes", str(classes), "--seed", "3"]
+    assert cli.main(["data", "phantom", str(tmp_path / "a"), *arguments]) == 0
     dataset = open_dataset(tmp_path / "a", "generic", classes)
     assert (len(dataset.names("train")), len(dataset.names("test"))) == (2, 1)
     for index, name in enumerate([*dataset.names("train"), *dataset.names("test")]):
@@ -213,7 +213,7 @@ def test_phantoms_of_several_organs(tmp_path, capsys, size, classes):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--cases", "0"], "0 training and 1 test cases"),
         (["--size", "8", "32", "32"], "at least 32 voxels"),
@@ -224,8 +224,8 @@ def test_phantoms_of_several_organs(tmp_path, capsys, size, classes):
         (["--cases", "many"], "invalid int value: 'many'"),
     ],
 )
-def test_impossible_phantoms(tmp_path, capsys, words, message):
-    assert message in mistake(capsys, "data", "phantom", tmp_path / "new", *words)
+def test_impossible_phantoms(tmp_path, capsys, arguments, message):
+    assert message in mistake(capsys, "data", "phantom", tmp_path / "new", *arguments)
 
 
 def test_phantoms_overwrite_nothing(tmp_path, capsys):

@@ -114,7 +114,7 @@ def test_mistakes(tmp_path, capsys):
     assert not (tmp_path / "a").exists()
 
 
-def test_the_script_takes_the_same_words(tmp_path):
+def test_the_script_accepts_the_same_options(tmp_path):
     script = [sys.executable, str(ROOT / "reference" / "demo.py"), "--iterations", "0"]
     done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2

@@ -48,8 +48,8 @@ def run(tmp_path_factory, data):
 @pytest.fixture(scope="module")
 def evaluated(run, data):
     """Through the command line, once; tests read what it wrote."""
-    words = ["evaluate", run, "--data", data, "--spacing", "0.5", "1", "2", "--nifti", "all", "--stride", "8", "8", "8"]
-    assert cli.main([*map(str, words), "--device", "cpu"]) == 0
+    arguments = ["evaluate", run, "--data", data, "--spacing", "0.5", "1", "2", "--nifti", "all", "--stride", "8", "8", "8"]
+    assert cli.main([*map(str, arguments), "--device", "cpu"]) == 0
     return run / "evaluation-test"
 
 
@@ -68,8 +68,8 @@ def test_a_report_reads_every_case_once(run, data, tmp_path, monkeypatch, maps):
         return load(self, name, *args, **keywords)
 
     monkeypatch.setattr(LeftAtrium, "load", counted)
-    words = ["evaluate", run, "--data", data, "--out", tmp_path / "out", "--pictures", "2", "--nifti", "none", *maps]
-    assert cli.main([*map(str, words)]) == 0
+    arguments = ["evaluate", run, "--data", data, "--out", tmp_path / "out", "--pictures", "2", "--nifti", "none", *maps]
+    assert cli.main([*map(str, arguments)]) == 0
     dataset = open_dataset(data)
     assert sorted(loaded) == sorted([*dataset.names("train")[: load_network(run)[1].labelled], *dataset.names("test")])
 
@@ -176,9 +176,9 @@ def test_pictures_show_the_worst_first(run, data, monkeypatch, tmp_path):
     assert [panel.axis for panel in shown["rows"][0][1]] == [2, 1, 0]
 
 
-def test_the_script_takes_the_same_words(run, data, tmp_path):
-    words = ["--data", data, "--out", tmp_path, "--cases", "1", "--nifti", "none", "--pictures", "0", "--device", "cpu"]
-    script = [sys.executable, ROOT / "reference" / "evaluate.py", run, *words]
+def test_the_script_accepts_the_same_options(run, data, tmp_path):
+    arguments = ["--data", data, "--out", tmp_path, "--cases", "1", "--nifti", "none", "--pictures", "0", "--device", "cpu"]
+    script = [sys.executable, ROOT / "reference" / "evaluate.py", run, *arguments]
     done = subprocess.run([*map(str, script)], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert "Scored: the first 1 cases of the test list" in done.stdout
@@ -221,6 +221,21 @@ def test_one_missing_value_is_left_out_of_the_mean_and_counted(run, data):
     assert mixed.mean(DECODER_1, "hd95") == evaluation.Mean(4.0, 0.0, 1)
     assert mixed.mean(DECODER_1, "dice").mean == pytest.approx(1.6 / 3)
     assert mixed.worst_first() == ["b", "a", "c"]
+
+
+def test_a_class_that_is_nowhere_does_not_make_a_case_the_worst(run, data):
+    """Truth and prediction without the class: no Dice, and nothing wrong. A missed or invented class has Dice 0."""
+    report = evaluate(run, data, device="cpu")
+    none = math.nan
+    dice = {"bare": [none, none], "good": [0.9, none], "bad": [none, 0.3], "missed": [0.9, 0.0], "fair": [0.5, 0.9]}
+    rows = [
+        evaluation.CaseScores(name, DECODER_1, klass, metrics.Scores(value, value, math.nan, math.nan))
+        for name, values in dice.items()
+        for klass, value in enumerate(values, 1)
+    ]
+    mixed = evaluation.Report(rows, {}, {}, report.config, report.dataset, report.stride, [])
+    assert mixed.worst_first() == ["bad", "missed", "fair", "good", "bare"]
+    assert mixed.mean(DECODER_1, "dice", 2) == evaluation.Mean(pytest.approx(0.4), pytest.approx(math.sqrt(0.14)), 2)
 
 
 def test_keeping_the_largest_component(run, data, monkeypatch):

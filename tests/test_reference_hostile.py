@@ -142,20 +142,20 @@ def test_a_list_cannot_lead_out_of_its_folder(data, trained, tmp_path, capsys, n
     for split in ("train", "test"):
         (root / f"{split}.list").write_text(f"CASE00\nCASE01\nCASE02\n{name}\nCASE03\n")
     before = everything(tmp_path)
-    words = {
+    arguments = {
         "evaluate": ["evaluate", trained, "--data", root, "--out", tmp_path / "out", "--nifti", "all"],
         "shrink": ["data", "shrink", root, tmp_path / "out"],
         "check": ["data", "check", root],
         "train": start(root, tmp_path / "out"),
     }[command]
     if command == "check":
-        assert cli.main(list(map(str, words))) == 2
-        told = capsys.readouterr().out
+        assert cli.main(list(map(str, arguments))) == 2
+        message = capsys.readouterr().out
     else:
-        told = mistake(capsys, *words)
-    assert "train.list names '" in told or "test.list names '" in told
-    assert "not a case name; expected" in told
-    assert "\x1b" not in told and "\x00" not in told
+        message = mistake(capsys, *arguments)
+    assert "train.list names '" in message or "test.list names '" in message
+    assert "not a case name; expected" in message
+    assert "\x1b" not in message and "\x00" not in message
     assert {k: v for k, v in everything(tmp_path).items() if not k.startswith("out/")} == before
 
 
@@ -166,7 +166,7 @@ def test_no_output_path_leaves_its_folder(tmp_path, part):
     assert files.output_path(tmp_path, "x" * 255).parent == tmp_path
 
 
-def test_a_long_name_is_told_before_the_network_is_asked(data, trained, tmp_path, capsys):
+def test_a_long_name_is_reported_before_the_network_is_asked(data, trained, tmp_path, capsys):
     image = tmp_path / f"{'x' * 248}.nii"
     nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((16, 16, 16), np.float32), np.eye(4)), image)
     assert "at most 255 bytes, it has 266" in mistake(capsys, "predict", trained, image, "--out", tmp_path / "out")
@@ -249,7 +249,7 @@ def test_a_huge_empty_data_set_is_not_allocated(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"8\.4 GB of memory, more than the limit of 8 GB; .*RPLIB_MOST_GB=9"):
         read_h5(path)
     monkeypatch.setenv(headers.LIMIT, "20")
-    with pytest.raises(UserError, match="the file holds 0 bytes for them"):
+    with pytest.raises(UserError, match="the file holds 0 bytes; it is cut short"):
         read_h5(path)
     monkeypatch.setenv(headers.LIMIT, "much")
     with pytest.raises(UserError, match="RPLIB_MOST_GB is 'much'"):
@@ -327,8 +327,8 @@ def test_labels_that_are_none_are_not_shrunk(tmp_path, capsys, value):
 
 @pytest.mark.parametrize("number", [n for n in errno.errorcode if n not in (errno.EINTR, errno.EPIPE)])
 def test_every_error_of_the_system_is_a_sentence_with_the_path(number):
-    told = str(explained(OSError(number, os.strerror(number), "some/file")))
-    assert os.strerror(number) in told and "some/file" in told
+    message = str(explained(OSError(number, os.strerror(number), "some/file")))
+    assert os.strerror(number) in message and "some/file" in message
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_paths_that_the_system_refuses(data, trained, tmp_path, capsys, path, re
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "file").touch()
     bad = tmp_path / path
-    words = {
+    arguments = {
         "train": start(data, bad),
         "predict": ["predict", trained, open_dataset(data).path("CASE05"), "--out", bad],
         "evaluate": ["evaluate", trained, "--data", data, "--out", bad],
@@ -349,13 +349,13 @@ def test_paths_that_the_system_refuses(data, trained, tmp_path, capsys, path, re
         "recipe": ["train", "--recipe", f"{bad}.toml", "--data", data, "--out", tmp_path / "run"],
         "compare": ["compare", bad],
     }[command]
-    line = mistake(capsys, *words)
+    line = mistake(capsys, *arguments)
     assert reason.lower() in line.lower() or str(tmp_path) in line
 
 
 @contextlib.contextmanager
 def full(after: int):
-    """A disk that takes so many bytes a file."""
+    """A disk that takes this many bytes per file."""
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -369,19 +369,19 @@ def full(after: int):
 @pytest.mark.parametrize("command", ["evaluate", "predict", "phantom", "shrink"])
 def test_a_full_disk_names_the_file_and_leaves_none_in_part(data, trained, tmp_path, capsys, command):
     out = tmp_path / "out"
-    words = {
+    arguments = {
         "predict": ["predict", trained, open_dataset(data).path("CASE05"), "--out", out, "--score"],
         "evaluate": ["evaluate", trained, "--data", data, "--out", out, "--nifti", "all"],
         "phantom": ["data", "phantom", out, "--cases", 1, "--size", 32, 32, 32],
         "shrink": ["data", "shrink", data, out],
     }[command]
     with full(after=1000):
-        line = mistake(capsys, *words)
+        line = mistake(capsys, *arguments)
     assert "File too large: " in line and str(out) in line and "ulimit" in line
     assert not [name for name in everything(out) if ".tmp" in name or ".lock" in name] if out.exists() else True
     if command == "phantom":
         assert not out.exists()
-        assert cli.main(list(map(str, words))) == 0
+        assert cli.main(list(map(str, arguments))) == 0
 
 
 def test_memory_that_is_not_there_is_a_sentence(data, tmp_path, capsys, monkeypatch):
@@ -410,13 +410,13 @@ def test_two_writers_of_one_run(data, tmp_path, capsys):
 def test_two_writers_of_one_folder(data, trained, tmp_path, capsys, command):
     out = tmp_path / "out"
     out.mkdir()
-    words = {
+    arguments = {
         "evaluate": ["evaluate", trained, "--data", data, "--out", out],
         "phantom": ["data", "phantom", out, "--cases", 1, "--size", 32, 32, 32],
         "shrink": ["data", "shrink", data, out],
     }[command]
     with files.locked(out, "OUT"):
-        assert "another rplib process" in mistake(capsys, *words)
+        assert "another rplib process" in mistake(capsys, *arguments)
     assert list(out.iterdir()) == []
 
 
@@ -454,12 +454,12 @@ def test_every_flipped_bit_of_a_record_is_found(trained, tmp_path):
         damaged, place = bytearray(whole), int(random.integers(low, high))
         damaged[place] ^= 1 << int(random.integers(8))
         path.write_bytes(damaged)
-        found, told = None, ""
+        found, message = None, ""
         try:
             found = checkpoint.load(path)
         except UserError as error:
-            told = str(error)
-        assert str(path) in told or (low, high) not in inside
+            message = str(error)
+        assert str(path) in message or (low, high) not in inside
         if found is not None:  # the flip lies in what nothing reads
             assert all(torch.equal(value, found["network"][key]) for key, value in plain["network"].items())
 
@@ -480,12 +480,12 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(data, tmp
     content = bytearray((run / "last.pt").read_bytes())
     content[entry.header_offset + 500] ^= 16
     (run / "last.pt").write_bytes(content)
-    words = ["train", "--resume", "--out", str(run), "--set", "iterations=12"]
-    line = mistake(capsys, *words)
+    arguments = ["train", "--resume", "--out", str(run), "--set", "iterations=12"]
+    line = mistake(capsys, *arguments)
     assert f"{run / 'last.pt'} is not a readable checkpoint (the checksum of " in line
     assert f"the checkpoint before it is kept: put {run / 'last.previous.pt'} in its place" in line
     (run / "last.previous.pt").replace(run / "last.pt")
-    assert cli.main(words) == 0
+    assert cli.main(arguments) == 0
     ends = [torch.load(folder / "last.pt", weights_only=True)["network"] for folder in (whole, run)]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
@@ -519,7 +519,7 @@ def test_a_checkpoint_of_weights_alone_says_how_many_axes_its_network_has(tmp_pa
     assert (len(found.patch), len(found.stride)) == (2, 2)
 
 
-def test_a_disk_that_is_full_is_told_as_such_while_a_checkpoint_is_written(tmp_path):
+def test_a_disk_that_is_full_is_reported_as_such_while_a_checkpoint_is_written(tmp_path):
     with full(after=1000), pytest.raises(OSError, match=str(tmp_path / "a.pt")) as caught:
         checkpoint.save(tmp_path / "a.pt", {"weights": torch.zeros(10_000)})
     assert caught.value.errno == errno.EFBIG
@@ -585,15 +585,15 @@ def test_damaged_scores(trained, tmp_path, capsys, text):
 # ------------------------------------------------------------------------------------------------------------- signals
 
 
-def test_sigterm_writes_a_checkpoint_and_the_training_goes_on_to_the_same_bits(data, tmp_path, capsys, monkeypatch):
+def test_sigterm_writes_a_checkpoint_and_the_training_resumes_to_the_same_bits(data, tmp_path, capsys, monkeypatch):
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert cli.main(start(data, whole)) == 0
     genuine, calls = trainer.training_step, iter(range(1, 100))
 
-    def step(*words):
+    def step(*arguments):
         if next(calls) == 7:
             os.kill(os.getpid(), signal.SIGTERM)
-        return genuine(*words)
+        return genuine(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "training_step", step)
@@ -608,8 +608,8 @@ def test_sigterm_writes_a_checkpoint_and_the_training_goes_on_to_the_same_bits(d
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
-@pytest.mark.parametrize(("number", "code", "told"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
-def test_a_signal_while_a_command_is_imported(number, code, told):
+@pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
+def test_a_signal_while_a_command_is_imported(number, code, said):
     """The command's own modules take seconds; here one of them sends the signal itself."""
     program = f"""
 import os, signal, sys, types
@@ -625,4 +625,4 @@ sys.exit(cli.main(["data", "--help"]))
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True)  # fmt: skip
-    assert (done.returncode, done.stderr) == (code, f"rplib: {told}\n")
+    assert (done.returncode, done.stderr) == (code, f"rplib: {said}\n")

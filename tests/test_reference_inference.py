@@ -69,7 +69,7 @@ def test_windows_together_equal_windows_one_at_a_time():
     network = MutualVNet(filters=2).eval()
     image = np.random.default_rng(3).normal(size=(24, 19, 16)).astype(np.float32)
     middle = np.median(segment(network, image, (16, 16, 16), (5, 5, 5)).score)
-    with torch.no_grad():  # an untrained network says the same everywhere: put its doubt in the middle
+    with torch.no_grad():  # an untrained network gives the same everywhere: shift its decision to the middle
         for decoder in (network.decoder1, network.decoder2):
             decoder.out_conv.bias[1] -= float(np.log(middle / (1 - middle)))
     single = segment_outputs(network, image, (16, 16, 16), (5, 5, 5), batch=1)

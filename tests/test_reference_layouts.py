@@ -37,8 +37,8 @@ def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> N
     nibabel.save(nibabel.Nifti1Image(array, affine), path)
 
 
-def check(capsys, *words) -> tuple[int, str]:
-    code = cli.main(["data", "check", *map(str, words)])
+def check(capsys, *arguments) -> tuple[int, str]:
+    code = cli.main(["data", "check", *map(str, arguments)])
     out, err = capsys.readouterr()
     assert "Traceback" not in out + err
     return code, out
@@ -125,14 +125,14 @@ def test_training_and_evaluation_on_brats_under_both_protocols(tmp_path, capsys)
         (tmp_path / "d" / f"{split}.txt").write_text("".join(f"{name},x\n" for name in names))
     settings = [*TINY, "labelled=2", "iterations=3", "protocol=paper", "validate_from=1", "validate_every=1"]
     (tmp_path / "d" / "test.txt").rename(tmp_path / "hidden")
-    words = ["--data", tmp_path / "d", "--out", tmp_path / "run", "--device", "cpu"]
-    assert cli.main([str(w) for w in ["train", "--recipe", "brats-25", *words, "--set", *settings]]) == 0
+    arguments = ["--data", tmp_path / "d", "--out", tmp_path / "run", "--device", "cpu"]
+    assert cli.main([str(w) for w in ["train", "--recipe", "brats-25", *arguments, "--set", *settings]]) == 0
     err = capsys.readouterr().err
     assert "selected on the VAL list" in err
     (tmp_path / "hidden").rename(tmp_path / "d" / "test.txt")
     for split, name in (("val", "E"), ("test", "F")):
-        words = ["evaluate", tmp_path / "run", "--data", tmp_path / "d", "--split", split, "--device", "cpu"]
-        assert cli.main([str(word) for word in words]) == 0
+        arguments = ["evaluate", tmp_path / "run", "--data", tmp_path / "d", "--split", split, "--device", "cpu"]
+        assert cli.main([str(word) for word in arguments]) == 0
         rows = read(tmp_path / "run" / f"evaluation-{split}" / "scores.csv")
         assert {row["case"] for row in rows} == {name}
     capsys.readouterr()
@@ -243,7 +243,7 @@ def test_normalisations():
     assert normalised(image, "z-score").dtype == np.float32
 
 
-def test_bad_nifti_files_are_told(tmp_path, capsys):
+def test_bad_nifti_files_are_reported(tmp_path, capsys):
     image, label = np.random.default_rng(0).random((6, 5, 4)).astype(np.float32), np.ones((6, 5, 4), np.uint8)
     images, labels = tmp_path / "images", tmp_path / "labels"
     for name in "abcdefghi":
@@ -278,7 +278,7 @@ def test_bad_nifti_files_are_told(tmp_path, capsys):
     assert "no .nii or .nii.gz file in" in mistake(capsys, "data", "check", tmp_path / "images", "--layout", "generic")
 
 
-def test_missing_channels_and_mixed_grids_are_told(tmp_path, capsys):
+def test_missing_channels_and_mixed_grids_are_reported(tmp_path, capsys):
     image = np.random.default_rng(0).random((6, 5, 4)).astype(np.float32)
     for name in "ab":
         for channel in (0, 1):
@@ -386,11 +386,11 @@ def test_three_classes_and_two_channels_from_file_to_score(tmp_path, capsys, dim
     labels = write_shapes(tmp_path / "data", shape, channels=2)
     settings = [*THREE_CLASSES, f"patch={patch}", f"stride={stride}", f"iterations={iterations}", "learning_rate=0.05"]
     settings += ["schedule=polynomial", "channels_last=true", "checkpoint_every=1000"]
-    words = ["train", "--recipe", "generic", "--data", tmp_path / "data", "--out", tmp_path / "run", "--device", "cpu"]
-    assert cli.main([str(word) for word in [*words, "--set", *settings]]) == 0
+    arguments = ["train", "--recipe", "generic", "--data", tmp_path / "data", "--out", tmp_path / "run", "--device", "cpu"]
+    assert cli.main([str(word) for word in [*arguments, "--set", *settings]]) == 0
     assert "has no test.list: a fifth of the labelled cases" in capsys.readouterr().err
-    words = ["evaluate", tmp_path / "run", "--data", tmp_path / "data", "--nifti", "all", "--device", "cpu"]
-    assert cli.main([str(word) for word in words]) == 0
+    arguments = ["evaluate", tmp_path / "run", "--data", tmp_path / "data", "--nifti", "all", "--device", "cpu"]
+    assert cli.main([str(word) for word in arguments]) == 0
     out = tmp_path / "run" / "evaluation-test"
     assert (out / "pictures.png").read_bytes().startswith(b"\x89PNG")
 
@@ -422,12 +422,12 @@ def test_the_supervised_recipe_reads_no_unlabelled_image(tmp_path, capsys):
     write_shapes(tmp_path / "data", (20, 20), channels=1)
     (tmp_path / "data" / "images" / "case7_0000.nii.gz").write_bytes(b"never read")
     settings = ["filters=2", "patch=16,16", "stride=16,16", "classes=3", "iterations=2", "validation=1"]
-    words = ["train", "--data", tmp_path / "data", "--out", tmp_path / "run", "--device", "cpu"]
-    assert cli.main([str(w) for w in [*words, "--recipe", "generic-supervised", "--set", *settings]]) == 0
+    arguments = ["train", "--data", tmp_path / "data", "--out", tmp_path / "run", "--device", "cpu"]
+    assert cli.main([str(w) for w in [*arguments, "--recipe", "generic-supervised", "--set", *settings]]) == 0
     capsys.readouterr()
-    words[4] = tmp_path / "other"
-    line = mistake(capsys, *words, "--recipe", "generic", "--set", *settings)
+    arguments[4] = tmp_path / "other"
+    line = mistake(capsys, *arguments, "--recipe", "generic", "--set", *settings)
     assert "case7_0000.nii.gz is not a readable NIfTI file" in line
     settings[-1] = "validation=4"
-    line = mistake(capsys, *words, "--recipe", "generic", "--set", *settings)
+    line = mistake(capsys, *arguments, "--recipe", "generic", "--set", *settings)
     assert "validation=4 leaves none of the 4 labelled cases" in line

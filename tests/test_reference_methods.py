@@ -112,7 +112,7 @@ def test_every_method_trains_by_the_same_trainer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["confidence=none"], "confidence is 'none'; expected one of: entropy, max_probability"),
         (["method=neither"], "method is 'neither'; expected one of: both, which-only, how-only, cross-pseudo-supervision"),
@@ -120,7 +120,7 @@ def test_every_method_trains_by_the_same_trainer(tmp_path):
         (["temperature=0"], "expected more than 0.0"),
     ],
 )
-def test_mistakes(words, message):
+def test_mistakes(arguments, message):
     with pytest.raises(UserError) as caught:
-        load_recipe("la-8", words)
+        load_recipe("la-8", arguments)
     assert message in str(caught.value)

@@ -18,7 +18,7 @@ def looked(rows, shares=(0.9, 0.1), maximum=1.0, iterations=400):
     return Monitor(shares, maximum, iterations).look(rows)
 
 
-def test_a_supervised_loss_that_rises_with_the_weight_is_told_once():
+def test_a_supervised_loss_that_rises_with_the_weight_is_reported_once():
     rows = [row(t, 1.0 - 0.005 * t, 0.0) for t in range(1, 101)] + [row(t, 0.9, 0.4) for t in range(101, 200)]
     [text] = looked(rows)
     assert text.startswith("iteration 110: the supervised loss rose from 0.522 to 0.900 while the weight")
@@ -37,7 +37,7 @@ def test_a_supervised_loss_that_rises_with_the_weight_is_told_once():
         [row(t, 0.05 if t < 100 else 0.1, 0.001 * t) for t in range(1, 200)],  # it rises next to nothing
     ],
 )
-def test_what_is_no_trouble_is_not_told(rows):
+def test_what_is_no_trouble_is_not_reported(rows):
     assert looked(rows) == []
 
 
@@ -45,7 +45,7 @@ def test_a_training_without_mutual_loss_has_nothing_to_watch():
     assert looked([row(t, 0.01 * t, 0.0, ((1.0, 0.0),) * 2) for t in range(1, 200)], maximum=0.0) == []
 
 
-def test_a_class_that_vanishes_is_told_by_its_name():
+def test_a_class_that_vanishes_is_reported_by_its_name():
     here, gone = ((0.8, 0.1, 0.1),) * 2, ((0.8, 0.2, 0.0), (0.8, 0.1, 0.1))
     rows = [row(t, shares=here, weight=0.01) for t in range(1, 101)] + [row(t, shares=gone, weight=0.01) for t in range(101, 200)]
     [text] = looked(rows, (0.8, 0.1, 0.1))
@@ -127,14 +127,14 @@ def test_a_training_logs_what_its_objective_reports_and_warns(tmp_path, monkeypa
 # ------------------------------------------------------------------------------------------------ beside labelled-only
 
 
-def trained(tmp_path, name, recipe, *words):
+def trained(tmp_path, name, recipe, *argv):
     """Runs `rplib train` on the tiny set, without drawing curves; returns the run folder."""
     from reference_tools import TINY
 
     from rplib import cli
 
     run = tmp_path / name
-    settings = [*TINY, "batch_size=4", "labelled_per_batch=2", "iterations=4", *words]
+    settings = [*TINY, "batch_size=4", "labelled_per_batch=2", "iterations=4", *argv]
     assert cli.main(["train", "--recipe", recipe, "--data", str(tmp_path / "data"), "--out", str(run), "--set", *settings]) == 0
     return run
 

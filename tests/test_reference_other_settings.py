@@ -1,6 +1,7 @@
 """Settings other than the defaults reach what they name, by hand: SGD, schedule, seeds, crops, tolerances, rounding."""
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import nibabel
@@ -242,6 +243,18 @@ def test_validation_is_the_mean_over_classes_of_each_case():
     assert expected[2] < 0.7
 
 
+def test_validation_leaves_out_a_class_that_is_nowhere():
+    config = Config(classes=3, in_channels=3, patch=(16, 16, 16), stride=(16, 16, 16), dataset="generic")
+    cases = []
+    for truth, ours in (((0, 1), (0, 1)), ((0, 0), (0, 0)), ((0, 0), (0, 2)), ((0, 2), (0, 0))):
+        image = np.moveaxis(np.eye(3, dtype=np.float32)[np.array(ours).repeat(2048)].reshape(16, 16, 16, 3), -1, 0).copy()
+        cases.append(Case("x", image, np.array(truth, np.uint8).repeat(2048).reshape(16, 16, 16)))
+    found = case_dice(Fixed(), cases, config, torch.device("cpu"))
+    assert found == pytest.approx([1.0, math.nan, 0.0, 0.0], nan_ok=True)  # alike; background alone; invented; missed
+    paper = case_dice(Fixed(), cases, config.replace(protocol="paper", labelled=8), torch.device("cpu"))
+    assert paper == pytest.approx([0.5, 0.0, 0.0, 0.0])
+
+
 # ----------------------------------------------------------------------------------------------- rounding and tolerances
 
 
@@ -303,8 +316,8 @@ def test_a_case_that_needs_a_label_is_refused_before_the_first_step(tmp_path, ca
     write_dataset(tmp_path / "data")
     path = write_case(tmp_path / "data", bare, image=np.random.default_rng(0).random((20, 18, 17), np.float32))
     monkeypatch.setattr(trainer, "training_step", lambda *_: 1 / 0)
-    words = ["train", "--recipe", "la-4", "--data", tmp_path / "data", "--out", tmp_path / "run", "--set", *TINY, *overrides]
-    assert f"{path} lacks the key 'label'" in mistake(capsys, *words)
+    arguments = ["train", "--recipe", "la-4", "--data", tmp_path / "data", "--out", tmp_path / "run", "--set", *TINY, *overrides]
+    assert f"{path} lacks the key 'label'" in mistake(capsys, *arguments)
 
 
 def test_nothing_is_said_of_a_validation_where_there_is_none(data, tmp_path, capsys):

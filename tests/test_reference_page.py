@@ -138,7 +138,7 @@ def test_without_run_maps_or_pictures_their_sections_are_left_out(report):
     assert not {"curves", "reliability", "pictures"} & bare.ids
 
 
-def test_a_damaged_metrics_file_is_told_on_the_page(report, tmp_path):
+def test_a_damaged_metrics_file_is_reported_on_the_page(report, tmp_path):
     (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
     assert "No curves: " in page(replace(report, run=tmp_path, maps={}), pictures=0)
 
@@ -244,9 +244,9 @@ def test_a_panel_has_the_proportions_of_its_voxels():
 def test_a_long_title_is_wrapped_and_not_cut(tmp_path):
     image = np.random.default_rng(0).random((8, 9), np.float32)
     sheets = []
-    for words in (10, 40):
+    for arguments in (10, 40):
         rows = [("caption", pictures.three_planes(image, image > 0.5, image > 0.4))]
-        pictures.write_sheet(tmp_path / "sheet.png", rows, "title " * words, {"truth": "red"})
+        pictures.write_sheet(tmp_path / "sheet.png", rows, "title " * arguments, {"truth": "red"})
         sheets.append(imread(tmp_path / "sheet.png"))
     assert sheets[0].shape[1] == sheets[1].shape[1]
     assert sheets[0].shape[0] < sheets[1].shape[0]

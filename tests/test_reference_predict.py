@@ -49,8 +49,8 @@ def data(tmp_path):
     return open_dataset(tmp_path / "data")
 
 
-def predict(*words) -> int:
-    return cli.main(["predict", *map(str, words), "--device", "cpu"])
+def predict(*arguments) -> int:
+    return cli.main(["predict", *map(str, arguments), "--device", "cpu"])
 
 
 def labels(path: Path) -> np.ndarray:
@@ -86,8 +86,8 @@ def test_a_nifti_file_keeps_its_grid_and_its_header(tmp_path):
     nifti.header.set_xyzt_units("mm", "sec")
     nifti.header.set_slope_inter(2, 5)
     nibabel.save(nifti, tmp_path / "scan.nii")
-    words = ["--score", "--decoder", "mean", "--stride", 8, 8, 8]
-    assert predict(run, tmp_path / "scan.nii", "--out", tmp_path / "out", *words) == 0
+    arguments = ["--score", "--decoder", "mean", "--stride", 8, 8, 8]
+    assert predict(run, tmp_path / "scan.nii", "--out", tmp_path / "out", *arguments) == 0
     stored = nibabel.load(tmp_path / "scan.nii")
     clipped = np.clip(image, *np.percentile(image, (0.5, 99.5)))
     network, config = checkpoint.load_network(run)
@@ -185,15 +185,15 @@ def test_the_largest_component_alone(run, tmp_path, monkeypatch):
     np.testing.assert_array_equal(labels(tmp_path / "one" / "a_prediction.nii.gz"), label)
 
 
-def test_bad_images_among_good_ones_are_told_and_the_others_done(run, data, tmp_path, capsys):
+def test_bad_images_among_good_ones_are_reported_and_the_rest_still_run(run, data, tmp_path, capsys):
     good = data.path(data.names("test")[0])
     (tmp_path / "bad.nii.gz").write_bytes(b"no image")
     nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4), np.float32), np.eye(4)), tmp_path / "flat.nii.gz")
     for name, shape in (("constant", (20, 18, 17)), ("empty", (20, 18, 0))):
         nibabel.save(nibabel.Nifti1Image(np.ones(shape, np.float32), np.eye(4)), tmp_path / f"{name}.nii.gz")
     bad = [tmp_path / f"{name}.nii.gz" for name in ("bad", "flat", "constant", "empty")]
-    words = [run, bad[0], good, *bad[1:], "--out", tmp_path / "out", "--device", "cpu"]
-    assert cli.main(["predict", *map(str, words)]) == 2
+    arguments = [run, bad[0], good, *bad[1:], "--out", tmp_path / "out", "--device", "cpu"]
+    assert cli.main(["predict", *map(str, arguments)]) == 2
     out, err = capsys.readouterr()
     assert "Traceback" not in err
     assert f"bad not segmented: {tmp_path / 'bad.nii.gz'} is not a readable NIfTI" in err
@@ -220,25 +220,25 @@ def test_existing_label_maps(run, data, tmp_path, capsys):
     assert written.read_bytes() == before  # the same voxels, the same bytes
 
 
-def test_mistakes_are_told_before_anything_is_done(run, data, tmp_path, capsys):
+def test_mistakes_are_reported_before_anything_is_done(run, data, tmp_path, capsys):
     path = data.path(data.names("test")[0])
     (tmp_path / "x").mkdir()
     for name in ("a.nii.gz", "x/a.nii", "b.png"):
         (tmp_path / name).write_bytes(b"")
 
-    def told(*words):
-        line = mistake(capsys, "predict", *words, "--out", tmp_path / "out", "--device", "cpu")
+    def message(*arguments):
+        line = mistake(capsys, "predict", *arguments, "--out", tmp_path / "out", "--device", "cpu")
         assert not (tmp_path / "out").exists()
         return line
 
-    assert "no run folder" in told(tmp_path / "no", path)
-    assert "no file" in told(run, tmp_path / "no.nii.gz")
-    assert "2 of 2 images were not segmented" in told(run, tmp_path / "no.nii.gz", tmp_path / "b.png")
-    assert "is a folder without DICOM files; name the images in it" in told(run, tmp_path)
-    assert "b.png is neither NIfTI" in told(run, tmp_path / "b.png")
-    assert "are both called a" in told(run, tmp_path / "a.nii.gz", tmp_path / "x" / "a.nii")
-    assert "does not fit" in told(run, path, "--stride", "99", "1", "1")
-    assert "--spacing has 2 numbers" in told(run, path, "--spacing", "1", "1")
+    assert "no run folder" in message(tmp_path / "no", path)
+    assert "no file" in message(run, tmp_path / "no.nii.gz")
+    assert "2 of 2 images were not segmented" in message(run, tmp_path / "no.nii.gz", tmp_path / "b.png")
+    assert "is a folder without DICOM files; name the images in it" in message(run, tmp_path)
+    assert "b.png is neither NIfTI" in message(run, tmp_path / "b.png")
+    assert "are both called a" in message(run, tmp_path / "a.nii.gz", tmp_path / "x" / "a.nii")
+    assert "does not fit" in message(run, path, "--stride", "99", "1", "1")
+    assert "--spacing has 2 numbers" in message(run, path, "--spacing", "1", "1")
     assert "--out" in mistake(capsys, "predict", run, path)
     assert "is a file" in mistake(capsys, "predict", run, path, "--out", tmp_path / "b.png")
     write_case(tmp_path / "flat", "A", image=np.zeros((4, 4), np.float32))
@@ -289,7 +289,7 @@ def test_axes_that_are_not_at_right_angles(tmp_path, capsys):
     np.testing.assert_allclose(nibabel.load(tmp_path / "out" / "a_prediction.nii.gz").affine, SHEARED, atol=1e-6)
 
 
-def test_the_script_takes_the_same_words(tmp_path):
+def test_the_script_accepts_the_same_options(tmp_path):
     script = [sys.executable, str(ROOT / "reference" / "predict.py"), "no-run", "no-image", "--out", "out"]
     done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""Training by several processes: what one process computes, its run folder, resumption, mistakes told once."""
+"""Training by several processes: what one process computes, its run folder, resumption, mistakes reported once."""
 
 import os
 import socket
@@ -97,7 +97,7 @@ def test_each_rank_has_dropout_of_its_own(folder):
     assert not torch.equal(other, saved["torch_random"])
 
 
-def test_a_resumed_training_of_two_ranks_goes_on_with_the_same_bits(ranks, folder):
+def test_a_resumed_training_of_two_ranks_resumes_with_the_same_bits(ranks, folder):
     assert [r["cut"][0] for r in ranks] == [130, 130]
     assert [r["resumed"][0] for r in ranks] == [0, 0]
     whole, parts = ([row._replace(seconds=0.0) for row in read_metrics(folder / n / "metrics.csv")] for n in ("whole", "parts"))
@@ -107,7 +107,7 @@ def test_a_resumed_training_of_two_ranks_goes_on_with_the_same_bits(ranks, folde
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_a_loss_that_is_not_finite_ends_all_ranks_and_is_told_once(ranks, folder):
+def test_a_loss_that_is_not_finite_ends_all_ranks_and_is_reported_once(ranks, folder):
     assert [r["nan"][0] for r in ranks] == [2, 2]
     said = ranks[0]["nan"][1]
     assert "not finite at iteration 4" in said and said.count("CASE") == 3  # the names of the whole batch
@@ -116,7 +116,7 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_and_is_told_once(ranks, folder
 
 
 @pytest.mark.parametrize(("what", "message"), [("mistake", "leaves none unlabelled"), ("too many", "shared by 2 processes")])
-def test_a_mistake_ends_all_ranks_and_is_told_once(ranks, what, message):
+def test_a_mistake_ends_all_ranks_and_is_reported_once(ranks, what, message):
     assert [r[what][0] for r in ranks] == [2, 2]
     assert message in ranks[0][what][1]
     assert "rplib: error" not in ranks[1][what][1]

@@ -66,8 +66,8 @@ def test_blocks_by_hand(tmp_path, capsys, dtype):
 
 def test_a_phantom_set_by_three_and_again(tmp_path, capsys):
     write_phantoms(tmp_path / "data", 2, 1, (36, 36, 34), seed=3)
-    words = ["data", "shrink", str(tmp_path / "data"), str(tmp_path / "small")]
-    assert cli.main([*words, "--by", "3"]) == 0
+    arguments = ["data", "shrink", str(tmp_path / "data"), str(tmp_path / "small")]
+    assert cli.main([*arguments, "--by", "3"]) == 0
     large, small = open_dataset(tmp_path / "data"), open_dataset(tmp_path / "small")
     for split in ("train", "test"):
         assert small.names(split) == large.names(split)
@@ -80,9 +80,9 @@ def test_a_phantom_set_by_three_and_again(tmp_path, capsys):
             middle = tuple(slice(1, 3 * s, 3) for s in size)  # mostly what the block's middle is
             assert np.mean(case.label != whole.label[middle]) < 0.05 and case.label.any()
     capsys.readouterr()
-    assert cli.main([*words, "--by", "3"]) == 0
+    assert cli.main([*arguments, "--by", "3"]) == 0
     assert "0 cases written, 3 already there" in capsys.readouterr().out
-    assert "was converted with other settings (release left-atrium, shrunk, by 3; now" in mistake(capsys, *words)
+    assert "was converted with other settings (release left-atrium, shrunk, by 3; now" in mistake(capsys, *arguments)
 
 
 def test_lists_inside_the_cases_folder(tmp_path):
@@ -96,15 +96,15 @@ def test_lists_inside_the_cases_folder(tmp_path):
 
 def test_mistakes(tmp_path, capsys):
     write_phantoms(tmp_path / "data", 2, 1, (32, 32, 32), seed=3)
-    words = ["data", "shrink", str(tmp_path / "data"), str(tmp_path / "small")]
+    arguments = ["data", "shrink", str(tmp_path / "data"), str(tmp_path / "small")]
     assert "are the same folder" in mistake(capsys, "data", "shrink", tmp_path / "data", tmp_path / "data")
     write_phantoms(tmp_path / "other", 2, 1, (32, 32, 32), seed=3)  # of the same names, but nothing that was shrunk
     assert "with other settings (none; now" in mistake(capsys, "data", "shrink", tmp_path / "data", tmp_path / "other")
-    assert "--by is 1; expected 2 or more" in mistake(capsys, *words, "--by", "1")
+    assert "--by is 1; expected 2 or more" in mistake(capsys, *arguments, "--by", "1")
     assert "no data folder" in mistake(capsys, "data", "shrink", str(tmp_path / "none"), str(tmp_path / "small"))
-    assert "3 cases" in mistake(capsys, *words, "--by", "60")  # could not be converted
+    assert "3 cases" in mistake(capsys, *arguments, "--by", "60")  # could not be converted
     (tmp_path / "own" / "images").mkdir(parents=True)
     write_nifti(tmp_path / "own" / "images" / "a.nii.gz", np.ones((4, 4, 4), np.float32), np.eye(4))
     assert "holds NIfTI files" in mistake(capsys, "data", "shrink", str(tmp_path / "own"), str(tmp_path / "small"))
     (tmp_path / "data" / "test.list").unlink()
-    assert "lacks one of train.list, test.list" in mistake(capsys, *words)
+    assert "lacks one of train.list, test.list" in mistake(capsys, *arguments)

@@ -70,7 +70,7 @@ def at_step(monkeypatch, iteration: int, act):
 # ---------------------------------------------------------------------------------------------------------------- disk
 
 
-def test_too_little_room_is_told_before_the_data_is_read(tmp_path, capsys):
+def test_too_little_room_is_reported_before_the_data_is_read(tmp_path, capsys):
     with files_of_at_most(1 << 20):
         line = mistake(capsys, *start(tmp_path / "no data", tmp_path / "run"))
     assert "has no room for the 9 MB that this run may write (File too large; " in line
@@ -133,8 +133,8 @@ def test_deterministic_runs_are_identical_and_stay_so_when_resumed(data, tmp_pat
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
     with monkeypatch.context() as patch:
         at_step(patch, 1, both)  # without the word: the run remembers
-        words = ["--resume", "--out", str(tmp_path / "parts"), "--device", device, "--set", "iterations=12"]
-        assert cli.main(["train", *words]) == 0
+        arguments = ["--resume", "--out", str(tmp_path / "parts"), "--device", device, "--set", "iterations=12"]
+        assert cli.main(["train", *arguments]) == 0
     assert losses(tmp_path / "parts") == losses(tmp_path / "one")
     a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True)["network"] for name in ("one", "parts"))
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -171,10 +171,10 @@ def test_nothing_between_two_looks_at_the_losses_waits_for_the_device(data, tmp_
     waits, main = Waits(), threading.current_thread()
 
     def noted(name, genuine):
-        def method(tensor, *words, **more):
+        def method(tensor, *arguments, **more):
             if threading.current_thread() is main:
                 waits.note(name)
-            return genuine(tensor, *words, **more)
+            return genuine(tensor, *arguments, **more)
 
         return method
 
@@ -182,9 +182,9 @@ def test_nothing_between_two_looks_at_the_losses_waits_for_the_device(data, tmp_
         monkeypatch.setattr(torch.Tensor, name, noted(name, getattr(torch.Tensor, name)))
     genuine = trainer.training_step
 
-    def step(*words):
+    def step(*arguments):
         waits.iteration += 1
-        return genuine(*words)
+        return genuine(*arguments)
 
     monkeypatch.setattr(trainer, "training_step", step)
     config = load_recipe("la-4", [*TINY, "log_every=100", "checkpoint_every=100", f"method={method}"])
@@ -200,8 +200,8 @@ def test_nothing_between_two_looks_at_the_losses_waits_for_the_device(data, tmp_
 def test_a_gpu_is_waited_for_at_the_looks_alone(data, tmp_path, monkeypatch, cache):
     genuine, calls = trainer.training_step, iter(range(1, 10**6))
 
-    def step(*words):
-        terms = genuine(*words)
+    def step(*arguments):
+        terms = genuine(*arguments)
         # From the second step on (the first allocates), until the look after the last.
         torch.cuda.set_sync_debug_mode("default" if next(calls) == 12 else "error")
         return terms
@@ -258,7 +258,7 @@ def test_a_compiled_training_has_the_same_numbers_and_checkpoints(data, tmp_path
     assert not any("_orig_mod" in key for key in network.state_dict())
 
 
-def test_the_profile_tells_where_a_step_goes_and_keeps_nothing(data, tmp_path, capsys, monkeypatch):
+def test_the_profile_shows_where_a_step_goes_and_keeps_nothing(data, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "--recipe", "la-4", "--data", str(data), "--profile", "2", "--device", "cpu", "--set", *TINY]) == 0
     out = capsys.readouterr().out
@@ -317,7 +317,7 @@ def test_the_parts_of_a_measured_step_are_those_of_a_plain_one():
     assert all(marks.count(part) == 1 for part in PARTS)
 
 
-def test_a_compiler_that_does_not_work_is_told_in_one_sentence(data, tmp_path, capsys, monkeypatch):
+def test_a_compiler_that_does_not_work_is_reported_in_one_sentence(data, tmp_path, capsys, monkeypatch):
     failure = type("InvalidCxxCompiler", (RuntimeError,), {"__module__": "torch._inductor.exc"})
 
     def compiled(module):

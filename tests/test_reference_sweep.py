@@ -176,7 +176,7 @@ def test_a_sweep_trains_scores_compares_and_then_has_nothing_to_do(tiny, tmp_pat
     assert cli.main(["sweep", str(tiny)]) == 0
     out = capsys.readouterr().out
     assert "2 runs, 0 of them finished; 1 at a time" in out
-    assert [words[0] for words in InProcess.commands] == ["train", "evaluate"] * 2
+    assert [argv[0] for argv in InProcess.commands] == ["train", "evaluate"] * 2
     with open(tmp_path / "sweep" / "sweep.csv", newline="") as file:
         table = list(csv.DictReader(file))
     kinds = {(row["cell"], row["network"], row["weights"]) for row in table}
@@ -226,7 +226,7 @@ def test_what_was_interrupted_resumes_and_what_fails_stops_nothing_else(tiny, tm
     assert (tmp_path / "sweep" / "sweep.csv").is_file()  # of the other
     InProcess.commands.clear()
     assert cli.main(["sweep", str(tiny)]) == 0
-    assert [words[0] for words in InProcess.commands] == ["train", "evaluate"]
+    assert [argv[0] for argv in InProcess.commands] == ["train", "evaluate"]
     assert "--resume" in InProcess.commands[0]
 
 

@@ -48,8 +48,8 @@ def same_weights(a: Path, b: Path) -> bool:
 def finished(data, tmp_path_factory) -> Path:
     """A run by the command line that nothing disturbed."""
     run = tmp_path_factory.mktemp("runs") / "run"
-    words = ["train", "--recipe", "la-4", "--data", str(data), "--out", str(run), "--set", *TINY, "--device", "cpu"]
-    assert cli.main(words) == 0
+    command_line = ["train", "--recipe", "la-4", "--data", str(data), "--out", str(run), "--set", *TINY, "--device", "cpu"]
+    assert cli.main(command_line) == 0
     return run
 
 
@@ -113,12 +113,12 @@ def test_training_twice_gives_the_same_bits(finished, data, tmp_path):
     assert same_weights(tmp_path / "run" / "last.pt", finished / "last.pt")
 
 
-def test_the_script_in_the_checkout_takes_the_same_words(data, tmp_path):
+def test_the_script_in_the_checkout_accepts_the_same_options(data, tmp_path):
     """From a folder where nothing is importable, without an installation on the path."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    words = ["--recipe", "la-4", "--data", data, "--out", tmp_path / "run", "--set", *TINY, "iterations=2"]
+    command_line = ["--recipe", "la-4", "--data", data, "--out", tmp_path / "run", "--set", *TINY, "iterations=2"]
     script = ROOT / "reference" / "train.py"
-    subprocess.run([sys.executable, script, *words], check=True, cwd=tmp_path, env=environment, capture_output=True)
+    subprocess.run([sys.executable, script, *command_line], check=True, cwd=tmp_path, env=environment, capture_output=True)
     assert len(losses(tmp_path / "run")) == 2
 
 
@@ -134,10 +134,10 @@ def test_the_folder_refuses_another_name():
 TRAPS = {
     "between two checkpoints": """
 from rplib.reference.training import trainer
-def step(*words, calls=[0], genuine=trainer.training_step):
+def step(*command_line, calls=[0], genuine=trainer.training_step):
     calls[0] += 1
     if calls[0] == 9: die()
-    return genuine(*words)
+    return genuine(*command_line)
 trainer.training_step = step
 """,
     "in the middle of writing the second checkpoint": """
@@ -155,23 +155,23 @@ torch.save = save
 """,
     "before the first checkpoint": """
 from rplib.reference.training import trainer
-def step(*words, calls=[0], genuine=trainer.training_step):
+def step(*command_line, calls=[0], genuine=trainer.training_step):
     calls[0] += 1
     if calls[0] == 4: die()
-    return genuine(*words)
+    return genuine(*command_line)
 trainer.training_step = step
 """,
 }
 
 
 @pytest.mark.parametrize("moment", TRAPS)
-def test_a_killed_training_goes_on_with_the_same_bits(finished, data, tmp_path, moment):
+def test_a_killed_training_resumes_with_the_same_bits(finished, data, tmp_path, moment):
     run = tmp_path / "run"
     trap = "import os, signal, sys\ndef die(): os.kill(os.getpid(), signal.SIGKILL)\n" + TRAPS[moment]
     command = f"{trap}\nfrom rplib.cli import main\nsys.exit(main(sys.argv[1:]))"
-    words = ["train", "--recipe", "la-4", "--data", str(data), "--out", str(run), "--device", "cpu", "--set", *TINY]
+    command_line = ["train", "--recipe", "la-4", "--data", str(data), "--out", str(run), "--device", "cpu", "--set", *TINY]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run([sys.executable, "-c", command, *words], env=environment, capture_output=True)
+    killed = subprocess.run([sys.executable, "-c", command, *command_line], env=environment, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (run / "curves.png").exists()
     if "middle" in moment:
@@ -189,14 +189,14 @@ def test_a_killed_training_goes_on_with_the_same_bits(finished, data, tmp_path, 
 
 def test_all_that_a_step_depends_on_survives_an_interruption(data, tmp_path):
     """Dropout, momentum, polynomial rate, channels_last, validation: stop at 7 of 10, go on."""
-    words = [
+    command_line = [
         "schedule=polynomial",
         "channels_last=true",
         "dropout=0.3",
         "iterations=10",
         "validation=1",
     ]
-    config = tiny(*words, "validate_from=4", "validate_every=4", "checkpoint_every=3")
+    config = tiny(*command_line, "validate_from=4", "validate_every=4", "checkpoint_every=3")
     trainer.train(config, data, tmp_path / "whole", device="cpu")
 
     class Stop(BaseException):
@@ -204,10 +204,10 @@ def test_all_that_a_step_depends_on_survives_an_interruption(data, tmp_path):
 
     genuine, calls = trainer.training_step, iter(range(10**6))
 
-    def step(*words):
+    def step(*command_line):
         if next(calls) == 7:
             raise Stop
-        return genuine(*words)
+        return genuine(*command_line)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "training_step", step)
@@ -330,10 +330,10 @@ def test_held_out_never_opens_the_test_list(data, tmp_path):
 
 def test_the_best_so_far_survives_an_interruption(data, tmp_path, monkeypatch):
     scripted(monkeypatch, [0.5])
-    words = ["protocol=paper", "validate_from=4", "validate_every=4"]
-    trainer.train(tiny(*words, "iterations=6"), data, tmp_path / "run", device="cpu")
+    command_line = ["protocol=paper", "validate_from=4", "validate_every=4"]
+    trainer.train(tiny(*command_line, "iterations=6"), data, tmp_path / "run", device="cpu")
     scripted(monkeypatch, [0.3, 0.5])
-    trainer.train(tiny(*words), data, tmp_path / "run", device="cpu", resume=True)
+    trainer.train(tiny(*command_line), data, tmp_path / "run", device="cpu", resume=True)
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
     assert (best["iteration"], best["score"]) == (4, 0.5)
 
@@ -355,10 +355,10 @@ def test_validation_moves_labelled_cases_out(data, tmp_path, monkeypatch):
 
 
 def test_the_validation_dice_counts_an_empty_prediction_as_zero():
-    """By real windows of a network whose last layer decides everywhere alike."""
+    """By real windows of a network whose last layer decides everywhere alike; `paper` also where the truth is empty."""
     from rplib.reference.datasets.layouts import Case
 
-    config = tiny()
+    config = tiny("protocol=paper")
     network = checkpoint.build_network(config).eval()
     with torch.no_grad():
         network.decoder1.out_conv.weight.zero_()
@@ -398,7 +398,7 @@ def test_unlabelled_cases_train_without_labels_and_labels_there_change_nothing(t
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("command_line", "message"),
     [
         (["--recipe", "la-5"], "no recipe named la-5; did you mean la-8 or la-4"),
         ([], "--recipe is missing"),
@@ -412,14 +412,14 @@ def test_unlabelled_cases_train_without_labels_and_labels_there_change_nothing(t
         (["--recip", "la-8", "--bogus"], "unrecognized arguments: --bogus"),
     ],
 )
-def test_mistakes_of_the_command_line(data, tmp_path, capsys, monkeypatch, words, message):
-    if "impl=triton" in words:
+def test_mistakes_of_the_command_line(data, tmp_path, capsys, monkeypatch, command_line, message):
+    if "impl=triton" in command_line:
         if torch.cuda.is_available():
             pytest.skip("Triton runs on this machine's GPU")
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         monkeypatch.setattr("rplib.dispatch.interpreting", lambda: False)
-        words = [*words, "--device", "cpu"]
-    line = mistake(capsys, "train", "--data", data, "--out", tmp_path / "run", *words)
+        command_line = [*command_line, "--device", "cpu"]
+    line = mistake(capsys, "train", "--data", data, "--out", tmp_path / "run", *command_line)
     assert message in line
     assert not (tmp_path / "run" / "last.pt").exists()
 

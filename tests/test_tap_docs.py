@@ -19,7 +19,7 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.D
 def test_examples_run_as_written(tmp_path):
     """All in one process: importing torch is most of it."""
     pytest.importorskip("matplotlib")
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 7
     (tmp_path / "all.py").write_text("\n".join(f"def example_{k}():\n" + _indented(e) for k, e in enumerate(EXAMPLES)))
     calls = "; ".join(f"example_{k}()" for k in range(len(EXAMPLES)))
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.path.insert(0, '.'); from all import *; {calls}"

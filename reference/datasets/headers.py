@@ -12,7 +12,7 @@ from rplib.errors import UserError, printable
 
 LIMIT = "RPLIB_MOST_GB"  # environment variable: the largest volume that is read, in GB (2^30 bytes) of memory
 _USUAL_LIMIT = 8.0
-_DEFLATE = 1032  # no deflate stream (gzip, zlib) unpacks to more than so many times its size
+_DEFLATE = 1032  # no deflate stream (gzip, zlib) unpacks to more than this many times its size
 _SLACK = 1 << 16  # bytes
 
 
@@ -47,20 +47,20 @@ def check_size(
         UserError: a size below 0, more values than the file can hold, or more than the limit allows.
     """
     sizes = [int(n) for n in shape]
-    told = " x ".join(map(str, sizes)) or "no"
+    shown = " x ".join(map(str, sizes)) or "no"
     if any(n < 0 for n in sizes):
-        raise UserError(f"{path}: the header of {what} declares {told} voxels; copy the file again from its source.")
+        raise UserError(f"{path}: the header of {what} declares {shown} voxels; copy the file again from its source.")
     declared = math.prod(sizes) * item
     most = limit()
     if max(declared, 4 * math.prod(sizes)) > most * 2**30:  # images are kept as float32
         needed = max(declared, 4 * math.prod(sizes)) / 2**30
         raise UserError(
-            f"{path}: the header of {what} declares {told} voxels, {needed:.1f} GB of memory, more than the limit of "
+            f"{path}: the header of {what} declares {shown} voxels, {needed:.1f} GB of memory, more than the limit of "
             f"{most:g} GB; if that is right, raise it: {LIMIT}={math.ceil(needed)}."
         )
     if stored is not None and declared > (stored * _DEFLATE + _SLACK if compressed else stored):
         raise UserError(
-            f"{path}: the header of {what} declares {told} voxels of {item} bytes, and the file holds {stored} bytes for them; "
+            f"{path}: the header of {what} declares {shown} voxels of {item} bytes, and the file holds {stored} bytes; "
             "it is cut short or its header damaged, copy it again from its source."
         )
 
@@ -69,7 +69,7 @@ def checked_affine(value: Any, path: Path, what: str = "the affine", axes: int =
     """As (4, 4) float64.
 
     Args:
-        axes: of the image; the first so many columns must be directions.
+        axes: of the image; as many columns, the first ones, must be directions.
 
     Raises:
         UserError: not numbers, another shape, NaN, infinity, a column of zeros, or columns that are not independent.
@@ -90,8 +90,8 @@ def checked_affine(value: Any, path: Path, what: str = "the affine", axes: int =
     with np.errstate(over="ignore"):
         sizes = np.linalg.norm(directions, axis=0)
     if not (sizes > 0).all() or sizes.min() < 1e-9 * sizes.max() or np.abs(affine[:3]).max() > 1e12:
-        told = ", ".join(f"{size:.3g}" for size in sizes)
-        raise UserError(f"{path}: {what} gives voxels of {told} mm; write the file again with the right one.")
+        shown = ", ".join(f"{size:.3g}" for size in sizes)
+        raise UserError(f"{path}: {what} gives voxels of {shown} mm; write the file again with the right one.")
     if np.linalg.matrix_rank(directions / sizes, tol=1e-6) < axes or not np.allclose(affine[3], (0, 0, 0, 1), atol=1e-6):
         raise UserError(f"{path}: {what} does not give every voxel a place of its own; write the file again with the right one.")
     return affine

@@ -151,10 +151,10 @@ class NiftiFolder(Dataset):
             if (np.maximum(size, middle) > 1.5 * np.minimum(size, middle)).any()
         ]
         if odd:
-            told = " x ".join(f"{n:g}" for n in middle)
+            common = " x ".join(f"{n:g}" for n in middle)
             remarks.append(
                 f"{len(odd)} of {len(sizes)} images have voxel sizes more than 1.5 times larger or smaller than the usual "
-                f"{told} mm: {_some(odd)}. Nothing is resampled."
+                f"{common} mm: {_some(odd)}. Nothing is resampled."
             )
         return remarks
 

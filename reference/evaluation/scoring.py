@@ -1,6 +1,7 @@
 """Scores of a trained network over a list of cases, with the fixed-box baseline and notes on the protocol."""
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -17,6 +18,7 @@ from rplib.reference.datasets.layouts import open_for, split_training
 from rplib.reference.devices import find_device
 from rplib.reference.evaluation.fixed_box import FixedBox, fit_box
 from rplib.reference.evaluation.metrics import Scores, score
+from rplib.reference.evaluation.patients import patient_of, per_patient
 from rplib.reference.evaluation.reliability import ReliabilityMaps, Verdict, map_stride, reliability_maps, verdict
 from rplib.reference.inference.components import largest_components
 from rplib.reference.inference.window_bar import window_bar
@@ -37,6 +39,7 @@ class CaseScores:
     method: str
     klass: int
     scores: Scores
+    voxels: tuple[int, int, int] = (0, 0, 0)  # in both prediction and truth, in the prediction, in the truth
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,25 @@ class Report:
     run: Path | None = None  # the run folder, if given
     maps: dict[str, ReliabilityMaps] = field(default_factory=dict)  # of the N worst cases
     kept: dict[str, Case] = field(default_factory=dict, repr=False)  # the worst cases, in memory
+    patients: re.Pattern[str] | None = None  # what names the patient in a case's name
 
     def case(self, name: str) -> Case:
         """A case with its label; read from disk only if it is not in memory."""
         if name not in self.kept:
             self.kept[name] = self.dataset.load(name, needs_label=True)
         return self.kept[name]
+
+    @property
+    def over_patients(self) -> "Report | None":
+        """This report with a row per patient instead of one per case, if it knows the patients."""
+        if self.patients is None:
+            return None
+        return replace(self, rows=per_patient(self.rows, self.patients), patients=None)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the cases (patients) in the order of the list."""
+        return list(dict.fromkeys(row.case for row in self.rows))
 
     @property
     def methods(self) -> list[str]:
@@ -99,7 +115,11 @@ class Report:
         return found
 
     def worst_first(self) -> list[str]:
-        """Case names by Dice of decoder 1 (mean over classes), missing ones first, then ascending."""
+        """Case names by Dice of decoder 1, ascending: mean over the classes that it is defined for.
+
+        A class in neither truth nor prediction has no Dice. A case without any (a slice of background that was segmented as
+        such) has nothing to show and comes last.
+        """
         return _worst_first(self.rows)
 
 
@@ -118,6 +138,7 @@ def evaluate(
     on_case: OnCase | None = None,
     maps: int = 0,
     pictures: int = 0,
+    patients: re.Pattern[str] | None = None,
 ) -> Report:
     """Segment the cases of a list; score both outputs of the network and the best fixed box.
 
@@ -135,6 +156,7 @@ def evaluate(
         on_case: called with every case and its segmentations, for example to save them.
         maps: number of worst cases with reliability maps.
         pictures: number of worst cases to keep in memory for pictures, so that each is read once.
+        patients: pattern of one group that names the patient in a case's name; adds scores per patient.
 
     Raises:
         UserError: no readable checkpoint, missing or damaged data, no labels, invalid stride or device.
@@ -153,6 +175,9 @@ def evaluate(
     if spacing is not None and len(spacing) != len(config.patch):
         raise UserError(f"--spacing has {len(spacing)} numbers; expected one per axis of the image: {len(config.patch)}.")
     names = dataset.names(split)[:cases]
+    if patients is not None:  # before anything is segmented
+        for name in names:
+            patient_of(patients, name)
     boxes, box_note = _fit_boxes(dataset, config)
 
     rows: list[CaseScores] = []
@@ -179,7 +204,9 @@ def evaluate(
             masks = {output: one.label == klass for output, one in found.items()}
             if klass in boxes:
                 masks[BOX] = boxes[klass].mask(truth.shape) > 0
-            rows += [CaseScores(name, method, klass, score(mask, truth, edges)) for method, mask in masks.items()]
+            for method, mask in masks.items():
+                voxels = int((mask & truth).sum()), int(mask.sum()), int(truth.sum())
+                rows.append(CaseScores(name, method, klass, score(mask, truth, edges), voxels))
         kept[name] = case
         if len(kept) > max(maps, pictures):
             del kept[_worst_first([row for row in rows if row.case in kept])[-1]]
@@ -197,7 +224,7 @@ def evaluate(
         )
     notes.append(box_note)
     edges, folder = tuple(spacing) if spacing is not None else None, run if run.is_dir() else None
-    report = Report(rows, predictions, boxes, config, dataset, stride, notes, split, edges, folder, kept=kept)
+    report = Report(rows, predictions, boxes, config, dataset, stride, notes, split, edges, folder, kept=kept, patients=patients)
     if not maps:
         return report
     wide, made = map_stride(config, stride), {}
@@ -213,7 +240,13 @@ def _worst_first(rows: Sequence[CaseScores]) -> list[str]:
     for row in rows:
         if row.method == DECODER_1:
             dice.setdefault(row.case, []).append(row.scores.dice)
-    return sorted(dice, key=lambda case: -1.0 if any(map(math.isnan, dice[case])) else statistics.fmean(dice[case]))
+    return sorted(dice, key=lambda case: _mean_of(dice[case], nothing=math.inf))
+
+
+def _mean_of(values: Sequence[float], nothing: float = math.nan) -> float:
+    """Mean of the values that are there."""
+    there = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(there) if there else nothing
 
 
 def _fit_boxes(dataset: Dataset, config: Config) -> tuple[dict[int, FixedBox], str]:

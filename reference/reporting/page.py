@@ -78,23 +78,28 @@ def _results(report: Report) -> str:
         f'<li><span class="soft">{escape(TITLES[metric])}</span><b>{escape(mean_cell(report, DECODER_1, metric))}</b></li>'
         for metric in shown_metrics(report)
     )
-    several = report.config.classes > 2
-    rows = []
-    for method in report.methods:
-        for klass in [*range(1, report.config.classes), *([None] if several else [])]:
-            label = method if not several else f"{method}, {'all classes' if klass is None else f'class {klass}'}"
-            rows.append([label, *(mean_cell(report, method, metric, klass) for metric in shown_metrics(report))])
-    means = table(
-        ["method", *(TITLES[m] for m in shown_metrics(report))],
-        rows,
-        "mean \u00b1 standard deviation over the cases (missing: cases without a distance, excluded from the mean)",
-    )
+    means = _means(report, "cases")
+    if (patients := report.over_patients) is not None:
+        means += _means(patients, f"{len(patients.names)} patients")
     notes = "".join(f"<p>{escape(note)}</p>" for note in report.notes[1:])
     explained = (
         "<p>95HD pools the surface distances of both directions, ASD is measured from the prediction to the truth. "
         f"{DECODER_1} is the reported output.</p>"
     )
     return f'<ul class="figures" aria-label="{DECODER_1}">{figures}</ul>{means}{explained}{notes}'
+
+
+def _means(report: Report, over: str) -> str:
+    several, rows = report.config.classes > 2, []
+    for method in report.methods:
+        for klass in [*range(1, report.config.classes), *([None] if several else [])]:
+            label = method if not several else f"{method}, {'all classes' if klass is None else f'class {klass}'}"
+            rows.append([label, *(mean_cell(report, method, metric, klass) for metric in shown_metrics(report))])
+    return table(
+        ["method", *(TITLES[m] for m in shown_metrics(report))],
+        rows,
+        f"mean \u00b1 standard deviation over the {over} (missing: no distance, excluded from the mean)",
+    )
 
 
 def _cases(report: Report) -> str:

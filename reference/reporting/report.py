@@ -16,18 +16,21 @@ from rplib.reference.reporting.sheets import write_pictures, write_reliability
 from rplib.reference.reporting.tables import reliability_csv, render, scores_csv, summary_csv
 
 SCORES, SUMMARY, TEXT, SHEET, VOLUMES = "scores.csv", "summary.csv", "report.txt", "pictures.png", "nifti"
+PATIENTS = "patients.csv"
 RELIABILITY, MAPS, PAGE = "reliability.csv", "reliability.png", "report.html"
 
 
 def write(report: Report, out: Path, pictures: int = 6) -> None:
-    """Print the tables and write them to `out` (scores.csv, summary.csv, report.txt), with pictures of the worst cases,
-    their reliability maps if the report has them, and the HTML report (report.html).
+    """Print the tables and write them to `out` (scores.csv, summary.csv, report.txt, and patients.csv if the report knows the
+    patients), with pictures of the worst cases, their reliability maps if the report has them, and the HTML report (report.html).
 
     The scores are written first: an error in a picture does not lose them.
     """
     out.mkdir(parents=True, exist_ok=True)
     write_text_atomically(out / SCORES, scores_csv(report))
     write_text_atomically(out / SUMMARY, summary_csv(report))
+    if (patients := report.over_patients) is not None:
+        write_text_atomically(out / PATIENTS, scores_csv(patients))
     if report.maps:
         write_text_atomically(out / RELIABILITY, reliability_csv(report))
     text = render(report, per_case=True)

@@ -27,7 +27,10 @@ def render(report: Report, per_case: bool = False) -> str:
     """The tables as text, 120 columns wide."""
     metrics = shown_metrics(report)
     tables = [_case_table(report, metrics)] if per_case else []
-    return as_text(*tables, _mean_table(report, metrics), *(f"- {note}" for note in report.notes))
+    tables.append(_mean_table(report, metrics))
+    if (patients := report.over_patients) is not None:
+        tables.append(_mean_table(patients, metrics, f"{len(patients.names)} patients"))
+    return as_text(*tables, *(f"- {note}" for note in report.notes))
 
 
 def as_text(*parts: Table | str, width: int = 120) -> str:
@@ -118,9 +121,9 @@ def _case_table(report: Report, metrics: Sequence[str]) -> Table:
     return table
 
 
-def _mean_table(report: Report, metrics: Sequence[str]) -> Table:
+def _mean_table(report: Report, metrics: Sequence[str], over: str = "cases") -> Table:
     several = report.config.classes > 2
-    table = Table(title="mean over the cases \u00b1 standard deviation (missing: no distance, excluded)", title_justify="left")
+    table = Table(title=f"mean over the {over} \u00b1 standard deviation (missing: no distance, excluded)", title_justify="left")
     table.add_column("method")
     if several:
         table.add_column("class", justify="right")

@@ -152,17 +152,17 @@ def _cell(name: str, cell: Any, path: Path) -> Cell:
 
 
 def _settings(table: Any, path: Path) -> tuple[str, ...]:
-    """A table of settings as the words of `--set`."""
+    """A table of settings as the options of `--set`."""
     if not isinstance(table, dict):
         raise UserError(f"{path}: set is {table!r}; expected a table of settings, for example set = {{ filters = 8 }}.")
-    words = []
+    arguments = []
     for key, value in table.items():
         if isinstance(value, list):
             value = ",".join(map(str, value))
         elif isinstance(value, bool):
             value = str(value).lower()
-        words.append(f"{key}={value}")
-    return tuple(words)
+        arguments.append(f"{key}={value}")
+    return tuple(arguments)
 
 
 def _adoptable(patterns: Any, path: Path) -> dict[Path, Config]:

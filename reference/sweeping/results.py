@@ -133,9 +133,9 @@ def results_csv(results: Sequence[Result]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["cell", "recipe", "seed", "network", "weights", "case", "class", *METRICS])
-    for *words, scores in results:
+    for *arguments, scores in results:
         values = [scores.get(metric, math.nan) for metric in METRICS]
-        writer.writerow([*words, *("" if math.isnan(value) else round(value, 6) for value in values)])
+        writer.writerow([*arguments, *("" if math.isnan(value) else round(value, 6) for value in values)])
     return text.getvalue()
 
 

@@ -22,7 +22,7 @@ def run_plan(plan: Plan, say: Callable[[str], None] = print) -> None:
     print goes into a log. A run that fails does not stop the others.
 
     Raises:
-        UserError: some failed (told at the end), or a folder holds other settings (told before the first starts).
+        UserError: some failed (reported at the end), or a folder holds other settings (reported before the first starts).
     """
     commands = {run: _commands(run, plan) for run in plan.runs}
     waiting = [run for run, left in commands.items() if left]
@@ -63,11 +63,11 @@ def _commands(run: Planned, plan: Plan) -> list[list[str]]:
     finished = run.finished
     if not finished:
         known = (run.folder / CONFIG).is_file()
-        words = ["--resume"] if known else ["--recipe", run.recipe, "--set", *run.settings]
-        commands.append(["train", "--data", plan.data, "--out", run.folder, *words])
+        arguments = ["--resume"] if known else ["--recipe", run.recipe, "--set", *run.settings]
+        commands.append(["train", "--data", plan.data, "--out", run.folder, *arguments])
     if not finished or not run.scores(plan.split).is_file():
         commands.append(["evaluate", run.folder, "--data", plan.data, "--split", plan.split, "--nifti", "none", "--no-maps"])
-    return [[sys.executable, "-m", "rplib", *map(str, words)] for words in commands]
+    return [[sys.executable, "-m", "rplib", *map(str, arguments)] for arguments in commands]
 
 
 def _start(command: list[str], log: Path) -> "subprocess.Popen[bytes]":

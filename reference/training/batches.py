@@ -6,7 +6,7 @@ The protocols differ: `paper` reproduces the authors' loader, for comparable sco
 |----------|-------------------------------------------------------|--------------------------------------------------|
 | mirror   | always one of the first two axes: never the identity  | every one of the 8 symmetries is equally likely  |
 | crop     | the last offset of an axis is never drawn             | every offset is equally likely                   |
-| padding  | if an axis is <= patch: all short axes, 3 voxels more | to the patch size                                |
+| padding  | if an axis is <= patch: all short axes, 3 voxels more | to the patch size, and by `crop_margin`          |
 | streams  | the unlabelled order restarts with each labelled      | each stream has its own permutations             |
 |          | epoch, whose incomplete last batch is dropped         |                                                  |
 
@@ -173,6 +173,8 @@ class TwoStreamBatches:
             shape[:2] = shape[1::-1]
         start = []
         for size, edge, (before, after) in zip(shape, patch, padding(shape, patch, self._as_authors), strict=True):
+            margin = self._config.crop_margin if edge > 1 else 0  # beyond the last axis of slices there is no slice
+            before, after = before + margin, after + margin
             spare = before + size + after - edge
             start.append(int(random.integers(spare if self._as_authors else spare + 1)) - before)
         return Crop(case, swapped, (back[0], back[1]), tuple(start))

@@ -67,19 +67,19 @@ def _score(run: Path) -> float | None:
 
 def _command(config: Config, out: Path, data: Path, recipe: str) -> str:
     name = Path(recipe).stem
-    words = ["rplib train --recipe"]
+    arguments = ["rplib train --recipe"]
     if f"{name}{_SUPERVISED}" in recipe_names() and Path(recipe).suffix != ".toml":
         base = load_recipe(f"{name}{_SUPERVISED}")
-        words.append(f"{name}{_SUPERVISED}")
+        arguments.append(f"{name}{_SUPERVISED}")
         changed = [key for key in differences(base, config) if key not in _MUTUAL | {"name"}]
         if base.batch_size != config.labelled_per_batch:
             changed = [*changed, "batch_size", "labelled_per_batch"]
     else:
-        words.append(f"{out / CONFIG}")
+        arguments.append(f"{out / CONFIG}")
         changed = ["batch_size", "consistency"]
     settings = [f"{key}={_value(key, config)}" for key in changed]
     tail = f" --set {' '.join(settings)}" if settings else ""
-    return f"{' '.join(words)} --data {data} --out {out}{_SUPERVISED}{tail}"
+    return f"{' '.join(arguments)} --data {data} --out {out}{_SUPERVISED}{tail}"
 
 
 def _value(key: str, config: Config) -> str:

@@ -68,24 +68,24 @@ class Monitor:
     def _at_the_end_of_a_window(self) -> list[str]:
         rows = list(self._rows)
         loss, weight = (sum(getattr(row, name) for row in rows) / len(rows) for name in ("dice", "consistency_weight"))
-        t, told = rows[-1].iteration, []
+        t, warnings = rows[-1].iteration, []
         risen = loss > _RISE * self._lowest and loss > self._lowest + _LEAST_RISE
         if risen and weight > self._weight_there and "rise" not in self._told:
             self._told.add("rise")
-            told.append(
+            warnings.append(
                 f"iteration {t}: the supervised loss rose from {self._lowest:.3f} to {loss:.3f} while the weight of the mutual "
                 f"loss grew to {weight:.2g}: pseudo-labels override the labels; lower consistency (0.1), raise ramp_every or "
                 "warmup, or set supervised=dice+cross_entropy schedule=polynomial."
             )
         if loss < self._lowest:
             self._lowest, self._weight_there = loss, weight
-        return told + self._classes(rows, weight, t)
+        return warnings + self._classes(rows, weight, t)
 
     def _classes(self, rows: Sequence[LogRow], weight: float, t: int) -> list[str]:
         known = [row.pseudo_labels for row in rows if row.pseudo_labels]
         if not known or not weight:  # nothing is taught yet
             return []
-        told = []
+        warnings = []
         for k in range(1, len(self._shares)):
             share, networks = self._shares[k], len(known[0])
             if not share:
@@ -98,9 +98,9 @@ class Monitor:
             if gone and awaited and k not in self._told:
                 self._told.add(k)
                 which = "neither decoder predicts" if len(gone) == networks else f"decoder {gone[0]} does not predict"
-                told.append(
+                warnings.append(
                     f"iteration {t}: {which} class {k}, which has {100 * share:.2g} % of the labelled voxels: pseudo-labels "
                     "teach that it is not there; lower consistency (0.1), raise ramp_every or warmup, or set "
                     "supervised=dice+cross_entropy."
                 )
-        return told
+        return warnings

@@ -44,8 +44,8 @@ def start(
         config, data, was_deterministic = settings
         try:
             train(config, data, out, resume=resume, device=where, deterministic=deterministic or was_deterministic, ranks=ranks)
-            if ranks.first and (told := beside_labelled_only(config, out, data, recipe)):
-                print(told)
+            if ranks.first and (message := beside_labelled_only(config, out, data, recipe)):
+                print(message)
         except KeyboardInterrupt as error:
             if ranks.first:
                 kept = f" after {error}, saved in {out / LAST}" if isinstance(error, Terminated) and error.args else ""

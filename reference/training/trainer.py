@@ -291,7 +291,8 @@ class Training:
         network.train()
         # Restore list order, so that the sum does not depend on the number of ranks.
         scores = [found[i % self.ranks.size][i // self.ranks.size] for i in range(len(self.validation))]
-        mean = float(np.mean(scores))
+        there = [score for score in scores if not math.isnan(score)]
+        mean = float(np.mean(there)) if there else math.nan  # no case shows a class
         if mean > self.best_score:
             self.best_score, self.best_iteration = mean, t
             self._save_best(t, f"best mean decoder-1 Dice on {self._validated_on()}", mean)

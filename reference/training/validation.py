@@ -12,8 +12,10 @@ from rplib.reference.progress import progress
 
 
 def case_dice(network: nn.Module, cases: Sequence[Case], config: Config, device: torch.device) -> list[float]:
-    """Decoder-1 Dice of each case, mean over the foreground classes; an empty prediction counts 0.
+    """Decoder-1 Dice of each case, mean over the foreground classes; an empty prediction of a class that is there counts 0.
 
+    A class in neither truth nor prediction has no Dice and is left out; a case of such classes alone (a slice of background)
+    gives NaN. Protocol `paper` counts 0 for both, as the authors do.
     Windows, averages, decision and counts stay on the device, which is synchronised once per case. The precision is
     that of the training (`amp`, `tf32`).
     """
@@ -28,6 +30,7 @@ def case_dice(network: nn.Module, cases: Sequence[Case], config: Config, device:
                 for mine, true in ((ours == c, truth == c) for c in range(1, config.classes))
             ]
         ).tolist()
-        scores = [2 * both / (mine + true) if mine else 0.0 for both, mine, true in counts]
-        found.append(sum(scores) / len(scores))
+        counted = counts if config.protocol == "paper" else [one for one in counts if one[1] or one[2]]
+        scores = [2 * both / (mine + true) if mine else 0.0 for both, mine, true in counted]
+        found.append(sum(scores) / len(scores) if scores else float("nan"))
     return found

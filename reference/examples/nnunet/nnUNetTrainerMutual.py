@@ -31,8 +31,8 @@ class nnUNetTrainerMutual(nnUNetTrainer):  # noqa: N801
     @staticmethod
     def build_network_architecture(plans_manager, configuration_manager, num_input_channels, num_output_channels,
                                    enable_deep_supervision=True):  # fmt: skip
-        words = plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
-        return Pair(*(nnUNetTrainer.build_network_architecture(*words) for _ in range(2)))
+        arguments = plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        return Pair(*(nnUNetTrainer.build_network_architecture(*arguments) for _ in range(2)))
 
     def set_deep_supervision_enabled(self, enabled):
         for network in self.network.networks:
