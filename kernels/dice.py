@@ -9,15 +9,22 @@ Per network, over all labelled samples together, with g_c the indicator of class
     alpha_c = -2 / (n size_c)     beta_c = (2 overlap_c + s) / (n size_c^2)     n chosen classes; 0 for the others
     dDice/dz(c,v) = p(c,v) (u_c(v) - sum_q p(q,v) u_q(v));   for C = 2: p(0) p(1) (u_0 - u_1), and the negative
 
+Cross-entropy is the mean over the labelled voxels, sum_v CE(v) / max(sum_c truth_c, 1); its slope is that of voxels.py. With both
+terms each counts half.
+
 The sums lie in one vector behind the value that marks non-finite input (see statistics.py):
 
-    [nonfinite, overlap_a (C), overlap_b (C), soft_a (C), soft_b (C), truth (C)]
+    [nonfinite, overlap_a (C), overlap_b (C), soft_a (C), soft_b (C), truth (C), and with cross-entropy its sums of a and b]
+
+Without Dice its first four entries are 0.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from rplib.kernels.voxels import probabilities
+from rplib.kernels.voxels import first_slope, probabilities, slope
 
 _SMOOTH = tl.constexpr(1e-8)
 
@@ -43,25 +50,66 @@ def _sums_of(sums, network, c, CLASSES: tl.constexpr):
     return overlap, soft + truth
 
 
+class Coefficients(NamedTuple):
+    """What the gradient of one network's supervised term needs of the sums: of Dice a tuple over classes each, and 1 / voxels."""
+
+    alpha: tl.tuple
+    beta: tl.tuple
+    entropy: tl.tuple  # one number, or empty without cross-entropy
+
+
 @triton.jit
-def dice_value(sums, network, CLASSES: tl.constexpr, CHOSEN: tl.constexpr, BITS: tl.constexpr):
-    """Dice loss of one network; CHOSEN classes in the mean, the ones in BITS."""
+def _labelled_voxels(sums, CLASSES: tl.constexpr):
+    """At least 1."""
+    voxels = 0.0
+    for c in tl.static_range(CLASSES):
+        voxels += tl.load(sums + 1 + 4 * CLASSES + c)
+    return tl.maximum(voxels, 1.0)
+
+
+@triton.jit
+def supervised_value(sums, network, CLASSES: tl.constexpr, RULES: tl.constexpr):
+    """The supervised term of one network."""
+    total = 0.0
+    if RULES.dice:
+        total += RULES.share * _dice_value(sums, network, CLASSES, RULES)
+    if RULES.entropy:
+        total += RULES.share * tl.load(sums + 1 + 5 * CLASSES + network) / _labelled_voxels(sums, CLASSES)
+    return total
+
+
+@triton.jit
+def _dice_value(sums, network, CLASSES: tl.constexpr, RULES: tl.constexpr):
+    """Dice loss of one network; RULES says which classes are in the mean."""
     total = 0.0
     for c in tl.static_range(CLASSES):
-        if (BITS >> c) & 1:
+        if (RULES.bits >> c) & 1:
             overlap, size = _sums_of(sums, network, c, CLASSES)
             total += 1.0 - (2.0 * overlap + _SMOOTH) / (size + _SMOOTH)
-    return total / CHOSEN
+    return total / RULES.chosen
 
 
 @triton.jit
-def dice_coefficients(sums, network, factor, CLASSES: tl.constexpr, CHOSEN: tl.constexpr, BITS: tl.constexpr):
+def supervised_coefficients(sums, network, factor, CLASSES: tl.constexpr, RULES: tl.constexpr):
+    """`Coefficients` of one network, times ``factor``."""
+    alpha = ()
+    beta = ()
+    entropy = ()
+    if RULES.dice:
+        alpha, beta = _dice_coefficients(sums, network, factor * RULES.share, CLASSES, RULES)
+    if RULES.entropy:
+        entropy = (factor * RULES.share / _labelled_voxels(sums, CLASSES),)
+    return Coefficients(alpha, beta, entropy)
+
+
+@triton.jit
+def _dice_coefficients(sums, network, factor, CLASSES: tl.constexpr, RULES: tl.constexpr):
     """factor * (alpha, beta) of one network: two tuples of scalars."""
-    share = factor / CHOSEN
+    share = factor / RULES.chosen
     alpha = ()
     beta = ()
     for c in tl.static_range(CLASSES):
-        if (BITS >> c) & 1:
+        if (RULES.bits >> c) & 1:
             overlap, size = _sums_of(sums, network, c, CLASSES)
             inverse = 1.0 / (size + _SMOOTH)
             alpha = alpha + (-2.0 * inverse * share,)
@@ -73,9 +121,28 @@ def dice_coefficients(sums, network, factor, CLASSES: tl.constexpr, CHOSEN: tl.c
 
 
 @triton.jit
-def dice_slope(of, coefficients, t, CLASSES: tl.constexpr):
-    """dDice/dz, a tuple of tiles, of a network at voxels of class t; of class 0 alone for C = 2."""
-    alpha, beta = coefficients
+def supervised_slope(of, coefficients, t, CLASSES: tl.constexpr, RULES: tl.constexpr):
+    """dS/dz, a tuple of tiles, of a network at voxels of class t; of class 0 alone for C = 2."""
+    if RULES.dice and not RULES.entropy:
+        return _dice_slope(of, coefficients.alpha, coefficients.beta, t, CLASSES)
+    else:
+        if CLASSES == 2:
+            of_entropy = (first_slope(of, t, True),)
+        else:
+            of_entropy = slope(of, t, True, CLASSES)
+        result = ()
+        if RULES.dice:
+            of_dice = _dice_slope(of, coefficients.alpha, coefficients.beta, t, CLASSES)
+            for c in tl.static_range(1 if CLASSES == 2 else CLASSES):
+                result = result + (of_dice[c] + of_entropy[c] * coefficients.entropy[0],)
+        else:
+            for c in tl.static_range(1 if CLASSES == 2 else CLASSES):
+                result = result + (of_entropy[c] * coefficients.entropy[0],)
+        return result
+
+
+@triton.jit
+def _dice_slope(of, alpha, beta, t, CLASSES: tl.constexpr):
     u = ()
     for c in tl.static_range(CLASSES):
         u = u + (tl.where(t == c, alpha[c], 0.0) + beta[c],)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from rplib.kernels.dice import dice_coefficients, dice_slope, load_target
+from rplib.kernels.dice import Coefficients, load_target, supervised_coefficients, supervised_slope
 from rplib.kernels.voxels import (
     SIZES,
     load,
@@ -49,8 +49,8 @@ class Tensors(NamedTuple):
     size1: tl.tensor
     size2: tl.tensor
     factor: tl.tensor
-    dice_a: tl.tuple
-    dice_b: tl.tuple
+    supervised_a: Coefficients
+    supervised_b: Coefficients
 
 
 class Options(NamedTuple):
@@ -60,9 +60,7 @@ class Options(NamedTuple):
     CLASSES_PAD: tl.constexpr
     GROUPS: tl.constexpr
     GROUP: tl.constexpr
-    BOTH: tl.constexpr
-    WITH_DICE: tl.constexpr
-    ON_LOGITS: tl.constexpr
+    RULES: tl.constexpr
     LAYOUT: tl.constexpr
     FLAT: tl.constexpr
     WIDE: tl.constexpr
@@ -106,7 +104,7 @@ def _student_alone(i, v, za_v, zb_v, valid, o, MASKED: tl.constexpr):
     z = ()
     for c in tl.static_range(o.CLASSES):
         z = z + (tl.where(is_b, zb[c], za[c]),)
-    grad = slope(opinion(z, o.CLASSES, True), bits & 63, o.ON_LOGITS, o.CLASSES)
+    grad = slope(opinion(z, o.CLASSES, True), bits & 63, o.RULES.on_logits, o.CLASSES)
     weight *= i.factor
     grad_a = ()
     grad_b = ()
@@ -119,13 +117,13 @@ def _student_alone(i, v, za_v, zb_v, valid, o, MASKED: tl.constexpr):
 
 @triton.jit
 def _one_of_both(student, label, weight, coefficients, t, known, factor, o):
-    """Gradient of a network whose Dice counts as well."""
-    grad = slope(student, label, o.ON_LOGITS, o.CLASSES)
+    """Gradient of a network whose supervised term counts as well."""
+    grad = slope(student, label, o.RULES.on_logits, o.CLASSES)
     result = ()
-    if o.WITH_DICE:
-        dice = dice_slope(student, coefficients, t, o.CLASSES)
+    if o.RULES.supervised:
+        taught = supervised_slope(student, coefficients, t, o.CLASSES, o.RULES)
         for c in tl.static_range(o.CLASSES):
-            result = result + ((grad[c] * weight + tl.where(known, dice[c], 0.0)) * factor,)
+            result = result + ((grad[c] * weight + tl.where(known, taught[c], 0.0)) * factor,)
     else:
         for c in tl.static_range(o.CLASSES):
             result = result + (grad[c] * weight * factor,)
@@ -139,7 +137,7 @@ def _both_networks(i, v, za_v, zb_v, valid, o, MASKED: tl.constexpr):
     zb = load_logits(i.zb, zb_v, i.zb_strides.channel, valid, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED)
     a = opinion(za, o.CLASSES, True)
     b = opinion(zb, o.CLASSES, True)
-    if o.BOTH:
+    if not o.RULES.compare:
         w_a, w_b = _both_planes(i, v, valid, MASKED)
     else:
         weight, bits = _weight_and_code(i, v, valid, MASKED)
@@ -148,11 +146,11 @@ def _both_networks(i, v, za_v, zb_v, valid, o, MASKED: tl.constexpr):
         w_b = tl.where(is_b, weight, 0.0)
     t = v
     known = valid
-    if o.WITH_DICE:
+    if o.RULES.supervised:
         t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
         t, known = load_target(i.target, t_v, i.labelled, valid, MASKED)
-    grad_a = _one_of_both(a, b.label, w_a, i.dice_a, t, known, i.factor, o)
-    grad_b = _one_of_both(b, a.label, w_b, i.dice_b, t, known, i.factor, o)
+    grad_a = _one_of_both(a, b.label, w_a, i.supervised_a, t, known, i.factor, o)
+    grad_b = _one_of_both(b, a.label, w_b, i.supervised_b, t, known, i.factor, o)
     return grad_a, grad_b
 
 
@@ -168,9 +166,9 @@ def _gradient_block(start, i, o, MASKED: tl.constexpr):
     v = start + tl.arange(0, o.GROUPS)[:, None] * o.GROUP + tl.arange(0, o.GROUP)[None, :]  # (GROUPS, GROUP)
     valid = v < i.voxels
     if o.CLASSES == 2:
-        if o.BOTH:
+        if not o.RULES.compare:
             entry_a, entry_b = _both_planes(i, v, valid, MASKED)
-        elif o.WITH_DICE:
+        elif o.RULES.supervised:
             if i.labelled:
                 entry_a, entry_b = _both_planes(i, v, valid, MASKED)
             else:
@@ -182,9 +180,9 @@ def _gradient_block(start, i, o, MASKED: tl.constexpr):
     else:
         za_v = voxel_offsets(v, i.size1, i.size2, i.za_strides, o.LAYOUT, o.FLAT, o.WIDE)
         zb_v = voxel_offsets(v, i.size1, i.size2, i.zb_strides, o.LAYOUT, o.FLAT, o.WIDE)
-        if o.BOTH:
+        if not o.RULES.compare:
             grad_a, grad_b = _both_networks(i, v, za_v, zb_v, valid, o, MASKED)
-        elif o.WITH_DICE:
+        elif o.RULES.supervised:
             if i.labelled:
                 grad_a, grad_b = _both_networks(i, v, za_v, zb_v, valid, o, MASKED)
             else:
@@ -213,8 +211,7 @@ def gradient_kernel(
     za_b, za_c, za_0, za_1, za_2, zb_b, zb_c, zb_0, zb_1, zb_2,
     ga_b, ga_c, ga_0, ga_1, ga_2, gb_b, gb_c, gb_0, gb_1, gb_2,
     CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
-    BOTH: tl.constexpr, WITH_DICE: tl.constexpr, CHOSEN: tl.constexpr, BITS: tl.constexpr,
-    ON_LOGITS: tl.constexpr, LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    RULES: tl.constexpr, LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks * B,)."""
     BLOCK: tl.constexpr = GROUPS * GROUP
@@ -223,13 +220,13 @@ def gradient_kernel(
     start = tl.program_id(0) % blocks * BLOCK
     samples = tl.num_programs(0) // blocks
     row = sample_offset(sample, record_stride, 1, 1)
-    dice_a = ((), ())
-    dice_b = ((), ())
-    if WITH_DICE:
+    supervised_a = Coefficients((), (), ())
+    supervised_b = Coefficients((), (), ())
+    if RULES.supervised:
         target += sample_offset(sample, t_b, 1, 0)
         if CLASSES > 2:
-            dice_a = dice_coefficients(sums, 0, dice_weight, CLASSES, CHOSEN, BITS)
-            dice_b = dice_coefficients(sums, 1, dice_weight, CLASSES, CHOSEN, BITS)
+            supervised_a = supervised_coefficients(sums, 0, dice_weight, CLASSES, RULES)
+            supervised_b = supervised_coefficients(sums, 1, dice_weight, CLASSES, RULES)
     tensors = Tensors(
         za + sample_offset(sample, za_b, CLASSES, LAYOUT), zb + sample_offset(sample, zb_b, CLASSES, LAYOUT), target,
         record + row, sample_offset(samples, record_stride, 1, 1), code + row,
@@ -238,6 +235,6 @@ def gradient_kernel(
         strides_of(0, t_0, t_1, t_2, 1, 0),
         strides_of(ga_c, ga_0, ga_1, ga_2, CLASSES, LAYOUT), strides_of(gb_c, gb_0, gb_1, gb_2, CLASSES, LAYOUT),
         sample < labelled, voxels_of(voxels, LAYOUT), size1, size2,
-        tl.load(upstream).to(tl.float32) + tl.load(sums), dice_a, dice_b,
+        tl.load(upstream).to(tl.float32) + tl.load(sums), supervised_a, supervised_b,
     )  # fmt: skip
-    _whole_or_tail(start, tensors, Options(CLASSES, CLASSES_PAD, GROUPS, GROUP, BOTH, WITH_DICE, ON_LOGITS, LAYOUT, FLAT, WIDE))
+    _whole_or_tail(start, tensors, Options(CLASSES, CLASSES_PAD, GROUPS, GROUP, RULES, LAYOUT, FLAT, WIDE))

@@ -14,15 +14,18 @@ from torch.autograd import forward_ad
 
 from rplib import ranks
 from rplib.kernels import passes
-from rplib.kernels.passes import Record, Statistics, Terms
+from rplib.kernels.passes import Batch, Record, Statistics, Weights
+from rplib.kernels.rules import Rules, decoded, encoded, rules_of
 from rplib.maps import Reliability, ordered_pairs
 from rplib.options import Options
 from rplib.similarity import similarity
+from rplib.statistics import ObjectiveStatistics
+from rplib.supervision import Supervision
 
 
 def loss(logits: list[Tensor], features: list[Tensor] | None, options: Options) -> Tensor:
     """The mutual loss of two networks, a 0-dim float32 tensor, differentiable once with respect to the logits."""
-    value, terms = _run(logits, features, options)
+    value, terms = _run(logits, features, options, rules_of(options))
     return ranks.as_one_process(value, ranks.detached_sum(terms[1], options.process_group), options.process_group)
 
 
@@ -30,36 +33,40 @@ def objective(
     logits: list[Tensor],
     features: list[Tensor] | None,
     options: Options,
+    supervision: Supervision,
     target: Tensor,
-    dice_weight: float,
-    dice_classes: Sequence[int],
     consistency_weight: float | Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The whole objective: total (0-dim float32, differentiable once), and its terms Dice and mutual, detached."""
+) -> tuple[Tensor, Tensor, Tensor, ObjectiveStatistics | None]:
+    """The whole objective: total (0-dim float32, differentiable once); its terms Dice and mutual, and statistics, detached."""
     group = options.process_group
-    local, terms = _run(logits, features, options, target.detach(), dice_weight, list(dice_classes), consistency_weight)
-    dice, mutual = terms.detach().unbind()
-    if group is None:
-        return local, dice, mutual
-    mutual = ranks.detached_sum(mutual, group)
-    return ranks.as_one_process(local, dice_weight * dice + consistency_weight * mutual, group), dice, mutual
+    rules = rules_of(options, supervision, logits[0].shape[1])
+    local, terms = _run(logits, features, options, rules, target.detach(), supervision.dice_weight, consistency_weight)
+    terms = terms.detach()
+    dice, shared = terms[0], ranks.detached_sum(terms[1:6], group)
+    mutual = shared[0]
+    statistics = None
+    if rules.detailed:  # views of what loss_kernel reports: nothing is launched
+        pseudo_labels = terms[9:].view(2, logits[0].shape[1])
+        statistics = ObjectiveStatistics(terms[6:8], shared[1:3], shared[3:5], pseudo_labels, terms[8])
+    if group is not None:
+        local = ranks.as_one_process(local, supervision.dice_weight * dice + consistency_weight * mutual, group)
+    return local, dice, mutual, statistics
 
 
 def _run(
     logits: list[Tensor],
     features: list[Tensor] | None,
     options: Options,
+    rules: Rules,
     target: Tensor | None = None,
     dice_weight: float = 0.0,
-    dice_classes: Sequence[int] = (),
     consistency_weight: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """This rank's share of the total, and (dice, mutual)."""
     _refuse_forward_mode(*logits, *([consistency_weight] if isinstance(consistency_weight, Tensor) else []))
     fa, fb = _two(features)
-    prototypes_a, prototypes_b, counts, sums = statistics(
-        logits[0].detach(), logits[1].detach(), fa, fb, target, options.confidence, options.eps
-    )
+    packed = encoded(rules)
+    prototypes_a, prototypes_b, counts, sums = statistics(logits[0].detach(), logits[1].detach(), fa, fb, target, *packed)
     counts, sums = ranks.detached_sum(counts, options.process_group), ranks.detached_sum(sums, options.process_group)
     factor = 1.0
     weight: Tensor | None = None
@@ -74,7 +81,7 @@ def _run(
     terms: Tensor
     value, terms, _, _ = weighting(
         logits[0], logits[1], weight, fa, fb, target, prototypes_a, prototypes_b, counts, sums,
-        options.confidence, options.cross_entropy_on == "logits", options.eps, factor, dice_weight, dice_classes, wanted,
+        *packed, factor, dice_weight, wanted,
     )  # fmt: skip
     return value, terms
 
@@ -83,8 +90,9 @@ def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options) 
     """Masks and weights from the loss's own kernels, with what explains them."""
     fa, fb = _two(features)
     spatial = logits[0].shape[2:]
-    known = statistics(logits[0], logits[1], fa, fb, None, options.confidence, options.eps)
-    weights, masks = weighting_maps(logits[0], logits[1], fa, fb, *known, options.confidence, options.eps)
+    packed = encoded(rules_of(options))
+    known = statistics(logits[0], logits[1], fa, fb, None, *packed)
+    weights, masks = weighting_maps(logits[0], logits[1], fa, fb, *known, *packed)
     result = []
     for i, j in ordered_pairs(2):
         similar = None
@@ -111,13 +119,12 @@ def statistics(
     features_a: Tensor | None,
     features_b: Tensor | None,
     target: Tensor | None,
-    confidence: str | None,
-    eps: float,
+    rules: str,
+    numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Prototypes (B, C, F) of both networks, reliable voxels per student (2,) int64, and sums, see passes.Statistics."""
-    return tuple(  # type: ignore[return-value]
-        passes.statistics((logits_a, logits_b), _features(features_a, features_b), confidence, eps, target)
-    )
+    batch = _batch(logits_a, logits_b, features_a, features_b, target)
+    return tuple(passes.statistics(batch, decoded(rules, numbers)))  # type: ignore[return-value]
 
 
 @statistics.register_fake
@@ -127,15 +134,15 @@ def _(
     features_a: Tensor | None,
     features_b: Tensor | None,
     target: Tensor | None,
-    confidence: str | None,
-    eps: float,
+    rules: str,
+    numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def prototypes(features: Tensor | None) -> Tensor:
         channels = 0 if features is None else features.shape[1]
         return logits_a.new_empty((logits_a.shape[0], logits_a.shape[1], channels), dtype=torch.float32)
 
-    counts = logits_a.new_empty((2,), dtype=torch.int64)
-    sums = logits_a.new_empty(passes.sums_shape(logits_a.shape[1], target), dtype=torch.float32)
+    counts = logits_a.new_empty(passes.counts_shape(logits_a.shape[1], decoded(rules)), dtype=torch.int64)
+    sums = logits_a.new_empty(passes.sums_shape(logits_a.shape[1], decoded(rules)), dtype=torch.float32)
     return prototypes(features_a), prototypes(features_b), counts, sums
 
 
@@ -151,21 +158,18 @@ def weighting(
     prototypes_b: Tensor,
     counts: Tensor,
     sums: Tensor,
-    confidence: str | None,
-    on_logits: bool,
-    eps: float,
+    rules: str,
+    numbers: Sequence[float],
     mutual_factor: float,
     dice_weight: float,
-    dice_classes: Sequence[int],
     with_record: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Total (0-dim float32), (dice, mutual), and the two parts of passes.Record, empty unless wanted."""
     known = Statistics(prototypes_a, prototypes_b, counts, sums)
-    total, both, record = passes.weighting(
-        (logits_a, logits_b), _features(features_a, features_b), known, confidence, on_logits, eps,
-        with_record=with_record, terms=Terms(target, dice_weight, dice_classes, mutual_factor, mutual_weight),
-    )  # fmt: skip
-    return total, both, *record
+    batch = _batch(logits_a, logits_b, features_a, features_b, target)
+    weights = Weights(dice_weight, mutual_factor, mutual_weight)
+    total, terms, record = passes.weighting(batch, known, decoded(rules, numbers), weights, with_record=with_record)
+    return total, terms, *record
 
 
 @weighting.register_fake
@@ -180,19 +184,18 @@ def _(
     prototypes_b: Tensor,
     counts: Tensor,
     sums: Tensor,
-    confidence: str | None,
-    on_logits: bool,
-    eps: float,
+    rules: str,
+    numbers: Sequence[float],
     mutual_factor: float,
     dice_weight: float,
-    dice_classes: Sequence[int],
     with_record: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    values, code = passes.record_shapes(logits_a, confidence, with_record, target)
+    labelled = 0 if target is None else target.shape[0]
+    values, code = passes.record_shapes(logits_a, decoded(rules), with_record, labelled)
     new = logits_a.new_empty
     return (
         new((), dtype=torch.float32),
-        new((2,), dtype=torch.float32),
+        new(passes.terms_shape(logits_a.shape[1], decoded(rules)), dtype=torch.float32),
         new(values, dtype=torch.float32),
         new(code, dtype=torch.uint8),
     )
@@ -207,14 +210,13 @@ def gradient(
     logits_a: Tensor,
     logits_b: Tensor,
     target: Tensor | None,
-    confidence: str | None,
-    on_logits: bool,
+    rules: str,
+    numbers: Sequence[float],
     dice_weight: float,
-    dice_classes: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of both networks' logits."""
-    terms = Terms(target, dice_weight, dice_classes)
-    return passes.gradient(upstream, sums, Record(record, code), (logits_a, logits_b), confidence, on_logits, terms)
+    batch = _batch(logits_a, logits_b, None, None, target)
+    return passes.gradient(upstream, sums, Record(record, code), batch, decoded(rules, numbers), dice_weight)
 
 
 @gradient.register_fake
@@ -226,10 +228,9 @@ def _(
     logits_a: Tensor,
     logits_b: Tensor,
     target: Tensor | None,
-    confidence: str | None,
-    on_logits: bool,
+    rules: str,
+    numbers: Sequence[float],
     dice_weight: float,
-    dice_classes: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(logits_a), torch.empty_like(logits_b)
 
@@ -244,12 +245,12 @@ def weighting_maps(
     prototypes_b: Tensor,
     counts: Tensor,
     sums: Tensor,
-    confidence: str | None,
-    eps: float,
+    rules: str,
+    numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """Weights (2, B, V) float32 and masks (2, B, V) int8, student a first."""
     known = Statistics(prototypes_a, prototypes_b, counts, sums)
-    return passes.maps((logits_a, logits_b), _features(features_a, features_b), known, confidence, eps)
+    return passes.maps(_batch(logits_a, logits_b, features_a, features_b), known, decoded(rules, numbers))
 
 
 @weighting_maps.register_fake
@@ -262,8 +263,8 @@ def _(
     prototypes_b: Tensor,
     counts: Tensor,
     sums: Tensor,
-    confidence: str | None,
-    eps: float,
+    rules: str,
+    numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     shape = (2, logits_a.shape[0], logits_a[0, 0].numel())
     return logits_a.new_empty(shape, dtype=torch.float32), logits_a.new_empty(shape, dtype=torch.int8)
@@ -272,7 +273,7 @@ def _(
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     (
         logits_a, logits_b, _, _, _, target, _, _, _, sums,
-        ctx.confidence, ctx.on_logits, _, ctx.factor, ctx.dice_weight, ctx.dice_classes, ctx.with_record,
+        ctx.rules, ctx.numbers, ctx.factor, ctx.dice_weight, ctx.with_record,
     ) = inputs  # fmt: skip
     _, terms, record, code = output
     ctx.set_materialize_grads(False)  # no zeros, as large as the record, for outputs that nobody differentiates
@@ -281,7 +282,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _weighting_backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = [None] * 14
+    nothing = [None] * 12
     if upstream is None or not ctx.with_record:
         return (None, None, None, *nothing)
     terms, *saved = ctx.saved_tensors
@@ -291,7 +292,7 @@ def _weighting_backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) ->
         u = upstream
         if not torch.is_grad_enabled():  # with create_graph=True the operator must see what it refuses to differentiate
             u, saved = u.detach(), [None if t is None else t.detach() for t in saved]
-        grads = gradient(u, *saved, ctx.confidence, ctx.on_logits, ctx.dice_weight, ctx.dice_classes)
+        grads = gradient(u, *saved, ctx.rules, ctx.numbers, ctx.dice_weight)
     weight: Tensor | None = None
     if for_weight:
         weight = upstream * ctx.factor * terms[1]
@@ -338,5 +339,8 @@ def _two(features: list[Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if features is None else (features[0].detach(), features[1].detach())
 
 
-def _features(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if a is None or b is None else (a, b)
+def _batch(
+    logits_a: Tensor, logits_b: Tensor, features_a: Tensor | None, features_b: Tensor | None, target: Tensor | None = None
+) -> Batch:
+    features = None if features_a is None or features_b is None else (features_a, features_b)
+    return Batch((logits_a, logits_b), features, target)

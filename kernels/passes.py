@@ -23,6 +23,7 @@ from rplib.kernels.launch import (
     sizes,
     split,
 )
+from rplib.kernels.rules import Rules
 from rplib.kernels.statistics import prototypes_kernel, statistics_kernel
 from rplib.kernels.total import loss_kernel
 from rplib.kernels.weighting import weighting_kernel
@@ -31,9 +32,9 @@ from rplib.kernels.weighting import weighting_kernel
 class Statistics(NamedTuple):
     """What the first pass knows.
 
-    prototypes_a, prototypes_b: (B, C, F) float32. counts: (2,) int64, reliable voxels of student a and b. sums: float32,
-    (1,) or with Dice (1 + 5 C,): 0 or NaN for non-finite input, then the sums of dice.py. A reduction over ranks adds counts
-    and sums.
+    prototypes_a, prototypes_b: (B, C, F) float32. counts: int64, (2,) reliable voxels of student a and b, or with
+    ``rules.detailed`` (3 + 2 C,), see prototypes_kernel. sums: float32, (1,), 0 or NaN for non-finite input, and with a target
+    the sums of dice.py. A reduction over ranks adds counts and sums.
     """
 
     prototypes_a: Tensor
@@ -42,32 +43,42 @@ class Statistics(NamedTuple):
     sums: Tensor
 
 
-class Terms(NamedTuple):
-    """What the total is made of: dice_weight * Dice + mutual_factor * mutual_weight * mutual.
+class Batch(NamedTuple):
+    """The tensors of a call.
 
-    target: (B_l, *spatial) or (B_l, 1, *spatial), classes of the first B_l samples; None: no Dice. B_l may be 0, since another
-    rank may have labels. mutual_weight: a 0-dim tensor or None for 1.
+    logits: (B, C, *spatial) of both networks. features: (B, F, *spatial) of both, or None. target: (B_l, *spatial) or
+    (B_l, 1, *spatial), classes of the first B_l samples; None: no supervised term. B_l may be 0, since another rank may have
+    labels.
     """
 
+    logits: Sequence[Tensor]
+    features: Sequence[Tensor] | None = None
     target: Tensor | None = None
-    dice_weight: float = 0.0
-    dice_classes: Sequence[int] = ()
-    mutual_factor: float = 1.0
-    mutual_weight: Tensor | None = None
 
-    def labels(self, z: Tensor) -> Tensor | None:
-        """The target as (B_l, 1, *spatial), of a type that the kernels read; None without Dice."""
+    @property
+    def labels(self) -> Tensor | None:
+        """The target as (B_l, 1, *spatial), of a type that the kernels read."""
         target = self.target
         if target is None:
             return None
-        if target.ndim < z.ndim:
+        if target.ndim < self.logits[0].ndim:
             target = target.unsqueeze(1)
         return target.view(torch.uint8) if target.dtype == torch.bool else target
 
-    def chosen(self) -> dict[str, int]:
-        """The classes in the mean of Dice as constants of a kernel (see dice.py)."""
-        chosen = set(self.dice_classes)
-        return {"CHOSEN": max(len(chosen), 1), "BITS": sum(1 << c for c in chosen)}
+    @property
+    def labelled(self) -> int:
+        return 0 if self.target is None else self.target.shape[0]
+
+
+class Weights(NamedTuple):
+    """Of the terms: the total is dice_weight * supervised + mutual_factor * mutual_weight * mutual.
+
+    mutual_weight: a 0-dim tensor or None for 1.
+    """
+
+    dice_weight: float = 0.0
+    mutual_factor: float = 1.0
+    mutual_weight: Tensor | None = None
 
 
 class Record(NamedTuple):
@@ -80,24 +91,17 @@ class Record(NamedTuple):
     code: Tensor
 
 
-MUTUAL_ALONE = Terms()
+MUTUAL_ALONE = Weights()
 
 
-def statistics(
-    logits: Sequence[Tensor],
-    features: Sequence[Tensor] | None,
-    confidence: str | None,
-    eps: float,
-    target: Tensor | None = None,
-) -> Statistics:
+def statistics(batch: Batch, rules: Rules) -> Statistics:
     """Run the first pass: 2 launches."""
-    za, zb = logits
-    batch, classes = za.shape[:2]
+    za, zb = batch.logits
+    samples, classes = za.shape[:2]
     voxels, size1, size2 = sizes(za)
-    labels = Terms(target).labels(za)
-    labelled = 0 if labels is None else labels.shape[0]
-    f_a, f_b = channels(features)
-    fa, fb = features if features else (za, zb)  # not read without features
+    labels, labelled = batch.labels, batch.labelled
+    f_a, f_b = channels(batch.features)
+    fa, fb = batch.features if batch.features else (za, zb)  # not read without features
     g_za, g_zb, g_fa, g_fb = geometries = [geometry(t) for t in (za, zb, fa, fb)]
     g_labels = None if labels is None else geometry(labels)
     flat, wide = addressing(geometries if g_labels is None else [*geometries, g_labels])
@@ -106,129 +110,117 @@ def statistics(
         classes, max(f_a, f_b), max(t.element_size() for t in (za, zb, fa, fb)),
         channels_last=f_layout in (LAST, PACKED), aligned=f_layout != ANY, dice=labels is not None,
     )  # fmt: skip
-    programs, per_program = split(voxels, tiles.block, batch, za.device)
+    programs, per_program = split(voxels, tiles.block, samples, za.device)
     feature_blocks = max(1, -(-max(f_a, f_b) // tiles.feature_block))
     new = za.new_empty
-    sums_a = new((batch, programs, classes, f_a), dtype=torch.float32)
-    sums_b = new((batch, programs, classes, f_b), dtype=torch.float32)
-    members = new((3, batch, programs, classes), dtype=torch.int32)
-    counts = new((2, batch, programs), dtype=torch.int32)
-    nonfinite = new((batch, programs, feature_blocks), dtype=torch.float32)
-    dice = new((labelled, programs, 4, classes), dtype=torch.float32)
+    sums_a = new((samples, programs, classes, f_a), dtype=torch.float32)
+    sums_b = new((samples, programs, classes, f_b), dtype=torch.float32)
+    members = new((3, samples, programs, classes), dtype=torch.int32)
+    counts = new((3 if rules.detailed else 2, samples, programs), dtype=torch.int32)
+    nonfinite = new((samples, programs, feature_blocks), dtype=torch.float32)
+    dice = new((labelled, programs, 4 * classes + (2 if rules.entropy else 0)), dtype=torch.float32)
     with current_device(za):
         launch(
-            statistics_kernel, (programs * batch, feature_blocks),
+            statistics_kernel, (programs * samples, feature_blocks),
             za, zb, fa, fb, za if labels is None else labels, sums_a, sums_b, members, dice, counts, nonfinite,
             labelled, voxels, size1, size2, *_label_strides(g_labels, flat),
             *g_za.axes(flat), *g_zb.axes(flat), *g_fa.axes(flat), *g_fb.axes(flat), programs, per_program,
-            EPS=eps, CLASSES=classes, CLASSES_PAD=tiles.classes_pad, CLASSES_DOT=tiles.classes_dot,
+            CLASSES=classes, CLASSES_PAD=tiles.classes_pad, CLASSES_DOT=tiles.classes_dot,
             FEATURES_A=f_a, FEATURES_B=f_b, FEATURE_BLOCK=tiles.feature_block, BLOCK=tiles.block,
-            VECTOR=tiles.vector, CONFIDENCE=confidence or "none", WITH_FEATURES=features is not None,
-            WITH_DICE=labels is not None, DOT=tiles.dot, Z_LAYOUT=z_layout, F_LAYOUT=f_layout, FLAT=flat, WIDE=wide,
-            num_warps=tiles.warps,
+            VECTOR=tiles.vector, WITH_FEATURES=batch.features is not None, DOT=tiles.dot, RULES=rules,
+            Z_LAYOUT=z_layout, F_LAYOUT=f_layout, FLAT=flat, WIDE=wide, num_warps=tiles.warps,
         )  # fmt: skip
-        prototypes_a = new((batch, classes, f_a), dtype=torch.float32)
-        prototypes_b = new((batch, classes, f_b), dtype=torch.float32)
-        all_counts = new((2,), dtype=torch.int64)
-        all_sums = new(sums_shape(classes, target), dtype=torch.float32)
+        prototypes_a = new((samples, classes, f_a), dtype=torch.float32)
+        prototypes_b = new((samples, classes, f_b), dtype=torch.float32)
+        all_counts = new(counts_shape(classes, rules), dtype=torch.int64)
+        all_sums = new(sums_shape(classes, rules), dtype=torch.float32)
         features_pad = tiling.power_of_two(max(f_a, f_b, 1))
-        grid = (2 * batch * classes if features else 0) + all_sums.numel()
+        grid = (2 * samples * classes if batch.features else 0) + all_sums.numel() + (2 * classes if rules.detailed else 0)
         launch(
             prototypes_kernel, (grid,),
             sums_a, sums_b, members, counts, nonfinite, dice, prototypes_a, prototypes_b, all_counts, all_sums,
-            batch, programs, nonfinite.numel(), labelled,
-            EPS=eps, CLASSES=classes, FEATURES_A=f_a, FEATURES_B=f_b, FEATURES_PAD=features_pad,
-            ROWS=max(1, 2048 // features_pad), COUNT_BLOCK=1024, WITH_FEATURES=features is not None,
-            WITH_DICE=labels is not None, num_warps=4,
+            samples, programs, nonfinite.numel(), labelled,
+            CLASSES=classes, FEATURES_A=f_a, FEATURES_B=f_b, FEATURES_PAD=features_pad,
+            ROWS=max(1, 2048 // features_pad), COUNT_BLOCK=1024, WITH_FEATURES=batch.features is not None,
+            RULES=rules, num_warps=4,
         )  # fmt: skip
     return Statistics(prototypes_a, prototypes_b, all_counts, all_sums)
 
 
-def sums_shape(classes: int, target: Tensor | None) -> tuple[int]:
+def counts_shape(classes: int, rules: Rules) -> tuple[int]:
+    """Shape of `Statistics.counts`."""
+    return (3 + 2 * classes if rules.detailed else 2,)
+
+
+def terms_shape(classes: int, rules: Rules) -> tuple[int]:
+    """Shape of the terms that `weighting` returns."""
+    return (9 + 2 * classes if rules.detailed else 2,)
+
+
+def sums_shape(classes: int, rules: Rules) -> tuple[int]:
     """Shape of `Statistics.sums`."""
-    return (1 if target is None else 1 + 5 * classes,)
+    return (1 + 5 * classes + (2 if rules.entropy else 0) if rules.supervised else 1,)
 
 
 def weighting(
-    logits: Sequence[Tensor],
-    features: Sequence[Tensor] | None,
-    known: Statistics,
-    confidence: str | None,
-    on_logits: bool,
-    eps: float,
-    *,
-    with_record: bool,
-    terms: Terms = MUTUAL_ALONE,
+    batch: Batch, known: Statistics, rules: Rules, weights: Weights = MUTUAL_ALONE, *, with_record: bool
 ) -> tuple[Tensor, Tensor, Record]:
-    """Run the second pass, 2 launches: total 0-dim, (dice, mutual) as (2,), both float32; and the record."""
-    za = logits[0]
-    classes = za.shape[1]
-    values, code = record_shapes(za, confidence, with_record, terms.target)
+    """Run the second pass, 2 launches: total 0-dim; dice, mutual and what else loss_kernel puts into terms; the record."""
+    za = batch.logits[0]
+    values, code = record_shapes(za, rules, with_record, batch.labelled)
     record = Record(za.new_empty(values, dtype=torch.float32), za.new_empty(code, dtype=torch.uint8))
-    numerators = _weight(logits, features, known, confidence, on_logits, eps, terms, record=record, maps=None)
+    numerators = _weight(batch, known, rules, weights, record=record, maps=None)
     total = za.new_empty((), dtype=torch.float32)
-    both = za.new_empty((2,), dtype=torch.float32)
+    terms = za.new_empty(terms_shape(za.shape[1], rules), dtype=torch.float32)
     with current_device(za):
         launch(
             loss_kernel, (1,),
-            numerators, known.counts, known.sums, _weight_pointer(terms, known), total, both,
-            terms.mutual_factor, terms.dice_weight, numerators[0].numel(),
-            EPS=eps, CLASSES=classes, WITH_DICE=terms.labels(za) is not None,
-            HAS_WEIGHT=terms.mutual_weight is not None, **terms.chosen(), BLOCK=1024, num_warps=4,
+            numerators, known.counts, known.sums, _weight_pointer(weights, known), total, terms,
+            weights.mutual_factor, weights.dice_weight, numerators[0].numel(),
+            CLASSES=za.shape[1], RULES=rules, HAS_WEIGHT=weights.mutual_weight is not None, BLOCK=1024, num_warps=4,
         )  # fmt: skip
-    return total, both, record
+    return total, terms, record
 
 
-def record_shapes(
-    z: Tensor, confidence: str | None, with_record: bool, target: Tensor | None
-) -> tuple[tuple[int, int], tuple[int, int]]:
+def record_shapes(z: Tensor, rules: Rules, with_record: bool, labelled: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Shapes of `Record`: nothing unless wanted, and no code where both networks may learn everywhere or C = 2."""
     if not with_record:
         return (0, 0), (0, 0)
-    batch, classes = z.shape[:2]
+    samples, classes = z.shape[:2]
     width = -(-sizes(z)[0] // tiling.RECORD_ALIGNMENT) * tiling.RECORD_ALIGNMENT
-    if confidence is None:
-        return (2 * batch, width), (0, 0)
+    if not rules.compare:
+        return (2 * samples, width), (0, 0)
     if classes > 2:
-        return (batch, width), (batch, width)
-    return (batch + (0 if target is None else target.shape[0]), width), (0, 0)
+        return (samples, width), (samples, width)
+    return (samples + labelled, width), (0, 0)
 
 
-def maps(
-    logits: Sequence[Tensor],
-    features: Sequence[Tensor] | None,
-    known: Statistics,
-    confidence: str | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def maps(batch: Batch, known: Statistics, rules: Rules) -> tuple[Tensor, Tensor]:
     """Run the second pass for its weights (2, B, V) float32 and masks (2, B, V) int8, student a first."""
-    za = logits[0]
+    za = batch.logits[0]
     shape = (2, za.shape[0], sizes(za)[0])
     weights = za.new_empty(shape, dtype=torch.float32)
     masks = za.new_empty(shape, dtype=torch.int8)
-    _weight(logits, features, known, confidence, True, eps, MUTUAL_ALONE, record=None, maps=(weights, masks))
+    _weight(batch, known, rules, MUTUAL_ALONE, record=None, maps=(weights, masks))
     return weights, masks
 
 
 def _weight(
-    logits: Sequence[Tensor],
-    features: Sequence[Tensor] | None,
+    batch: Batch,
     known: Statistics,
-    confidence: str | None,
-    on_logits: bool,
-    eps: float,
-    terms: Terms,
+    rules: Rules,
+    factors: Weights,
     *,
     record: Record | None,
     maps: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    za, zb = logits
-    batch, classes = za.shape[:2]
+    za, zb = batch.logits
+    samples, classes = za.shape[:2]
     voxels, size1, size2 = sizes(za)
     with_record = record is not None and record.values.numel() > 0
-    labels = terms.labels(za) if with_record and classes == 2 else None  # for C > 2 the backward pass reads them
-    f_a, f_b = channels(features)
-    fa, fb = features if features else (za, zb)
+    labels = batch.labels if with_record and classes == 2 else None  # for C > 2 the backward pass reads them
+    f_a, f_b = channels(batch.features)
+    fa, fb = batch.features if batch.features else (za, zb)
     g_za, g_zb, g_fa, g_fb = geometries = [geometry(t) for t in (za, zb, fa, fb)]
     g_labels = None if labels is None else geometry(labels)
     flat, wide = addressing(geometries if g_labels is None else [*geometries, g_labels])
@@ -238,47 +230,40 @@ def _weight(
     tiles = tiling.weighting_tiles(
         classes, max(f_a, f_b), max(fa.element_size(), fb.element_size()),
         channels_last=f_layout in (LAST, PACKED), aligned=f_layout != ANY,
-        plain=flat and with_record, dice=labels is not None,
+        plain=flat and with_record, dice=labels is not None, detailed=rules.detailed,
     )  # fmt: skip
-    programs, per_program = split(voxels, tiles.groups * tiles.group, batch, za.device)
-    numerators = za.new_empty((2, batch, programs), dtype=torch.float32)
+    programs, per_program = split(voxels, tiles.groups * tiles.group, samples, za.device)
+    numerators = za.new_empty((4 if rules.detailed else 2, samples, programs), dtype=torch.float32)
     # Pointers that a variant of the kernel does not touch still need a tensor.
     weights, masks = maps if maps else (numerators, known.counts)
     values, code = record if record is not None and with_record else (numerators, numerators)
     with current_device(za):
         launch(
-            weighting_kernel, (programs * batch,),
+            weighting_kernel, (programs * samples,),
             za, zb, fa, fb, za if labels is None else labels, known.prototypes_a, known.prototypes_b,
-            known.counts, known.sums, _weight_pointer(terms, known),
+            known.counts, known.sums, _weight_pointer(factors, known),
             numerators, values, code if code.numel() else numerators, weights, masks,
-            terms.mutual_factor, terms.dice_weight, 0 if labels is None else labels.shape[0],
+            factors.mutual_factor, factors.dice_weight, 0 if labels is None else labels.shape[0],
             voxels, values.shape[1] if with_record else 0, size1, size2, *_label_strides(g_labels, flat),
             *g_za.axes(flat), *g_zb.axes(flat), *g_fa.axes(flat), *g_fb.axes(flat), programs, per_program,
-            EPS=eps, CLASSES=classes, CLASSES_PAD=tiles.classes_pad,
+            CLASSES=classes, CLASSES_PAD=tiles.classes_pad,
             FEATURES_A=f_a, FEATURES_B=f_b, FEATURE_BLOCK=tiles.feature_block,
-            GROUPS=tiles.groups, GROUP=tiles.group, CONFIDENCE=confidence or "none",
-            WITH_FEATURES=features is not None, ON_LOGITS=on_logits, WITH_RECORD=with_record,
-            DICE_IN_RECORD=labels is not None, HAS_WEIGHT=terms.mutual_weight is not None, **terms.chosen(),
-            WITH_MAPS=maps is not None, UNROLL=tiles.unroll,
+            GROUPS=tiles.groups, GROUP=tiles.group, WITH_FEATURES=batch.features is not None,
+            WITH_RECORD=with_record, TARGET_IN_RECORD=labels is not None, HAS_WEIGHT=factors.mutual_weight is not None,
+            WITH_MAPS=maps is not None, RULES=rules, UNROLL=tiles.unroll,
             Z_LAYOUT=z_layout, F_LAYOUT=f_layout, FLAT=flat, WIDE=wide, num_warps=tiles.warps,
         )  # fmt: skip
     return numerators
 
 
 def gradient(
-    upstream: Tensor,
-    sums: Tensor,
-    record: Record,
-    logits: Sequence[Tensor],
-    confidence: str | None,
-    on_logits: bool,
-    terms: Terms = MUTUAL_ALONE,
+    upstream: Tensor, sums: Tensor, record: Record, batch: Batch, rules: Rules, dice_weight: float
 ) -> tuple[Tensor, Tensor]:
     """Run the backward pass, 1 launch: gradients with the shapes and dtypes of the logits."""
-    za, zb = logits
-    batch, classes = za.shape[:2]
+    za, zb = batch.logits
+    samples, classes = za.shape[:2]
     voxels, size1, size2 = sizes(za)
-    labels = terms.labels(za)
+    labels = batch.labels
     grads = torch.empty_like(za), torch.empty_like(zb)
     g_za, g_zb, g_ga, g_gb = geometries = [geometry(t) for t in (za, zb, *grads)]
     g_labels = None if labels is None else geometry(labels)
@@ -290,15 +275,14 @@ def gradient(
     )  # fmt: skip
     with current_device(za):
         launch(
-            gradient_kernel, (-(-voxels // (tiles.groups * tiles.group)) * batch,),
+            gradient_kernel, (-(-voxels // (tiles.groups * tiles.group)) * samples,),
             upstream, sums, record.values, record.code if record.code.numel() else record.values, za, zb,
             za if labels is None else labels, *grads,
-            terms.dice_weight, 0 if labels is None else labels.shape[0],
+            dice_weight, batch.labelled,
             voxels, record.values.shape[1], size1, size2, *_label_strides(g_labels, flat),
             *g_za.axes(flat), *g_zb.axes(flat), *g_ga.axes(flat), *g_gb.axes(flat),
             CLASSES=classes, CLASSES_PAD=tiles.classes_pad, GROUPS=tiles.groups, GROUP=tiles.group,
-            BOTH=confidence is None, WITH_DICE=labels is not None, **terms.chosen(), ON_LOGITS=on_logits,
-            LAYOUT=layout, FLAT=flat, WIDE=wide, num_warps=tiles.warps,
+            RULES=rules, LAYOUT=layout, FLAT=flat, WIDE=wide, num_warps=tiles.warps,
         )  # fmt: skip
     return grads
 
@@ -311,5 +295,5 @@ def _label_strides(labels: Geometry | None, flat: bool) -> tuple[int, ...]:
     return (batch, *axes)
 
 
-def _weight_pointer(terms: Terms, known: Statistics) -> Any:
-    return known.sums if terms.mutual_weight is None else terms.mutual_weight
+def _weight_pointer(weights: Weights, known: Statistics) -> Any:
+    return known.sums if weights.mutual_weight is None else weights.mutual_weight

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from rplib.kernels import launch, passes
+from rplib.kernels.rules import rules_of
 from rplib.kernels.voxels import SIZES
+from rplib.options import Confidence, Options
+from rplib.supervision import Supervised, Supervision
 
 _TYPES = {
     torch.float16: "*fp16",
@@ -48,10 +51,12 @@ def iter_specs(
     *,
     batch: int = 4,
     spatial: tuple[int, ...] = (112, 112, 80),
-    confidence: str | None = "entropy",
+    confidence: Confidence | None = "entropy",
     weighted: bool = True,
     on_logits: bool = True,
     labelled: int = 0,
+    statistics: bool = False,
+    supervised: Supervised = "dice",
 ) -> Iterator[KernelSpec]:
     """Every kernel of one forward and backward pass, in the order of the launches.
 
@@ -60,10 +65,12 @@ def iter_specs(
         batch: B. spatial: sizes of 1 to 3 spatial axes (the paper's Left Atrium patch).
         confidence, weighted, on_logits: the loss's keywords.
         labelled: samples with a target (uint8): 0 is the loss alone, more the whole objective.
+        statistics, supervised: the objective's keywords.
     """
     for recorded in record_launches(
         classes, features, dtype, channels_last,
         batch=batch, spatial=spatial, confidence=confidence, weighted=weighted, on_logits=on_logits, labelled=labelled,
+        statistics=statistics, supervised=supervised,
     ):  # fmt: skip
         yield spec(recorded)
 
@@ -76,10 +83,12 @@ def record_launches(
     *,
     batch: int = 4,
     spatial: tuple[int, ...] = (112, 112, 80),
-    confidence: str | None = "entropy",
+    confidence: Confidence | None = "entropy",
     weighted: bool = True,
     on_logits: bool = True,
     labelled: int = 0,
+    statistics: bool = False,
+    supervised: Supervised = "dice",
 ) -> list[launch.Launch]:
     """The launches themselves, arguments on the meta device; keywords as `iter_specs`."""
     launches: list[launch.Launch] = []
@@ -95,16 +104,15 @@ def record_launches(
             made = [t.movedim(1, -1).contiguous().movedim(-1, 1) for t in made]
         return made
 
-    logits = tensors(classes)
-    read = tensors(features) if weighted else None
-    eps = 1e-6
     target = torch.empty((labelled, *spatial), dtype=torch.uint8, device="meta") if labelled else None
-    terms = passes.Terms(target, 0.5, range(1, classes)) if labelled else passes.MUTUAL_ALONE
+    given = passes.Batch(tensors(classes), tensors(features) if weighted else None, target)
+    options = Options(confidence=confidence, cross_entropy_on="logits" if on_logits else "probabilities")
+    rules = rules_of(options, Supervision(supervised=supervised, statistics=statistics) if labelled else None, classes)
     with launch.observed(record):
-        known = passes.statistics(logits, read, confidence, eps, target)
-        _, _, kept = passes.weighting(logits, read, known, confidence, on_logits, eps, with_record=True, terms=terms)
+        known = passes.statistics(given, rules)
+        _, _, kept = passes.weighting(given, known, rules, passes.Weights(0.5), with_record=True)
         upstream = torch.empty((), dtype=torch.float32, device="meta")
-        passes.gradient(upstream, known.sums, kept, logits, confidence, on_logits, terms)
+        passes.gradient(upstream, known.sums, kept, given, rules, 0.5)
     return launches
 
 

@@ -13,6 +13,7 @@ from rplib.kernels.dice import load_target
 from rplib.kernels.voxels import (
     SIZES,
     channel_offset,
+    cross_entropy,
     load,
     load_logits,
     more_uncertain,
@@ -29,8 +30,9 @@ class Sums(NamedTuple):
     """What a program adds up. Tiles of one number per row (ROWS,); tuples over classes where there are some.
 
     seen: voxels. ab, ba: reliable voxels of student a and b. nonfinite: 0 or NaN. members_a, members_b: voxels pseudo-labelled as
-    class 1, 2 .. (those of class 0 are the rest). features_a, features_b: sums of features, (FEATURE_BLOCK, ROWS) or with DOT one
-    tile (CLASSES_DOT, FEATURE_BLOCK). overlap_a, overlap_b, soft_a, soft_b, truth: of Dice.
+    class 1, 2 .. (those of class 0 are the rest). differing: voxels whose pseudo-labels differ, if asked for. features_a,
+    features_b: sums of features, (FEATURE_BLOCK, ROWS) or with DOT one tile (CLASSES_DOT, FEATURE_BLOCK). overlap_a, overlap_b,
+    soft_a, soft_b, truth: of Dice. entropy: of cross-entropy, both networks'.
     """
 
     seen: tl.tensor
@@ -39,6 +41,7 @@ class Sums(NamedTuple):
     nonfinite: tl.tensor
     members_a: tl.tuple
     members_b: tl.tuple
+    differing: tl.tuple
     features_a: tl.tuple
     features_b: tl.tuple
     overlap_a: tl.tuple
@@ -46,6 +49,7 @@ class Sums(NamedTuple):
     soft_a: tl.tuple
     soft_b: tl.tuple
     truth: tl.tuple
+    entropy: tl.tuple
 
 
 @triton.jit
@@ -149,7 +153,6 @@ class Inputs(NamedTuple):
 class Options(NamedTuple):
     """The constants of statistics_kernel that a block needs."""
 
-    EPS: tl.constexpr
     CLASSES: tl.constexpr
     CLASSES_PAD: tl.constexpr
     CLASSES_DOT: tl.constexpr
@@ -158,11 +161,9 @@ class Options(NamedTuple):
     FEATURE_BLOCK: tl.constexpr
     ROWS: tl.constexpr
     VECTOR: tl.constexpr
-    COMPARE: tl.constexpr  # confidences
-    BY_ENTROPY: tl.constexpr
     WITH_FEATURES: tl.constexpr
-    WITH_DICE: tl.constexpr
     DOT: tl.constexpr
+    RULES: tl.constexpr
     Z_LAYOUT: tl.constexpr
     F_LAYOUT: tl.constexpr
     FLAT: tl.constexpr
@@ -182,7 +183,7 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
     zb = load_logits(i.zb, zb_v, i.zb_strides.channel, valid, CLASSES, o.CLASSES_PAD, o.Z_LAYOUT, o.WIDE, MASKED)
     a = opinion(za, CLASSES, False)
     b = opinion(zb, CLASSES, False)
-    m_ab, m_ba = more_uncertain(a, b, o.EPS, CLASSES, o.COMPARE, o.BY_ENTROPY)
+    m_ab, m_ba = more_uncertain(a, b, CLASSES, o.RULES)
     if MASKED:
         m_ab = m_ab & valid
         m_ba = m_ba & valid
@@ -198,6 +199,7 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
     nonfinite = s.nonfinite + _rows(bad * 0.0)  # 0, or NaN where a logit is NaN or +inf
     members_a = s.members_a
     members_b = s.members_b
+    differing = s.differing
     features_a = s.features_a
     features_b = s.features_b
     overlap_a = s.overlap_a
@@ -205,19 +207,32 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
     soft_a = s.soft_a
     soft_b = s.soft_b
     truth = s.truth
-    if o.WITH_DICE:
+    entropy = s.entropy
+    if o.RULES.supervised:
         t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
         t, known = load_target(i.target, t_v, i.labelled, valid, MASKED)
-        p_a = probabilities(a, CLASSES, True, True)
-        p_b = probabilities(b, CLASSES, True, True)
-        overlap_a = _add_tiles(overlap_a, p_a, t, known, True, CLASSES)
-        overlap_b = _add_tiles(overlap_b, p_b, t, known, True, CLASSES)
-        soft_a = _add_tiles(soft_a, p_a, t, known, False, CLASSES)
-        soft_b = _add_tiles(soft_b, p_b, t, known, False, CLASSES)
+        if o.RULES.dice:
+            p_a = probabilities(a, CLASSES, True, True)
+            p_b = probabilities(b, CLASSES, True, True)
+            overlap_a = _add_tiles(overlap_a, p_a, t, known, True, CLASSES)
+            overlap_b = _add_tiles(overlap_b, p_b, t, known, True, CLASSES)
+            soft_a = _add_tiles(soft_a, p_a, t, known, False, CLASSES)
+            soft_b = _add_tiles(soft_b, p_b, t, known, False, CLASSES)
+        if o.RULES.entropy:
+            entropy = (
+                entropy[0] + _rows(tl.where(known, cross_entropy(a, t, True, CLASSES), 0.0)),
+                entropy[1] + _rows(tl.where(known, cross_entropy(b, t, True, CLASSES), 0.0)),
+            )
         truth = _add_truth(truth, t, CLASSES)
-    if o.WITH_FEATURES:
+    if o.WITH_FEATURES or o.RULES.detailed:
         members_a = _add_members(members_a, a.label, valid, CLASSES, MASKED)
         members_b = _add_members(members_b, b.label, valid, CLASSES, MASKED)
+    if o.RULES.detailed:
+        different = a.label != b.label
+        if MASKED:
+            different = different & valid
+        differing = (differing[0] + _rows(different.to(tl.int32)),)
+    if o.WITH_FEATURES:
         f = i.first_feature + tl.arange(0, o.FEATURE_BLOCK)
         fa_v = voxel_offsets(v, i.size1, i.size2, i.fa_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
         fb_v = voxel_offsets(v, i.size1, i.size2, i.fb_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
@@ -230,7 +245,8 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
             o.DOT, o.WIDE, MASKED, o.FEATURES_B % o.FEATURE_BLOCK != 0 or o.FEATURES_A != o.FEATURES_B,
         )  # fmt: skip
     return Sums(
-        seen, ab, ba, nonfinite, members_a, members_b, features_a, features_b, overlap_a, overlap_b, soft_a, soft_b, truth
+        seen, ab, ba, nonfinite, members_a, members_b, differing, features_a, features_b,
+        overlap_a, overlap_b, soft_a, soft_b, truth, entropy,
     )  # fmt: skip
 
 
@@ -238,19 +254,22 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
 def _walk(i, program, programs, blocks_per_program, o):
     """`Sums` of a program: whole blocks first, and for the last program of a sample the ragged tail."""
     BLOCK: tl.constexpr = o.ROWS * o.VECTOR
-    PER_CLASS: tl.constexpr = o.CLASSES if o.WITH_DICE else 0
+    PER_CLASS: tl.constexpr = o.CLASSES if o.RULES.dice else 0
     if o.DOT:
         features = _zeros((o.CLASSES_DOT, o.FEATURE_BLOCK), tl.float32, 1)
     else:
         features = _zeros((o.FEATURE_BLOCK, o.ROWS), tl.float32, o.CLASSES if o.WITH_FEATURES else 0)
-    members = _zeros((o.ROWS,), tl.int32, o.CLASSES - 1 if o.WITH_FEATURES else 0)
+    members = _zeros((o.ROWS,), tl.int32, o.CLASSES - 1 if o.WITH_FEATURES or o.RULES.detailed else 0)
     per_class = _zeros((o.ROWS,), tl.float32, PER_CLASS)
     zero = tl.zeros((o.ROWS,), tl.int32)
+    differing = _zeros((o.ROWS,), tl.int32, 1 if o.RULES.detailed else 0)
     first = program * blocks_per_program
     whole = tl.minimum(first + blocks_per_program, i.voxels // BLOCK)
     sums = Sums(
-        tl.maximum(whole - first, 0) * BLOCK, zero, zero, tl.zeros((o.ROWS,), tl.float32), members, members, features, features,
-        per_class, per_class, per_class, per_class, _zeros((o.ROWS,), tl.int32, PER_CLASS),
+        tl.maximum(whole - first, 0) * BLOCK, zero, zero, tl.zeros((o.ROWS,), tl.float32), members, members, differing,
+        features, features, per_class, per_class, per_class, per_class,
+        _zeros((o.ROWS,), tl.int32, o.CLASSES if o.RULES.supervised else 0),
+        _zeros((o.ROWS,), tl.float32, 2 if o.RULES.entropy else 0),
     )  # fmt: skip
     for block in range(first, whole):
         sums = _block(block * BLOCK, sums, i, o, False)
@@ -306,16 +325,16 @@ def statistics_kernel(
     target,  # classes of the first `labelled` samples
     sums_a, sums_b,  # out: (B, programs, C, F) float32
     members,  # out: (3, B, programs, C) int32, voxels per class: a, b, target
-    dice,  # out: (labelled, programs, 4, C) float32, overlap and soft sums (see dice.py)
-    counts,  # out: (2, B, programs) int32, reliable voxels: student a, student b
+    dice,  # out: (labelled, programs, 4 C or with cross-entropy 4 C + 2) float32, its sums but ``truth`` (see dice.py)
+    counts,  # out: (2 or detailed 3, B, programs) int32, reliable voxels: student a, student b; voxels whose labels differ
     nonfinite,  # out: (B, programs, feature blocks) float32, 0 or NaN
     labelled, voxels, size1, size2, t_b, t_0, t_1, t_2,
     za_b, za_c, za_0, za_1, za_2, zb_b, zb_c, zb_0, zb_1, zb_2,
     fa_b, fa_c, fa_0, fa_1, fa_2, fb_b, fb_c, fb_0, fb_1, fb_2,
     programs, blocks_per_program,
-    EPS: tl.constexpr, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, CLASSES_DOT: tl.constexpr,
+    CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, CLASSES_DOT: tl.constexpr,
     FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr, CONFIDENCE: tl.constexpr, WITH_FEATURES: tl.constexpr, WITH_DICE: tl.constexpr, DOT: tl.constexpr,
+    VECTOR: tl.constexpr, WITH_FEATURES: tl.constexpr, DOT: tl.constexpr, RULES: tl.constexpr,
     Z_LAYOUT: tl.constexpr, F_LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs * B, feature blocks)."""
@@ -330,7 +349,7 @@ def statistics_kernel(
     if WITH_FEATURES:
         fa += sample_offset(sample, fa_b, FEATURES_A, F_LAYOUT)
         fb += sample_offset(sample, fb_b, FEATURES_B, F_LAYOUT)
-    if WITH_DICE:
+    if RULES.supervised:
         target += sample_offset(sample, t_b, 1, 0)
     inputs = Inputs(
         za, zb, fa, fb, target,
@@ -342,8 +361,8 @@ def statistics_kernel(
     sums = _walk(
         inputs, program, programs, blocks_per_program,
         Options(
-            EPS, CLASSES, CLASSES_PAD, CLASSES_DOT, FEATURES_A, FEATURES_B, FEATURE_BLOCK, BLOCK // VECTOR, VECTOR,
-            CONFIDENCE != "none", CONFIDENCE == "entropy", WITH_FEATURES, WITH_DICE, DOT, Z_LAYOUT, F_LAYOUT, FLAT, WIDE,
+            CLASSES, CLASSES_PAD, CLASSES_DOT, FEATURES_A, FEATURES_B, FEATURE_BLOCK, BLOCK // VECTOR, VECTOR,
+            WITH_FEATURES, DOT, RULES, Z_LAYOUT, F_LAYOUT, FLAT, WIDE,
         ),
     )  # fmt: skip
     bad = tl.sum(sums.nonfinite, axis=0)
@@ -358,16 +377,23 @@ def statistics_kernel(
         tl.store(counts + all_programs + here, tl.sum(sums.ba, axis=0))
         mine = here * CLASSES
         plane = all_programs * CLASSES
-        if WITH_FEATURES:
+        if RULES.detailed:
+            tl.store(counts + 2 * all_programs + here, tl.sum(sums.differing[0], axis=0))
+        if WITH_FEATURES or RULES.detailed:
             _store_members(members + mine, sums.members_a, sums.seen, CLASSES, CLASSES_PAD)
             _store_members(members + plane + mine, sums.members_b, sums.seen, CLASSES, CLASSES_PAD)
-        if WITH_DICE:
+        if RULES.supervised:
             if sample < labelled:
                 _store_per_class(members + 2 * plane + mine, sums.truth, CLASSES, CLASSES_PAD)
-                _store_per_class(dice + 4 * mine, sums.overlap_a, CLASSES, CLASSES_PAD)
-                _store_per_class(dice + 4 * mine + CLASSES, sums.overlap_b, CLASSES, CLASSES_PAD)
-                _store_per_class(dice + 4 * mine + 2 * CLASSES, sums.soft_a, CLASSES, CLASSES_PAD)
-                _store_per_class(dice + 4 * mine + 3 * CLASSES, sums.soft_b, CLASSES, CLASSES_PAD)
+                dice += here * (4 * CLASSES + (2 if RULES.entropy else 0))
+                if RULES.dice:
+                    _store_per_class(dice, sums.overlap_a, CLASSES, CLASSES_PAD)
+                    _store_per_class(dice + CLASSES, sums.overlap_b, CLASSES, CLASSES_PAD)
+                    _store_per_class(dice + 2 * CLASSES, sums.soft_a, CLASSES, CLASSES_PAD)
+                    _store_per_class(dice + 3 * CLASSES, sums.soft_b, CLASSES, CLASSES_PAD)
+                if RULES.entropy:
+                    tl.store(dice + 4 * CLASSES, tl.sum(sums.entropy[0], axis=0))
+                    tl.store(dice + 4 * CLASSES + 1, tl.sum(sums.entropy[1], axis=0))
 
 
 @triton.jit
@@ -413,17 +439,20 @@ def _column_sum(values, n, stride, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
 def prototypes_kernel(
     sums_a, sums_b, members, counts, nonfinite, dice,  # what statistics_kernel wrote
     prototypes_a, prototypes_b,  # out: (B, C, F) float32
-    all_counts,  # out: (2,) int64
-    all_sums,  # out: (1 + 5 C,) float32, or (1,) without Dice: the vector of dice.py
+    all_counts,  # out: (2,) int64, or detailed (3 + 2 C,): and the voxels whose labels differ, those of each class of a and b
+    all_sums,  # out: (1 + 5 C or with cross-entropy 3 + 5 C,) float32, or (1,) without labels: the vector of dice.py
     batch, programs, flags, labelled,
-    EPS: tl.constexpr, CLASSES: tl.constexpr, FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr,
+    CLASSES: tl.constexpr, FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr,
     FEATURES_PAD: tl.constexpr, ROWS: tl.constexpr, COUNT_BLOCK: tl.constexpr,
-    WITH_FEATURES: tl.constexpr, WITH_DICE: tl.constexpr,
+    WITH_FEATURES: tl.constexpr, RULES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (2 B C with features + 1 + 5 C with Dice,): the prototypes, the counts and the nonfinite, the sums of Dice."""
+    """Grid: (2 B C with features + the length of ``all_sums`` + 2 C detailed,): the prototypes, the counts and the nonfinite, the
+    supervised sums, the voxels of each pseudo-class."""
     program = tl.program_id(0)
     rows = batch * CLASSES
     plane = batch * programs * CLASSES
+    ENTROPIES: tl.constexpr = 2 if RULES.entropy else 0
+    SUPERVISED: tl.constexpr = 5 * CLASSES + ENTROPIES if RULES.supervised else 0
     if WITH_FEATURES:
         after = program - 2 * rows
     else:
@@ -433,18 +462,33 @@ def prototypes_kernel(
         tl.store(all_counts, _column_sum(counts, n, 1, tl.int64, COUNT_BLOCK))
         tl.store(all_counts + 1, _column_sum(counts + n, n, 1, tl.int64, COUNT_BLOCK))
         tl.store(all_sums, _column_sum(nonfinite, flags, 1, tl.float32, COUNT_BLOCK))
+        if RULES.detailed:
+            tl.store(all_counts + 2, _column_sum(counts + 2 * n, n, 1, tl.int64, COUNT_BLOCK))
+    elif after > SUPERVISED:
+        if RULES.detailed:
+            n = batch * programs
+            column = after - 1 - SUPERVISED
+            of_b = column // CLASSES
+            voxels = _column_sum(members + of_b * plane + column % CLASSES, n, CLASSES, tl.int64, COUNT_BLOCK)
+            tl.store(all_counts + 3 + column, voxels)
     elif after > 0:
-        if WITH_DICE:
+        if RULES.supervised:
             n = labelled * programs
             column = after - 1
+            WIDTH: tl.constexpr = 4 * CLASSES + ENTROPIES
             if column < 4 * CLASSES:
-                tl.store(all_sums + after, _column_sum(dice + column, n, 4 * CLASSES, tl.float32, COUNT_BLOCK))
+                if RULES.dice:
+                    tl.store(all_sums + after, _column_sum(dice + column, n, WIDTH, tl.float32, COUNT_BLOCK))
+                else:
+                    tl.store(all_sums + after, 0.0)
+            elif column >= 5 * CLASSES:
+                tl.store(all_sums + after, _column_sum(dice + column - CLASSES, n, WIDTH, tl.float32, COUNT_BLOCK))
             else:
                 truth = _column_sum(members + 2 * plane + column - 4 * CLASSES, n, CLASSES, tl.int64, COUNT_BLOCK)
                 tl.store(all_sums + after, truth.to(tl.float32))
     elif WITH_FEATURES:
         if program < rows:
-            _prototype(sums_a, members, prototypes_a, program, programs, EPS, CLASSES, FEATURES_A, FEATURES_PAD, ROWS)
+            _prototype(sums_a, members, prototypes_a, program, programs, RULES.eps, CLASSES, FEATURES_A, FEATURES_PAD, ROWS)
         else:
             row = program - rows
-            _prototype(sums_b, members + plane, prototypes_b, row, programs, EPS, CLASSES, FEATURES_B, FEATURES_PAD, ROWS)
+            _prototype(sums_b, members + plane, prototypes_b, row, programs, RULES.eps, CLASSES, FEATURES_B, FEATURES_PAD, ROWS)

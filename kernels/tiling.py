@@ -93,6 +93,7 @@ def weighting_tiles(
     aligned: bool = True,
     plain: bool = True,
     dice: bool = False,
+    detailed: bool = False,
 ) -> WeightingTiles:
     """Tiles for features of ``itemsize`` bytes (the wider of the two networks' types).
 
@@ -101,16 +102,21 @@ def weighting_tiles(
         aligned: every row of voxels begins at a multiple of 16 elements.
         plain: one stride leads through all voxels, and a record is written: the variant that trainings use.
         dice: the record of labelled samples carries the gradient of Dice too, which takes registers.
+        detailed: the sums of the weights are kept as well.
     """
     group = SECTOR // itemsize
     pad = power_of_two(classes)
     widest = power_of_two(max(features, 1))
     if channels_last:
-        return WeightingTiles(128 // group, group, pad, min(widest, 8 if itemsize == 4 else 16), classes <= 4, 4)
+        block = 64 if detailed and classes > 4 else 128
+        return WeightingTiles(block // group, group, pad, min(widest, 8 if itemsize == 4 else 16), classes <= 4, 4)
     block = 2048 // itemsize if aligned else 256  # 16 bytes a thread: the features of a block lie in no other thread's registers
     if classes > 16:  # one voxel a thread: the logits of both networks alone take 2 C registers
         return WeightingTiles(128 // group, group, pad, min(widest, 8), False, 4)
-    return WeightingTiles(block // group, group, pad, min(widest, 8 if classes <= 4 else 2), False, 4)
+    feature_block = 8 if classes <= 4 else 2
+    if detailed and 2 < classes <= 4:
+        feature_block = 4
+    return WeightingTiles(block // group, group, pad, min(widest, feature_block), False, 4)
 
 
 def gradient_tiles(

@@ -300,13 +300,13 @@ def _margin_error(z):
 
 
 @triton.jit
-def more_uncertain(a, b, eps, CLASSES: tl.constexpr, COMPARE: tl.constexpr, BY_ENTROPY: tl.constexpr):
+def more_uncertain(a, b, CLASSES: tl.constexpr, RULES: tl.constexpr):
     """(m_ab, m_ba): where network a is strictly less confident, so that b teaches a, and the reverse.
 
     For two classes entropy and largest probability order voxels alike, for every eps: both fall or rise strictly with the
     margin between the logits, which is compared without rounding.
     """
-    if not COMPARE:
+    if not RULES.compare:
         everywhere = tl.full(a.top.shape, 1, tl.int1)
         return everywhere, everywhere
     elif CLASSES == 2:
@@ -314,9 +314,9 @@ def more_uncertain(a, b, eps, CLASSES: tl.constexpr, COMPARE: tl.constexpr, BY_E
         error_a = _margin_error(a.z)
         error_b = _margin_error(b.z)
         return (a.gap < b.gap) | (same & (error_a < error_b)), (a.gap > b.gap) | (same & (error_a > error_b))
-    elif BY_ENTROPY:
-        entropy_a = _entropy(a, eps, CLASSES)
-        entropy_b = _entropy(b, eps, CLASSES)
+    elif RULES.by_entropy:
+        entropy_a = _entropy(a, RULES.eps, CLASSES)
+        entropy_b = _entropy(b, RULES.eps, CLASSES)
         return entropy_a > entropy_b, entropy_b > entropy_a
     else:
         return a.rest > b.rest, b.rest > a.rest  # max_c p = 1 / (1 + rest)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from rplib.kernels.dice import dice_coefficients, dice_slope, load_target
+from rplib.kernels.dice import Coefficients, load_target, supervised_coefficients, supervised_slope
 from rplib.kernels.similarity import products, reliability, taken_products, where_products
 from rplib.kernels.total import mutual_weight_of
 from rplib.kernels.voxels import (
@@ -67,8 +67,8 @@ class Inputs(NamedTuple):
     size2: tl.tensor
     scale_ab: tl.tensor
     scale_ba: tl.tensor
-    dice_a: tl.tuple
-    dice_b: tl.tuple
+    supervised_a: Coefficients
+    supervised_b: Coefficients
 
 
 class Outputs(NamedTuple):
@@ -83,10 +83,17 @@ class Outputs(NamedTuple):
     map_plane: tl.tensor
 
 
+class Sums(NamedTuple):
+    """What a program adds up, a tile (GROUPS,) each: both students' losses, and if asked for their weights."""
+
+    loss_ab: tl.tensor
+    loss_ba: tl.tensor
+    weights: tl.tuple
+
+
 class Options(NamedTuple):
     """The constants of weighting_kernel that a block needs."""
 
-    EPS: tl.constexpr
     CLASSES: tl.constexpr
     CLASSES_PAD: tl.constexpr
     FEATURES_A: tl.constexpr
@@ -94,13 +101,11 @@ class Options(NamedTuple):
     FEATURE_BLOCK: tl.constexpr
     GROUPS: tl.constexpr
     GROUP: tl.constexpr
-    COMPARE: tl.constexpr  # confidences
-    BY_ENTROPY: tl.constexpr
     WITH_FEATURES: tl.constexpr
-    ON_LOGITS: tl.constexpr
     WITH_RECORD: tl.constexpr
-    DICE_IN_RECORD: tl.constexpr
+    TARGET_IN_RECORD: tl.constexpr
     WITH_MAPS: tl.constexpr
+    RULES: tl.constexpr
     UNROLL: tl.constexpr
     Z_LAYOUT: tl.constexpr
     F_LAYOUT: tl.constexpr
@@ -169,8 +174,8 @@ def _store_plane(record, v, value, record_stride, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _block(start, loss_ab, loss_ba, i, out, o, MASKED: tl.constexpr):
-    """Weigh the block of voxels that begins at ``start``; i: `Inputs`, out: `Outputs`, o: `Options`; returns the losses' rows."""
+def _block(start, s, i, out, o, MASKED: tl.constexpr):
+    """Weigh the block of voxels that begins at ``start``; i: `Inputs`, out: `Outputs`, o: `Options`; returns s with it."""
     CLASSES: tl.constexpr = o.CLASSES
     v = start + tl.arange(0, o.GROUPS)[:, None] * o.GROUP + tl.arange(0, o.GROUP)[None, :]  # (GROUPS, GROUP)
     valid = v < i.voxels
@@ -180,52 +185,55 @@ def _block(start, loss_ab, loss_ba, i, out, o, MASKED: tl.constexpr):
     zb = load_logits(i.zb, zb_v, i.zb_strides.channel, valid, CLASSES, o.CLASSES_PAD, o.Z_LAYOUT, o.WIDE, MASKED)
     a = opinion(za, CLASSES, False)
     b = opinion(zb, CLASSES, False)
-    m_ab, m_ba = more_uncertain(a, b, o.EPS, CLASSES, o.COMPARE, o.BY_ENTROPY)
+    m_ab, m_ba = more_uncertain(a, b, CLASSES, o.RULES)
     if MASKED:
         m_ab = m_ab & valid
         m_ba = m_ba & valid
-    if not o.COMPARE:
+    if not o.RULES.compare:
         w_ab = m_ab.to(tl.float32)
         w_ba = m_ba.to(tl.float32)
         if o.WITH_FEATURES:
             of_a, of_b = _products(v, m_ba, m_ab, valid, i, o, MASKED)
             w_ab = tl.where(m_ab, reliability(of_b, probabilities(b, CLASSES, False, False), CLASSES), 0.0)
             w_ba = tl.where(m_ba, reliability(of_a, probabilities(a, CLASSES, False, False), CLASSES), 0.0)
-        ce_ab, entry_a = _lesson(a, b.label, o.ON_LOGITS, CLASSES)
-        ce_ba, entry_b = _lesson(b, a.label, o.ON_LOGITS, CLASSES)
-        loss_ab += tl.sum(tl.where(m_ab, w_ab * ce_ab, 0.0), axis=1)
-        loss_ba += tl.sum(tl.where(m_ba, w_ba * ce_ba, 0.0), axis=1)
+        ce_ab, entry_a = _lesson(a, b.label, o.RULES.on_logits, CLASSES)
+        ce_ba, entry_b = _lesson(b, a.label, o.RULES.on_logits, CLASSES)
+        loss_ab = s.loss_ab + tl.sum(tl.where(m_ab, w_ab * ce_ab, 0.0), axis=1)
+        loss_ba = s.loss_ba + tl.sum(tl.where(m_ba, w_ba * ce_ba, 0.0), axis=1)
         entry_a *= w_ab * i.scale_ab
         entry_b *= w_ba * i.scale_ba
     else:  # at most one teaches: student and teacher are selected first
         student = where(m_ab, a, b, CLASSES)
         teacher = where(m_ab, b, a, CLASSES)
         learns = m_ab | m_ba
-        ce, entry = _lesson(student, teacher.label, o.ON_LOGITS, CLASSES)
+        ce, entry = _lesson(student, teacher.label, o.RULES.on_logits, CLASSES)
         weight = learns.to(tl.float32)
         if o.WITH_FEATURES:
             p = probabilities(teacher, CLASSES, False, False)
             weight = tl.where(learns, reliability(_teachers_products(v, m_ab, m_ba, valid, i, o, MASKED), p, CLASSES), 0.0)
         part = tl.where(learns, weight * ce, 0.0)
         entry = tl.where(learns, weight * entry * tl.where(m_ab, i.scale_ab, i.scale_ba), 0.0)
-        loss_ab += tl.sum(tl.where(m_ab, part, 0.0), axis=1)
-        loss_ba += tl.sum(tl.where(m_ab, 0.0, part), axis=1)
+        loss_ab = s.loss_ab + tl.sum(tl.where(m_ab, part, 0.0), axis=1)
+        loss_ba = s.loss_ba + tl.sum(tl.where(m_ab, 0.0, part), axis=1)
         w_ab = tl.where(m_ab, weight, 0.0)
         w_ba = tl.where(m_ba, weight, 0.0)
         entry_a = tl.where(m_ab, entry, 0.0)
         entry_b = tl.where(m_ba, entry, 0.0)
+    weights = s.weights
+    if o.RULES.detailed:
+        weights = (weights[0] + tl.sum(w_ab, axis=1), weights[1] + tl.sum(w_ba, axis=1))
     if o.WITH_RECORD:
-        if o.DICE_IN_RECORD:
+        if o.TARGET_IN_RECORD:
             t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
             t, known = load_target(i.target, t_v, i.labelled, valid, MASKED)
-            entry_a += tl.where(known, dice_slope(a, i.dice_a, t, CLASSES)[0], 0.0)
-            entry_b += tl.where(known, dice_slope(b, i.dice_b, t, CLASSES)[0], 0.0)
-        if not o.COMPARE:
+            entry_a += tl.where(known, supervised_slope(a, i.supervised_a, t, CLASSES, o.RULES)[0], 0.0)
+            entry_b += tl.where(known, supervised_slope(b, i.supervised_b, t, CLASSES, o.RULES)[0], 0.0)
+        if not o.RULES.compare:
             _store_plane(out.record, v, entry_a, out.record_stride, MASKED)
             _store_plane(out.record + out.second_plane, v, entry_b, out.record_stride, MASKED)
         elif CLASSES == 2:
             first = _with_student(entry, m_ba)
-            if o.DICE_IN_RECORD:
+            if o.TARGET_IN_RECORD:
                 first = tl.where(i.labelled, entry_a, first)
                 if i.labelled:
                     _store_plane(out.record + out.second_plane, v, entry_b, out.record_stride, MASKED)
@@ -239,22 +247,25 @@ def _block(start, loss_ab, loss_ba, i, out, o, MASKED: tl.constexpr):
         tl.store(out.weights + out.map_plane + v, w_ba, mask=valid)
         tl.store(out.masks + v, m_ab.to(tl.int8), mask=valid)
         tl.store(out.masks + out.map_plane + v, m_ba.to(tl.int8), mask=valid)
-    return loss_ab, loss_ba
+    return Sums(loss_ab, loss_ba, weights)
 
 
 @triton.jit
 def _walk(i, out, program, programs, blocks_per_program, o):
-    """Weigh a program's blocks, the last one first; returns both students' sums."""
+    """Weigh a program's blocks, the last one first; returns their `Sums`."""
     BLOCK: tl.constexpr = o.GROUPS * o.GROUP
-    loss_ab = tl.zeros((o.GROUPS,), tl.float32)
-    loss_ba = tl.zeros((o.GROUPS,), tl.float32)
+    zero = tl.zeros((o.GROUPS,), tl.float32)
+    if o.RULES.detailed:
+        sums = Sums(zero, zero, (zero, zero))
+    else:
+        sums = Sums(zero, zero, ())
     first = program * blocks_per_program
     whole = tl.minimum(first + blocks_per_program, i.voxels // BLOCK)
     if (program == programs - 1) & (i.voxels % BLOCK != 0):
-        loss_ab, loss_ba = _block(i.voxels // BLOCK * BLOCK, loss_ab, loss_ba, i, out, o, True)
+        sums = _block(i.voxels // BLOCK * BLOCK, sums, i, out, o, True)
     for done in range(whole - first):
-        loss_ab, loss_ba = _block((whole - 1 - done) * BLOCK, loss_ab, loss_ba, i, out, o, False)
-    return tl.sum(loss_ab, axis=0), tl.sum(loss_ba, axis=0)
+        sums = _block((whole - 1 - done) * BLOCK, sums, i, out, o, False)
+    return sums
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -262,7 +273,7 @@ def weighting_kernel(
     za, zb, fa, fb, target, prototypes_a, prototypes_b,
     counts, sums,  # of prototypes_kernel
     mutual_weight,  # with HAS_WEIGHT a 0-dim tensor that multiplies mutual_factor
-    numerators,  # out: (2, B, programs) float32
+    numerators,  # out: (2 or detailed 4, B, programs) float32: losses of students a and b, their weights
     record,  # out: (B + samples with two planes, record_stride) float32, rows padded to whole sectors
     code,  # out for C > 2: (B, record_stride) uint8
     weights,  # out with WITH_MAPS: (2, B, V) float32
@@ -271,11 +282,11 @@ def weighting_kernel(
     za_b, za_c, za_0, za_1, za_2, zb_b, zb_c, zb_0, zb_1, zb_2,
     fa_b, fa_c, fa_0, fa_1, fa_2, fb_b, fb_c, fb_0, fb_1, fb_2,
     programs, blocks_per_program,
-    EPS: tl.constexpr, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr,
+    CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr,
     FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, CONFIDENCE: tl.constexpr, WITH_FEATURES: tl.constexpr,
-    ON_LOGITS: tl.constexpr, WITH_RECORD: tl.constexpr, DICE_IN_RECORD: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    CHOSEN: tl.constexpr, BITS: tl.constexpr, WITH_MAPS: tl.constexpr, UNROLL: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, WITH_FEATURES: tl.constexpr,
+    WITH_RECORD: tl.constexpr, TARGET_IN_RECORD: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    WITH_MAPS: tl.constexpr, RULES: tl.constexpr, UNROLL: tl.constexpr,
     Z_LAYOUT: tl.constexpr, F_LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs * B,)."""
@@ -295,34 +306,36 @@ def weighting_kernel(
     map_row = sample.to(tl.int64) * voxels
     scale_ab = 0.0
     scale_ba = 0.0
-    dice_a = ((), ())
-    dice_b = ((), ())
+    supervised_a = Coefficients((), (), ())
+    supervised_b = Coefficients((), (), ())
     if WITH_RECORD:
         cw = mutual_weight_of(mutual_factor, mutual_weight, HAS_WEIGHT)
-        scale_ab = cw / (tl.load(counts).to(tl.float32) + EPS)
-        scale_ba = cw / (tl.load(counts + 1).to(tl.float32) + EPS)
-        if DICE_IN_RECORD:
+        scale_ab = cw / (tl.load(counts).to(tl.float32) + RULES.eps)
+        scale_ba = cw / (tl.load(counts + 1).to(tl.float32) + RULES.eps)
+        if TARGET_IN_RECORD:
             target += sample_offset(sample, t_b, 1, 0)
-            dice_a = dice_coefficients(sums, 0, dice_weight, CLASSES, CHOSEN, BITS)
-            dice_b = dice_coefficients(sums, 1, dice_weight, CLASSES, CHOSEN, BITS)
+            supervised_a = supervised_coefficients(sums, 0, dice_weight, CLASSES, RULES)
+            supervised_b = supervised_coefficients(sums, 1, dice_weight, CLASSES, RULES)
     inputs = Inputs(
         za, zb, fa, fb, target, prototypes_a, prototypes_b,
         strides_of(za_c, za_0, za_1, za_2, CLASSES, Z_LAYOUT), strides_of(zb_c, zb_0, zb_1, zb_2, CLASSES, Z_LAYOUT),
         strides_of(fa_c, fa_0, fa_1, fa_2, FEATURES_A, F_LAYOUT), strides_of(fb_c, fb_0, fb_1, fb_2, FEATURES_B, F_LAYOUT),
         strides_of(0, t_0, t_1, t_2, 1, 0), sample < labelled,
-        voxels_of(voxels, Z_LAYOUT), size1, size2, scale_ab, scale_ba, dice_a, dice_b,
+        voxels_of(voxels, Z_LAYOUT), size1, size2, scale_ab, scale_ba, supervised_a, supervised_b,
     )  # fmt: skip
     outputs = Outputs(
         record + row, record_stride, sample_offset(samples, record_stride, 1, 1), code + row,
         weights + map_row, masks + map_row, samples.to(tl.int64) * voxels,
     )  # fmt: skip
-    loss_ab, loss_ba = _walk(
+    found = _walk(
         inputs, outputs, program, programs, blocks_per_program,
         Options(
-            EPS, CLASSES, CLASSES_PAD, FEATURES_A, FEATURES_B, FEATURE_BLOCK, GROUPS, GROUP,
-            CONFIDENCE != "none", CONFIDENCE == "entropy", WITH_FEATURES,
-            ON_LOGITS, WITH_RECORD, DICE_IN_RECORD, WITH_MAPS, UNROLL, Z_LAYOUT, F_LAYOUT, FLAT, WIDE,
+            CLASSES, CLASSES_PAD, FEATURES_A, FEATURES_B, FEATURE_BLOCK, GROUPS, GROUP, WITH_FEATURES,
+            WITH_RECORD, TARGET_IN_RECORD, WITH_MAPS, RULES, UNROLL, Z_LAYOUT, F_LAYOUT, FLAT, WIDE,
         ),
     )  # fmt: skip
-    tl.store(numerators + here, loss_ab)
-    tl.store(numerators + all_programs + here, loss_ba)
+    tl.store(numerators + here, tl.sum(found.loss_ab, axis=0))
+    tl.store(numerators + all_programs + here, tl.sum(found.loss_ba, axis=0))
+    if RULES.detailed:
+        tl.store(numerators + 2 * all_programs + here, tl.sum(found.weights[0], axis=0))
+        tl.store(numerators + 3 * all_programs + here, tl.sum(found.weights[1], axis=0))

@@ -38,8 +38,6 @@ BEYOND_KERNELS = {
     "students": "the kernels teach every network, and students= names some",
     "ignore_index": "the kernels know no ignore_index",
     "labelled": "the kernels take the first samples of the batch as the labelled ones",
-    "supervised": 'the kernels compute no supervised term but "dice"',
-    "statistics": "the kernels do not report statistics",
     "minimum_confidence": "the kernels know no minimum_confidence",
     "temperature": "the kernels know no temperature but 1",
     "class_weights": "the kernels know no class_weights",

@@ -12,7 +12,7 @@ from rplib.objective import objective_with
 from rplib.options import Confidence, CrossEntropyOn, Implementation, Options, Prototypes, Reduction, Weighting
 from rplib.ranks import Group
 from rplib.statistics import ObjectiveStatistics
-from rplib.supervised import MutualOn, Supervised, Supervision
+from rplib.supervision import MutualOn, Supervised, Supervision
 from rplib.targets import Labelled
 
 

@@ -10,7 +10,8 @@ from rplib.averages import PrototypeAverages
 from rplib.functional import prepared, usable_in_autograd
 from rplib.options import Options
 from rplib.statistics import ObjectiveStatistics
-from rplib.supervised import Supervision, supervised_loss
+from rplib.supervised import supervised_loss
+from rplib.supervision import Supervision
 from rplib.targets import Labelled, Target, bad_labels, check_labels, check_target
 
 Terms = tuple[Tensor, Tensor, Tensor, ObjectiveStatistics | None]
@@ -41,19 +42,15 @@ def objective_with(
     used = {
         "ignore_index": supervision.ignore_index is not None,
         "labelled": not known.first,
-        "supervised": supervision.supervised != "dice",
-        "statistics": supervision.statistics,
     }
     form = dispatch.choose(options.impl, z, f, [*asked, *(name for name, so in used.items() if so)])
     if form == "triton":  # Dice inside the kernels' own passes
         from rplib.kernels.operators import objective
 
-        chosen = range(1, classes) if supervision.dice_classes is None else supervision.dice_classes
-        z = usable_in_autograd(z)
-        total, supervised, mutual = objective(z, f, options, known.classes, supervision.dice_weight, chosen, weight)
+        total, supervised, mutual, statistics = objective(usable_in_autograd(z), f, options, supervision, known.classes, weight)
         if spoilt is not None:
             total, supervised = total + spoilt, supervised + spoilt
-        return total, supervised, mutual, None
+        return total, supervised, mutual, statistics
     detailed = supervision.statistics
     if form == "naive":
         mutual, statistics = naive.loss_and_statistics(z, f, options, None, taught, extras, detailed=detailed)

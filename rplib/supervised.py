@@ -1,8 +1,6 @@
 """The supervised term: Dice, cross-entropy, or their mean, summed over the networks that learn."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,42 +8,8 @@ from torch import Tensor
 from rplib import ranks
 from rplib.dice import dice_loss
 from rplib.inputs import valid_only
-from rplib.targets import Target, check_dice_classes, is_index
-
-Supervised = Literal["dice", "cross_entropy", "dice+cross_entropy"]
-MutualOn = Literal["all", "unlabelled"]
-_ALLOWED = {"supervised": ("dice", "cross_entropy", "dice+cross_entropy"), "mutual_on": ("all", "unlabelled")}
-
-
-@dataclass(frozen=True)
-class Supervision:
-    """Keywords of `rplib.MutualObjective`, where they are documented, that are not the loss's.
-
-    Raises:
-        ValueError, TypeError: a keyword has a value that it does not know.
-    """
-
-    dice_weight: float = 0.5
-    dice_classes: tuple[int, ...] | None = None
-    supervised: Supervised = "dice"
-    ignore_index: int | None = None
-    statistics: bool = False
-    mutual_on: MutualOn = "all"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dice_classes", check_dice_classes(self.dice_classes))
-        for name, allowed in _ALLOWED.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(repr, allowed))}.")
-        if self.ignore_index is not None and (isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int)):
-            raise TypeError(f"ignore_index is {self.ignore_index!r}; expected an integer label such as 255, or None.")
-        if not isinstance(self.statistics, bool):
-            raise TypeError(f"statistics is {self.statistics!r}; expected True or False.")
-
-    def check_classes(self, z: Tensor) -> None:
-        """Refuse classes that logits z (B, C, *spatial) do not have."""
-        if self.dice_classes is not None and max(self.dice_classes) >= z.shape[1]:
-            raise ValueError(f"dice_classes is {self.dice_classes} but logits[0] has {z.shape[1]} classes.")
+from rplib.supervision import Supervision
+from rplib.targets import Target, is_index
 
 
 def supervised_loss(

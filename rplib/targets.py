@@ -124,20 +124,6 @@ def check_labels(target: Target, bad: Tensor | None, classes: int, ignore_index:
     )
 
 
-def check_dice_classes(dice_classes: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Different, non-negative class indices.
-
-    Raises:
-        ValueError: says what came and what was expected.
-    """
-    if dice_classes is None:
-        return None
-    classes = tuple(dice_classes)
-    if not classes or min(classes) < 0 or len(set(classes)) < len(classes):
-        raise ValueError(f"dice_classes is {classes}; expected different class indices such as (1,), or None for 1..C-1.")
-    return classes
-
-
 def _rows(labelled: Labelled, batch: int, given: int) -> list[int]:
     if labelled is None:
         if given > batch:

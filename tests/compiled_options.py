@@ -11,6 +11,9 @@ import torch
 
 from rplib.bench.compiled_code import TARGETS, compile_for
 from rplib.kernels import launch, passes, signatures
+from rplib.kernels.rules import rules_of
+from rplib.options import Options
+from rplib.supervision import Supervision
 
 OPTIONS = {
     "confidence": ("entropy", "max_probability", None),
@@ -56,20 +59,20 @@ def launches(row):
     logits = [_tensor(classes, spatial, dtype, row["layout"]) for _ in range(2)]
     read = [_tensor(features, spatial, dtype, row["layout"]) for _ in range(2)] if row["weighted"] else None
     target = None if labelled is None else torch.empty((labelled, *spatial), dtype=getattr(torch, row["target"]), device="meta")
-    weight = torch.empty((), device="meta") if row["weight"] else None
-    terms = passes.Terms(target, 0.5, range(1, classes), 1.0, weight)
+    options = Options(confidence=row["confidence"], cross_entropy_on="logits" if row["on_logits"] else "probabilities")
+    plain = row["call"] == "maps" or target is None
+    batch = passes.Batch(logits, read, None if plain else target)
+    rules = rules_of(options, None if plain else Supervision(), classes)
+    weights = passes.Weights(0.5, 1.0, torch.empty((), device="meta") if row["weight"] else None)
     found = []
     with launch.observed(lambda one: found.append(one) is not None):  # False: not run
-        known = passes.statistics(logits, read, row["confidence"], 1e-6, None if row["call"] == "maps" else target)
+        known = passes.statistics(batch, rules)
         if row["call"] == "maps":
-            passes.maps(logits, read, known, row["confidence"], 1e-6)
+            passes.maps(batch, known, rules)
             return found
-        _, _, record = passes.weighting(
-            logits, read, known, row["confidence"], row["on_logits"], 1e-6, with_record=row["call"] == "training", terms=terms
-        )
+        _, _, record = passes.weighting(batch, known, rules, weights, with_record=row["call"] == "training")
         if row["call"] == "training":
-            upstream = torch.empty((), device="meta")
-            passes.gradient(upstream, known.sums, record, logits, row["confidence"], row["on_logits"], terms)
+            passes.gradient(torch.empty((), device="meta"), known.sums, record, batch, rules, 0.5)
     return found
 
 

@@ -50,6 +50,30 @@ def golden_objective(name):
     return run
 
 
+def reported(classes, dtype, layout=None):
+    """Both supervised terms and the statistics, against the naive form in float64."""
+
+    def run():
+        z, f = networks((5, 7, 9), classes, 16, batch=3, dtype=dtype, seed=1)
+        if layout is not None:
+            z, f = [layout(t) for t in z], [layout(t) for t in f]
+        target = torch.randint(0, classes, (2, 5, 7, 9), generator=torch.Generator().manual_seed(1))
+        found = []
+        for impl, tensors in (("triton", (z, f)), ("naive", ([t.double() for t in z], [t.double() for t in f]))):
+            leaves = [t.detach().requires_grad_() for t in tensors[0]]
+            objective = rplib.MutualObjective(impl=impl, supervised="dice+cross_entropy", statistics=True)
+            terms = objective(leaves, tensors[1], target, 0.3)
+            terms.total.backward()
+            found.append(([*terms[:3], *terms.statistics], [t.grad for t in leaves]))
+        (ours, gradients), (exact, expected) = found
+        for a, b in zip(ours, exact, strict=True):
+            assert (a.double() - b).norm() <= 5e-6 * max(b.norm(), 0.1), (a, b)
+        for g, h in zip(gradients, expected, strict=True):
+            assert relative(g, h) <= 3 * TOLERANCE[dtype], relative(g, h)
+
+    return run
+
+
 def maps(name):
     """Masks, weights, prototypes and similarities of a golden vector."""
 
@@ -109,7 +133,13 @@ ONES = {
     "two axes of one": made((1, 1, 7), batch=1),
     "one feature": made((3, 4, 5), 2, 1),
 }
+REPORTED = {
+    "two classes": reported(2, F32),
+    "four classes": reported(4, F32, channels_last),
+    "two classes, bfloat16": reported(2, BF16),
+}
 GROUPS = {
+    "reported": REPORTED,
     "golden": {name: golden(name) for name in COMPARABLE},
     "objective": {name: golden_objective(name) for name in ("binary_f16", "odd_shape", "four_classes")},
     "maps": {name: maps(name) for name in ("odd_shape", "class_never_predicted")},

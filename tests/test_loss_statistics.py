@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loss_cases import ANY_K_IMPLS, DEVICE, networks
+from loss_cases import ANY_K_IMPLS, DEVICE, TRITON, networks
 from test_loss_compile import SYNCHRONISING, Recorder
 from truth import leaves, truth
 
@@ -89,3 +89,24 @@ def test_compiled_together():
     compiled.total.backward()
     for a, b in zip([*eager[:3], *eager.statistics], [*compiled[:3], *compiled.statistics], strict=True):
         torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("keywords", [{}, {"confidence": None, "weighting": None}, {"weighting": None}], ids=str)
+@pytest.mark.parametrize(
+    ("classes", "dtype", "spatial"), [(2, torch.float32, (7, 5, 3)), (4, torch.bfloat16, (67,)), (18, torch.float32, (1,))]
+)
+@pytest.mark.parametrize("impl", [TRITON])
+def test_of_the_kernels(impl, classes, dtype, spatial, keywords):
+    """From the partial sums of the same five launches; the three terms keep their bits."""
+    logits, features = networks(spatial, classes, 6, batch=3, dtype=dtype)
+    target = torch.randint(0, classes, (1, *spatial), device=DEVICE)
+    given = None if keywords.get("weighting", "") is None else features
+    objective = rplib.MutualObjective(impl=impl, statistics=True, **keywords)
+    z = leaves(logits)
+    terms = objective(z, given, target, 0.3)
+    terms.total.backward()
+    assert_same(terms.statistics, by_hand(logits, features, **keywords), 2e-6)
+    plain = rplib.MutualObjective(impl=impl, **keywords)(logits, given, target, 0.3)
+    assert len(plain) == 3 and all(torch.equal(a, b) for a, b in zip(plain, terms[:3], strict=True))
+    again = objective(logits, given, target, 0.3).statistics
+    assert all(torch.equal(a, b) for a, b in zip(terms.statistics, again, strict=True))

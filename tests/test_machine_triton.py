@@ -39,7 +39,7 @@ def test_small_kernels(architecture):
     assert passes("machine_kernels.py", architecture).count("passed") >= 20
 
 
-QUICK = ["ones", "quick"]
+QUICK = ["ones", "quick", "reported"]
 SLOW = ["golden", "objective", "maps", "odd", "many"]
 
 

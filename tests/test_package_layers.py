@@ -11,7 +11,10 @@ from package_tools import tree_packages
 
 # From the bottom to the top. A module may import from its own layer and from those before it.
 LAYERS = (
-    ("rplib.errors", "rplib.ranks", "rplib.options", "rplib.maps", "rplib.similarity", "rplib.memory"),
+    (
+        "rplib.errors", "rplib.ranks", "rplib.options", "rplib.supervision", "rplib.maps", "rplib.similarity", "rplib.statistics",
+        "rplib.memory",
+    ),
     ("rplib.kernels",),
     ("rplib",),  # the public API: what is not named elsewhere in this list
     (

@@ -1,0 +1,80 @@
+"""The options of a call as one record: a constant of the kernels, and a string for operators, whose schemas have no records."""
+
+from ast import literal_eval
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from rplib.options import Options
+from rplib.supervision import Supervision
+
+
+class Rules(NamedTuple):
+    """What is compared, weighted and added up.
+
+    compare: there is a confidence. by_entropy: it is the entropy, else the largest probability. on_logits: cross-entropy on
+    logits. detailed: sums for `rplib.ObjectiveStatistics` are kept. dice: the supervised term has Dice, of the ``chosen`` classes
+    that are set in ``bits``. entropy: it has cross-entropy; with both it is their mean. eps: see the method.
+    """
+
+    compare: bool = True
+    by_entropy: bool = True
+    on_logits: bool = True
+    detailed: bool = False
+    dice: bool = False
+    entropy: bool = False
+    chosen: int = 1
+    bits: int = 0
+    eps: float = 1e-6
+
+    @property
+    def supervised(self) -> bool:
+        """There is a supervised term, and so a target."""
+        return self.dice or self.entropy
+
+    @property
+    def share(self) -> float:
+        """Of Dice and of cross-entropy in the supervised term."""
+        return 0.5 if self.dice and self.entropy else 1.0
+
+
+def rules_of(options: Options, supervision: Supervision | None = None, classes: int = 0) -> Rules:
+    """The record of a call with C ``classes``; ``supervision``: of the objective; None: the loss alone."""
+    rules = Rules(
+        compare=options.confidence is not None,
+        by_entropy=options.confidence == "entropy",
+        on_logits=options.cross_entropy_on == "logits",
+        eps=options.eps,
+    )
+    if supervision is None:
+        return rules
+    chosen = range(1, classes) if supervision.dice_classes is None else supervision.dice_classes
+    return rules._replace(
+        detailed=supervision.statistics,
+        dice=supervision.supervised != "cross_entropy",
+        entropy=supervision.supervised != "dice",
+        chosen=len(chosen),
+        bits=sum([1 << c for c in chosen]),
+    )
+
+
+class Encoded(NamedTuple):
+    """`Rules` as an operator takes them; torch.compile may make numbers symbols, and no part of a string."""
+
+    words: str
+    numbers: list[float]
+
+
+def encoded(rules: Rules) -> Encoded:
+    words = [repr(value) for name, value in zip(rules._fields, rules, strict=True) if name != "eps"]
+    return Encoded(",".join(words), [rules.eps])
+
+
+def decoded(words: str, numbers: Sequence[float] = ()) -> Rules:
+    """The record that `encoded` made this of; without the numbers for shapes, which do not depend on them."""
+    return _decoded(words, tuple(numbers))
+
+
+@lru_cache(maxsize=256)
+def _decoded(words: str, numbers: tuple[float, ...]) -> Rules:
+    return Rules(*literal_eval(words), *numbers)
