@@ -1,6 +1,5 @@
 """Details that only a change of the source had shown to be unproven: equal chances, devices, dtypes, messages, what is kept."""
 
-
 import numpy as np
 import pytest
 import torch
