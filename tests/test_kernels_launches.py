@@ -32,7 +32,7 @@ def _launches(logits, features, **keywords):
     return seen
 
 
-@pytest.mark.parametrize("classes", [2, 4, 14])
+@pytest.mark.parametrize("classes", [2, 4, pytest.param(14, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("keywords", [{}, {"weighting": None}, {"confidence": None}], ids=str)
 def test_forward_and_backward_take_five_launches(classes, keywords):
     logits, features = _networks(classes)

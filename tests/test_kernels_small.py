@@ -17,6 +17,8 @@ if not HAS_TRITON:
 
 from rplib.kernels import launch, tiling
 
+pytestmark = pytest.mark.slow  # made for mutants of the kernels; the default suite has larger cases of each
+
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 

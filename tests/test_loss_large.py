@@ -37,7 +37,11 @@ def test_pieces_cover_every_voxel_of_every_sample_once():
 
 @pytest.mark.parametrize(
     ("impl", "classes"),
-    [*((TORCH, c) for c in (31, 32, 33, 40, 65)), *(pytest.param("triton", c, marks=TRITON.marks) for c in (33, 64))],
+    [
+        *((TORCH, c) for c in (31, 32, 33, 40, 65)),
+        pytest.param("triton", 33, marks=TRITON.marks),
+        pytest.param("triton", 64, marks=[*TRITON.marks, pytest.mark.slow]),
+    ],
 )
 def test_many_classes(impl, classes):
     """Loss, maps and the gradient, element by element where an error of one class would drown in the norm."""
