@@ -129,7 +129,7 @@ def ceilings():
 def test_kernels_of_the_loss_need_no_more_than_they_did(target):
     """No spills; registers, shared memory and width of loads as in the committed report, for the compiler that made it.
 
-    The report anew: python -m rplib.bench.ahead_of_time --csv bench/results/ahead-of-time.csv
+    To make the report: python -m rplib.bench.ahead_of_time --csv bench/results/ahead-of-time.csv
     """
     cases = cases_of(target)
     done = without_interpreter("-c", COMPILE, json.dumps([vars(case) for case in cases]))
