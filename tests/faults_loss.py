@@ -92,7 +92,7 @@ LOSS = (
     Fault(
         "wrong normaliser: the other student's count",
         "kernels/total.py",
-        (("n_ba = tl.load(counts + 1).to(tl.float32) + EPS", "n_ba = tl.load(counts).to(tl.float32) + EPS"),),
+        (("loss_ba / (tl.load(counts + 1)", "loss_ba / (tl.load(counts)"),),
         VALUES + "test_options[triton-2-entropy-similarity-logits]",
     ),
     Fault(
@@ -100,8 +100,8 @@ LOSS = (
         "kernels/weighting.py",
         (
             (
-                "scale_ba = cw / (tl.load(counts + 1).to(tl.float32) + EPS)",
-                "scale_ba = cw / (tl.load(counts).to(tl.float32) + EPS)",
+                "scale_ba = cw / (tl.load(counts + 1).to(tl.float32) + RULES.eps)",
+                "scale_ba = cw / (tl.load(counts).to(tl.float32) + RULES.eps)",
             ),
         ),
         VALUES + "test_options[triton-2-entropy-similarity-logits]",
@@ -109,7 +109,7 @@ LOSS = (
     Fault(
         "eps missing in the normaliser",
         "kernels/total.py",
-        (("n_ab = tl.load(counts).to(tl.float32) + EPS", "n_ab = tl.load(counts).to(tl.float32)"),),
+        (("loss_ab / (tl.load(counts).to(tl.float32) + RULES.eps)", "loss_ab / (tl.load(counts).to(tl.float32))"),),
         VALUES + "test_no_reliable_voxel_is_zero_and_connected_to_the_graph[triton]",
     ),
     Fault(
@@ -167,7 +167,7 @@ LOSS = (
     Fault(
         "what the first pass found of NaN is not added to the loss",
         "kernels/total.py",
-        (("/ n_ba + tl.load(sums)\n", "/ n_ba\n"),),
+        (("mutual = mutual_ab + mutual_ba + nonfinite", "mutual = mutual_ab + mutual_ba"),),
         VALUES + "test_bad_logits_never_give_a_finite_loss[triton-1-nan-entropy-similarity-logits]",
     ),
     Fault(
@@ -192,8 +192,8 @@ LOSS = (
         "kernels/passes.py",
         (
             (
-                "    za = logits[0]\n    classes = za.shape[1]\n",
-                "    za = logits[0]\n    za.copy_(za + 0)\n    classes = za.shape[1]\n",
+                "    za = batch.logits[0]\n    values, code = record_shapes(za, rules, with_record, batch.labelled)",
+                "    za = batch.logits[0]\n    za.copy_(za + 0)\n    values, code = record_shapes(za, rules, with_record, batch.labelled)",
             ),
         ),
         VALUES + "test_options[triton-2-entropy-similarity-logits]",
@@ -234,13 +234,13 @@ LOSS = (
     Fault(
         "Dice: its gradient left out of the second network",
         "kernels/weighting.py",
-        (("entry_b += tl.where(known, dice_slope(", "entry_b += 0 * tl.where(known, dice_slope("),),
+        (("entry_b += tl.where(known, supervised_slope(", "entry_b += 0 * tl.where(known, supervised_slope("),),
         OBJECTIVE + "test_values_and_gradients[triton-2-None]",
     ),
     Fault(
         "Dice: a class too many in the mean",
         "kernels/dice.py",
-        (("    share = factor / CHOSEN\n", "    share = factor / (CHOSEN + 1)\n"),),
+        (("    share = factor / RULES.chosen\n", "    share = factor / (RULES.chosen + 1)\n"),),
         OBJECTIVE + "test_values_and_gradients[triton-4-dice_classes2]",
     ),
     Fault(

@@ -51,7 +51,7 @@ TRAINER = (
     Fault(
         "ramp-up counted from 0",
         "reference/training/trainer.py",
-        (("config.consistency * rplib.ramp(t, config", "config.consistency * rplib.ramp(max(t - 1, 1), config"),),
+        (("rplib.ramp(t - self.ramp_from, config", "rplib.ramp(max(t - 1 - self.ramp_from, 1), config"),),
         "tests/test_reference_train.py::test_metrics_have_one_row_an_iteration",
     ),
     Fault(

@@ -1,0 +1,30 @@
+"""The planted faults still fit the code that they change; whether the tests find them is for planted_faults.py."""
+
+from pathlib import Path
+
+import faults_loss
+import faults_trainer
+import pytest
+from faults import Fault
+
+ROOT = Path(__file__).resolve().parent.parent
+PLANTED = [
+    fault
+    for module in (faults_loss, faults_trainer)
+    for value in vars(module).values()
+    if isinstance(value, (list, tuple))
+    for fault in value
+    if isinstance(fault, Fault)
+]
+
+
+def test_there_are_faults():
+    assert len(PLANTED) > 40
+
+
+@pytest.mark.parametrize("fault", PLANTED, ids=lambda fault: fault.name)
+def test_each_text_occurs_once(fault):
+    text = (ROOT / fault.file).read_text(encoding="utf-8")
+    for old, new in fault.substitutions:
+        assert text.count(old) == 1, f"{fault.file} holds {old!r} {text.count(old)} times; change the fault with the code."
+        assert new != old
