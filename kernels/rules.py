@@ -59,22 +59,22 @@ def rules_of(options: Options, supervision: Supervision | None = None, classes: 
 
 
 class Encoded(NamedTuple):
-    """`Rules` as an operator takes them; torch.compile may make numbers symbols, and no part of a string."""
+    """`Rules` as an operator takes them; torch.compile may turn numbers into symbols, but never a string."""
 
-    words: str
+    literal: str
     numbers: list[float]
 
 
 def encoded(rules: Rules) -> Encoded:
-    words = [repr(value) for name, value in zip(rules._fields, rules, strict=True) if name != "eps"]
-    return Encoded(",".join(words), [rules.eps])
+    values = [repr(value) for name, value in zip(rules._fields, rules, strict=True) if name != "eps"]
+    return Encoded(",".join(values), [rules.eps])
 
 
-def decoded(words: str, numbers: Sequence[float] = ()) -> Rules:
+def decoded(literal: str, numbers: Sequence[float] = ()) -> Rules:
     """The record that `encoded` made this of; without the numbers for shapes, which do not depend on them."""
-    return _decoded(words, tuple(numbers))
+    return _decoded(literal, tuple(numbers))
 
 
 @lru_cache(maxsize=256)
-def _decoded(words: str, numbers: tuple[float, ...]) -> Rules:
-    return Rules(*literal_eval(words), *numbers)
+def _decoded(literal: str, numbers: tuple[float, ...]) -> Rules:
+    return Rules(*literal_eval(literal), *numbers)

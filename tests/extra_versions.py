@@ -37,13 +37,13 @@ def make(which: str, folder: Path) -> None:
         raise SystemExit(f"expected lowest or newest, got {which}")
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-    told = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
+    found = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
                           check=True, capture_output=True, text=True).stdout.strip()  # fmt: skip
     here = dict.fromkeys(sysconfig.get_paths()[kind] for kind in ("purelib", "platlib"))
     # "zz": read after every other .pth; rplib itself is that of this checkout, whatever is installed elsewhere.
-    (Path(told) / "zz_rplib_versions.pth").write_text("".join(f"{path}\n" for path in (ROOT, *here)))
-    words = ["--upgrade", "--upgrade-strategy", "only-if-needed", "--only-binary", ":all:", *requirements(which)]
-    subprocess.run([python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", *words], check=True)
+    (Path(found) / "zz_rplib_versions.pth").write_text("".join(f"{path}\n" for path in (ROOT, *here)))
+    arguments = ["--upgrade", "--upgrade-strategy", "only-if-needed", "--only-binary", ":all:", *requirements(which)]
+    subprocess.run([python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", *arguments], check=True)
     listed = subprocess.run([python, "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"],
                             check=True, capture_output=True, text=True).stdout  # fmt: skip
     versions = {package["name"].lower(): package["version"] for package in json.loads(listed)}

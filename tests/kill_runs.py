@@ -4,7 +4,7 @@
 
 Each run is disturbed once: killed (SIGKILL), terminated (SIGTERM), interrupted (SIGINT), not allowed files beyond a random size,
 on a disk that is full or over quota from a random write on, without one of its input files, or joined by a second process with
-the same words. Then the command is given once more (a training with --resume). It must end with 0 and leave what an undisturbed
+the same arguments. Then the command runs once more (a training with --resume). It must end with 0 and leave what an undisturbed
 run leaves, to the bit, and nothing of ours beside it. A disturbed run itself may end with 0, 2 (one line), 130 (SIGINT) or 143
 (SIGTERM), and never shows a traceback. The count goes on at --first: runs K to N of a seed are the same in every run.
 """
@@ -48,7 +48,7 @@ if "RPLIB_REFUSED" in os.environ:
 class Job(NamedTuple):
     """A command, what it is given, how it goes on, and what it leaves that counts."""
 
-    words: list[str]
+    arguments: list[str]
     again: list[str]
     inputs: Path
     out: Path
@@ -62,13 +62,13 @@ def jobs(folder: Path) -> dict[str, Callable[[Path], Job]]:
     data, run = folder / "data", folder / "run"
     names = write_dataset(data, train=5, test=3)
     settings = [*TINY, "checkpoint_every=2", "log_every=1", "protocol=paper", "validate_from=4", "validate_every=4"]
-    words = ["train", "--recipe", "la-4", "--data", str(data), "--device", "cpu", "--set", *settings]
-    code, told = finish(start([*words, "--out", str(run)], folder / "log"))
-    assert code == 0, told
+    arguments = ["train", "--recipe", "la-4", "--data", str(data), "--device", "cpu", "--set", *settings]
+    code, message = finish(start([*arguments, "--out", str(run)], folder / "log"))
+    assert code == 0, message
     images = [str(data / "2018LA_Seg_Training Set" / name / "mri_norm2.h5") for name in names[5:]]
 
     def train(out: Path) -> Job:
-        mine = [*words, "--out", str(out)]
+        mine = [*arguments, "--out", str(out)]
         return Job(mine, [*mine, "--resume"], data, out)
 
     def evaluate(out: Path) -> Job:
@@ -97,7 +97,7 @@ def jobs(folder: Path) -> dict[str, Callable[[Path], Job]]:
         return Job(["sweep", str(plan)], ["sweep", str(plan)], data, out)
 
     def torchrun(out: Path) -> Job:
-        mine = [*words, "--out", str(out)]
+        mine = [*arguments, "--out", str(out)]
         return Job(["torchrun", *mine], ["torchrun", *mine, "--resume"], data, out)
 
     return {
@@ -132,7 +132,7 @@ def preload() -> None:
         importlib.import_module(name)
 
 
-def start(words: list[str], log: Path, room: int | None = None, refused: tuple[int, int] | None = None) -> tuple[int, Path]:
+def start(arguments: list[str], log: Path, room: int | None = None, refused: tuple[int, int] | None = None) -> tuple[int, Path]:
     """A forked process that runs a command; its id and its log."""
     process = os.fork()
     if process:
@@ -151,12 +151,12 @@ def start(words: list[str], log: Path, room: int | None = None, refused: tuple[i
         if refused is not None:
             refuse_writes(*refused)
             os.environ["RPLIB_REFUSED"] = f"{refused[0]} {refused[1]}"
-        if words[0] == "torchrun":
+        if arguments[0] == "torchrun":
             program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rplib"]
-            os.execv(sys.executable, [*program, *words[1:]])
+            os.execv(sys.executable, [*program, *arguments[1:]])
         from rplib import cli
 
-        code = cli.main(words)
+        code = cli.main(arguments)
         sys.stdout.flush()
         sys.stderr.flush()
     except BaseException:
@@ -213,19 +213,19 @@ def disturbed(fault: str, job: Job, seconds: float, draw: random.Random, log: Pa
     """Runs the job with the fault; what is wrong with how it ended, or ""."""
     room = draw.choice((100, 1000, 5000, 20_000, 100_000, 1_000_000)) if fault == "no room" else None
     if fault == "two writers":
-        both = [start(job.words, log), start(job.words, log.with_suffix(".second"))]
+        both = [start(job.arguments, log), start(job.arguments, log.with_suffix(".second"))]
         ends = [finish(process) for process in both]
         codes = sorted(code for code, _ in ends)
-        told = ends[0][1] + ends[1][1]
+        message = ends[0][1] + ends[1][1]
         refused = ("another rplib process", "is not empty", "not an empty folder")
-        right = codes in ([0, 0], [0, 2]) if not job.alone or job.words[0] != "train" else codes == [0, 2]
-        if job.words[0] == "sweep":  # each may have taken a run that the other wanted
+        right = codes in ([0, 0], [0, 2]) if not job.alone or job.arguments[0] != "train" else codes == [0, 2]
+        if job.arguments[0] == "sweep":  # each may have taken a run that the other wanted
             right = codes in ([0, 0], [0, 2], [2, 2])
-        if codes in ([0, 2], [2, 2]) and not any(text in told for text in refused):
+        if codes in ([0, 2], [2, 2]) and not any(text in message for text in refused):
             right = False
-        return "" if right and "Traceback" not in told else f"exit codes {codes}: {told[-500:]}"
+        return "" if right and "Traceback" not in message else f"exit codes {codes}: {message[-500:]}"
     refused = (REFUSED[fault], draw.randrange(12)) if fault in REFUSED else None
-    process = start(job.words, log, room, refused)
+    process = start(job.arguments, log, room, refused)
     gone = None
     if fault in ("kill", "terminate", "interrupt", "vanished file"):
         time.sleep(draw.uniform(0, 1.1 * seconds))
@@ -240,17 +240,17 @@ def disturbed(fault: str, job: Job, seconds: float, draw: random.Random, log: Pa
             gone = draw.choice(files)
             content = gone.read_bytes()
             gone.unlink()
-    code, told = finish(process)
+    code, message = finish(process)
     if gone is not None:
         gone.write_bytes(content)
     allowed = {"kill": (-signal.SIGKILL, 0), "terminate": (143, 0), "interrupt": (130, 0)}.get(fault, (0, 2))
-    if job.words[0] == "torchrun":  # it ends with 1 and a traceback of its own
-        ours = "/rplib/" in told or told.count("rplib: error") > 1
-        return f"exit code {code}: {told[-800:]}" if ours else ""
-    if code not in allowed or "Traceback" in told:
-        return f"exit code {code}: {told[-800:]}"
-    mistakes = [line for line in told.splitlines() if line.startswith("rplib: error: ")]
-    return "" if code != 2 or len(mistakes) == 1 else f"{len(mistakes)} lines of errors: {told[-500:]}"
+    if job.arguments[0] == "torchrun":  # it ends with 1 and a traceback of its own
+        ours = "/rplib/" in message or message.count("rplib: error") > 1
+        return f"exit code {code}: {message[-800:]}" if ours else ""
+    if code not in allowed or "Traceback" in message:
+        return f"exit code {code}: {message[-800:]}"
+    mistakes = [line for line in message.splitlines() if line.startswith("rplib: error: ")]
+    return "" if code != 2 or len(mistakes) == 1 else f"{len(mistakes)} lines of errors: {message[-500:]}"
 
 
 def run(names: list[str], runs: int, seed: int, first: int = 0) -> tuple[Counter[tuple[str, str]], list[str]]:
@@ -263,9 +263,9 @@ def run(names: list[str], runs: int, seed: int, first: int = 0) -> tuple[Counter
         for name in names:
             whole = every[name](folder / f"{name}-whole")
             began = time.monotonic()
-            code, told = finish(start(whole.words, folder / "log"))
+            code, message = finish(start(whole.arguments, folder / "log"))
             seconds = time.monotonic() - began
-            assert code == 0, told
+            assert code == 0, message
             expected = left(whole)
             for k in range(first, first + runs):
                 draw = random.Random(f"{name} {seed} {k}")
@@ -278,8 +278,8 @@ def run(names: list[str], runs: int, seed: int, first: int = 0) -> tuple[Counter
                         shutil.rmtree(job.out)
                         unfinished = False
                     if unfinished or not job.out.exists():
-                        code, told = finish(start(job.again, folder / "log"))
-                        wrong = f"given again: exit code {code}: {told[-800:]}" if code else ""
+                        code, message = finish(start(job.again, folder / "log"))
+                        wrong = f"given again: exit code {code}: {message[-800:]}" if code else ""
                     if not wrong and left(job) != expected:
                         found = left(job)
                         wrong = f"left something else: {[n for n in {*found, *expected} if found.get(n) != expected.get(n)]}"
@@ -302,8 +302,8 @@ def main() -> int:
     preload()
     for name in args.jobs:
         counts, failures = run([name], args.runs, args.seed, args.first)
-        told = ", ".join(f"{fault} {n}" for (_, fault), n in sorted(counts.items()))
-        print(f"{name}: {sum(counts.values())} runs ({told}), {len(failures)} failures", flush=True)
+        message = ", ".join(f"{fault} {n}" for (_, fault), n in sorted(counts.items()))
+        print(f"{name}: {sum(counts.values())} runs ({message}), {len(failures)} failures", flush=True)
         for failure in failures:
             print(f"  {failure}", flush=True)
         bad += failures

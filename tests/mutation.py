@@ -254,12 +254,12 @@ def run_tests(folder: Path, stages: list[list[str]], seconds: int, write_bytecod
     process = os.fork()
     if process:
         os.close(writer)
-        told = b""
+        printed = b""
         while part := os.read(reader, 4096):
-            told += part
+            printed += part
         os.close(reader)
         _, status = os.waitpid(process, 0)
-        return os.waitstatus_to_exitcode(status), told.decode()
+        return os.waitstatus_to_exitcode(status), printed.decode()
     code = 3
     try:
         os.close(reader)
@@ -285,8 +285,8 @@ def run_tests(folder: Path, stages: list[list[str]], seconds: int, write_bytecod
                     os.write(writer, report.nodeid.encode()[:300])
 
         options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-m", "not slow and not gpu", f"--rootdir={folder}"]
-        for words in stages:
-            code = int(pytest.main([*options, *words], plugins=[First()]))
+        for arguments in stages:
+            code = int(pytest.main([*options, *arguments], plugins=[First()]))
             if code:
                 break
     except BaseException:
@@ -398,8 +398,8 @@ def main() -> int:
             out.write(json.dumps(row) + "\n")
             out.flush()
             results[mutant.key] = row
-            told = f"{number}/{len(todo)} {row['seconds']} s {row['result'][:100]:100} {mutant.file}:{mutant.line}"
-            print(told, repr(mutant.new[:60]), flush=True)
+            printed = f"{number}/{len(todo)} {row['seconds']} s {row['result'][:100]:100} {mutant.file}:{mutant.line}"
+            print(printed, repr(mutant.new[:60]), flush=True)
     return report(results)
 
 

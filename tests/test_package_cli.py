@@ -127,8 +127,8 @@ def test_interruption(stand_in, capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.parametrize(("number", "code", "told"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
-def test_a_signal_while_torch_is_imported(tmp_path, number, code, told):
+@pytest.mark.parametrize(("number", "code", "message"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_a_signal_while_torch_is_imported(tmp_path, number, code, message):
     """A stand-in for torch sends it, as a user does in the first seconds, and would go on for ever."""
     (tmp_path / "torch.py").write_text(f"import os, signal\nos.kill(os.getpid(), signal.{number})\nwhile True: pass\n")
     program = """
@@ -139,14 +139,14 @@ runpy.run_module("rplib", run_name="__main__")
     done = run_python(program, cwd=tmp_path, path=[tmp_path, ROOT])
     assert done.returncode == 2 and "rplib --help" in done.stderr  # no word reached it: torch is not asked for
     done = run_python(f"sys.argv[1:] = ['info']\n{program}", cwd=tmp_path, path=[tmp_path, ROOT])
-    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"rplib: {told}\n")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"rplib: {message}\n")
 
 
 def test_help_and_mistakes_need_no_torch(tmp_path):
     """So that they take no seconds."""
-    for words, expected in ((["--help"], 0), (["--version"], 0), (["trian"], 2)):
-        code = f"from rplib.cli import main; sys.exit(main({words!r}))"
-        assert run_python(code, cwd=tmp_path, path=[ROOT], blocked=["torch"]).returncode == expected, words
+    for arguments, expected in ((["--help"], 0), (["--version"], 0), (["trian"], 2)):
+        code = f"from rplib.cli import main; sys.exit(main({arguments!r}))"
+        assert run_python(code, cwd=tmp_path, path=[ROOT], blocked=["torch"]).returncode == expected, arguments
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), OSError("no errno"), ModuleNotFoundError(name="rplib.gone")])

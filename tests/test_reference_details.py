@@ -54,7 +54,9 @@ def test_volumes_on_a_device_give_the_batches_of_volumes_in_ram():
 
 def test_memory_is_pinned_in_ram_alone(monkeypatch):
     asked, empty = [], torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, **words: asked.append(words) or empty(*size, dtype=words.get("dtype")))
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **keywords: asked.append(keywords) or empty(*size, dtype=keywords.get("dtype"))
+    )
     for device in (None, torch.device("cpu")):
         drawn = batches(device)
         drawn.cut(drawn.draw(), pinned=True)

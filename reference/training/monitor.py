@@ -74,8 +74,8 @@ class Monitor:
             self._told.add("rise")
             warnings.append(
                 f"iteration {t}: the supervised loss rose from {self._lowest:.3f} to {loss:.3f} while the weight of the mutual "
-                f"loss grew to {weight:.2g}: pseudo-labels override the labels; lower consistency (0.1), raise ramp_every or "
-                "warmup, or set supervised=dice+cross_entropy schedule=polynomial."
+                f"loss grew to {weight:.2g}: pseudo-labels override the labels; lower consistency (now {self._maximum:g}), raise "
+                "ramp_every or warmup, or set supervised=dice+cross_entropy schedule=polynomial."
             )
         if loss < self._lowest:
             self._lowest, self._weight_there = loss, weight
@@ -100,7 +100,7 @@ class Monitor:
                 which = "neither decoder predicts" if len(gone) == networks else f"decoder {gone[0]} does not predict"
                 warnings.append(
                     f"iteration {t}: {which} class {k}, which has {100 * share:.2g} % of the labelled voxels: pseudo-labels "
-                    "teach that it is not there; lower consistency (0.1), raise ramp_every or warmup, or set "
-                    "supervised=dice+cross_entropy."
+                    f"teach that it is not there; set dropout=0, lower consistency (now {self._maximum:g}), raise ramp_every or "
+                    "warmup, or set supervised=dice+cross_entropy."
                 )
         return warnings
