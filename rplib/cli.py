@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from rplib import __version__
 from rplib.errors import Terminated, UserError, explained, printable
@@ -110,10 +110,10 @@ def _explained(arguments: list[str], importing: Callable[[], AbstractContextMana
     except BrokenPipeError:
         return EXIT_BROKEN_PIPE
     except Terminated:
-        print("rplib: terminated", file=sys.stderr)
+        _report("rplib: terminated")
         return EXIT_TERMINATED
     except KeyboardInterrupt:
-        print("rplib: interrupted", file=sys.stderr)
+        _report("rplib: interrupted")
         return EXIT_INTERRUPTED
     except Exception as error:
         text = explained(error)
@@ -132,10 +132,23 @@ def _termination() -> Iterator[None]:
     def end(*_: object) -> None:
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, end)
+    hook = sys.unraisablehook
+
+    def again(unraisable: Any) -> None:
+        """Python drops what is raised inside a destructor or the callback of a weak reference: the signal is sent once more."""
+        number = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}.get(unraisable.exc_type)
+        if number is None:
+            hook(unraisable)
+        else:
+            timer = threading.Timer(0.02, signal.raise_signal, [number])  # its thread, so that this callback ends first
+            timer.daemon = True
+            timer.start()
+
+    before, sys.unraisablehook = signal.signal(signal.SIGTERM, end), again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before)
 
 
@@ -200,8 +213,14 @@ def _extra_of(module: str | None) -> str | None:
 
 
 def _mistake(message: str) -> int:
-    print(f"rplib: error: {printable(message)}", file=sys.stderr)
+    _report(f"rplib: error: {printable(message)}")
     return EXIT_MISTAKE
+
+
+def _report(line: str) -> None:
+    """On stderr, which may itself lie on the disk that is full: the exit code stays."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -89,10 +89,12 @@ def jobs(folder: Path) -> dict[str, Callable[[Path], Job]]:
 
     def sweep(out: Path) -> Job:
         plan = folder / f"{out.name}.toml"
-        listed = ", ".join(f"{key} = {_toml(value)}" for key, _, value in (one.partition("=") for one in settings))
+        last = dict(one.split("=", 1) for one in settings)  # a later setting replaces an earlier one
+        listed = ", ".join(f"{key} = {_toml(value)}" for key, value in last.items())
         plan.write_text(
             f'data = "{data}"\nout = "{out}"\nseeds = [3]\nset = {{ {listed} }}\n'
-            '[cells.alone]\nrecipe = "la-4-supervised"\nset = { batch_size = 1 }\n[cells.both]\nrecipe = "la-4"\n'
+            '[cells.alone]\nrecipe = "la-4-supervised"\n'
+            'set = { batch_size = 2, labelled_per_batch = 2 }\n[cells.both]\nrecipe = "la-4"\n'
         )
         return Job(["sweep", str(plan)], ["sweep", str(plan)], data, out)
 

@@ -1,10 +1,13 @@
 """`rplib`: every command is there, and every mistake is one line on stderr with exit code 2."""
 
+import errno
 import importlib
 import io
 import os
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -140,6 +143,42 @@ runpy.run_module("rplib", run_name="__main__")
     assert done.returncode == 2 and "rplib --help" in done.stderr  # no word reached it: torch is not asked for
     done = run_python(f"sys.argv[1:] = ['info']\n{program}", cwd=tmp_path, path=[tmp_path, ROOT])
     assert (done.returncode, done.stdout, done.stderr) == (code, "", f"rplib: {message}\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize(("number", "code", "message"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_a_signal_inside_a_destructor_is_not_lost(stand_in, capsys, number, code, message):
+    """Python drops an exception there: the command would run to its end."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    class Dropped:
+        def __del__(self):
+            signal.raise_signal(getattr(signal, number))
+            _ = [None] * 10  # the handler runs here
+
+    def run(_args):
+        Dropped()
+        for _ in range(3000):
+            time.sleep(0.01)
+        return 0
+
+    stand_in(run)
+    try:
+        assert cli.main(["check"]) == code
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == f"rplib: {message}\n"
+
+
+class FullDisk(io.StringIO):
+    def write(self, _):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_behind_stderr_keeps_the_exit_code(stand_in, monkeypatch):
+    stand_in(raising(UserError("a mistake")))
+    monkeypatch.setattr(sys, "stderr", FullDisk())
+    assert cli.main(["check"]) == 2
 
 
 def test_help_and_mistakes_need_no_torch(tmp_path):
