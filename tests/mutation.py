@@ -77,7 +77,7 @@ TESTS: dict[str, list[list[str]]] = {
         [OTHER],
         ["tests/test_reference_average.py", "tests/test_reference_monitor.py", "-k", "average or waits or waiting or logs"],
         ["tests/test_reference_train.py", "-k", "not killed and not script and not checkout"],
-        [HOSTILE + "sigterm_writes_a_checkpoint_and_the_training_goes_on_to_the_same_bits", HOSTILE + "two_writers_of_one_run",
+        [HOSTILE + "sigterm_writes_a_checkpoint_and_the_training_resumes_to_the_same_bits", HOSTILE + "two_writers_of_one_run",
          "tests/test_reference_survival.py", "-k", "sigterm or two_writers or weights_that_break or nothing_between"],
     ],
     "reference/evaluation/metrics.py": [

@@ -1,9 +1,11 @@
 """The planted faults still fit the code that they change; whether the tests find them is for planted_faults.py."""
 
+from itertools import chain
 from pathlib import Path
 
 import faults_loss
 import faults_trainer
+import mutation
 import pytest
 from faults import Fault
 
@@ -28,3 +30,12 @@ def test_each_text_occurs_once(fault):
     for old, new in fault.substitutions:
         assert text.count(old) == 1, f"{fault.file} holds {old!r} {text.count(old)} times; change the fault with the code."
         assert new != old
+
+
+TESTS = sorted({fault.test for fault in PLANTED} | {test for stages in mutation.TESTS.values() for test in chain(*stages)})
+
+
+@pytest.mark.parametrize("test", [test for test in TESTS if "::" in test])
+def test_the_tests_that_faults_and_mutants_are_given_exist(test):
+    file, name = test.split("[")[0].split("::", 1)
+    assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {name}; was it renamed?"
