@@ -54,7 +54,6 @@ SAMPLE: dict[str, tuple[int, list[str]]] = {
 }  # fmt: skip
 
 HOSTILE = "tests/test_reference_hostile.py::test_"
-TRAIN = "tests/test_reference_train.py::test_"
 OTHER = "tests/test_reference_other_settings.py"
 DETAILS = "tests/test_reference_details.py"
 LEAN = [
@@ -93,9 +92,10 @@ TESTS: dict[str, list[list[str]]] = {
         [DETAILS, "-k", "checkpoint"],
     ],
     "kernels/*.py": [
-        ["tests/test_kernels_small.py"],
+        ["tests/test_kernels_small.py", "-m", "not gpu"],  # slow together, quick until the first failure
         ["tests/test_loss_values.py", "tests/test_kernels_launches.py", "-k",
          "(triton and (tiny or far_from_zero or first_maximum or feature_count or expanded or negative)) or launches"],
+        ["tests/test_loss_statistics.py", "tests/test_loss_targets.py", "-k", "triton or kernels"],
     ],
 }  # fmt: skip
 
