@@ -123,7 +123,8 @@ def statistics(
             *g_za.axes(flat), *g_zb.axes(flat), *g_fa.axes(flat), *g_fb.axes(flat), programs, per_program,
             EPS=eps, CLASSES=classes, CLASSES_PAD=tiles.classes_pad, CLASSES_DOT=tiles.classes_dot,
             FEATURES_A=f_a, FEATURES_B=f_b, FEATURE_BLOCK=tiles.feature_block, BLOCK=tiles.block,
-            VECTOR=tiles.vector, CONFIDENCE=confidence or "none", WITH_FEATURES=features is not None,
+            VECTOR=tiles.vector, VOXEL_GROUPS=tiles.voxel_groups, FEATURE_GROUPS=tiles.feature_groups,
+            CONFIDENCE=confidence or "none", WITH_FEATURES=features is not None,
             WITH_DICE=labels is not None, DOT=tiles.dot, Z_LAYOUT=z_layout, F_LAYOUT=f_layout, FLAT=flat, WIDE=wide,
             num_warps=tiles.warps,
         )  # fmt: skip
