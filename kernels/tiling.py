@@ -84,15 +84,16 @@ def statistics_tiles(
     # Sums by products: a thread keeps pad x feature_block / (32 x feature_groups) numbers per network.
     feature_block = min(max(widest, 16), 128)
     classes_dot = max(pad, 16)
-    feature_groups = min(max(classes_dot * feature_block // 1024, 1), feature_block // 16, 4)
-    vector = 16 // itemsize
+    feature_groups = min(max(classes_dot * feature_block // (512 if dice else 1024), 1), feature_block // 16, 4)
+    run = 16 if dice else 32  # voxels of a product
+    vector = min(16 // itemsize, run // 4)
     if channels_last:
-        vector = min(vector, feature_block // feature_groups // 8)
+        vector = 2 if itemsize == 4 else min(vector, feature_block // feature_groups // 8)
     elif not aligned:
         vector = 1
     warps = 4 if feature_groups < 4 else 8
     voxel_groups = warps // feature_groups
-    return StatisticsTiles(32 * voxel_groups, pad, classes_dot, feature_block, True, warps, vector, voxel_groups, feature_groups)
+    return StatisticsTiles(run * voxel_groups, pad, classes_dot, feature_block, True, warps, vector, voxel_groups, feature_groups)
 
 
 def weighting_tiles(
