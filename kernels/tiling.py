@@ -84,7 +84,7 @@ def statistics_tiles(
     # Sums by products: a thread keeps pad x feature_block / (32 x feature_groups) numbers per network.
     feature_block = min(max(widest, 16), 128)
     classes_dot = max(pad, 16)
-    feature_groups = min(max(classes_dot * feature_block // (512 if dice else 1024), 1), feature_block // 16, 4)
+    feature_groups = min(max(classes_dot * feature_block // (256 if dice else 1024), 1), feature_block // 16, 4)
     run = 16 if dice else 32  # voxels of a product
     vector = min(16 // itemsize, run // 4)
     if channels_last:
