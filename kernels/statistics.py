@@ -156,7 +156,9 @@ def _one_hot(label, like, first, o):
     if o.SIDE_BY_SIDE:
         for level in tl.static_range(3):
             if o.VECTOR >> level > 2:
-                like, _ = tl.split(tl.reshape(like, (1, o.RUNS, o.VOXEL_GROUPS, o.FEATURE_GROUPS, 8, 4, o.VECTOR >> level + 1, 2)))
+                like, _ = tl.split(
+                    tl.reshape(like, (1, o.RUNS, o.VOXEL_GROUPS, o.FEATURE_GROUPS, 8, 4, o.VECTOR >> level + 1, 2))
+                )  # fmt: skip
         cls = first + _axis(2, 6) * 8 + _axis(8, 4)
     else:
         cls = first + _axis(2, 0) * 8 + _axis(8, 4)
@@ -335,10 +337,12 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
         if o.DOT:
             both = _labels_of_product(tl.sum(tl.join(a.label, b.label << 8), axis=2), o)
             features_a = _add_products(
-                features_a, i.fa, fa_v, i.fa_strides.channel, i.first_feature, both & 255, valid, o, o.FEATURES_A, MASKED, RAGGED_A
+                features_a, i.fa, fa_v, i.fa_strides.channel, i.first_feature, both & 255, valid, o,
+                o.FEATURES_A, MASKED, RAGGED_A,
             )  # fmt: skip
             features_b = _add_products(
-                features_b, i.fb, fb_v, i.fb_strides.channel, i.first_feature, both >> 8, valid, o, o.FEATURES_B, MASKED, RAGGED_B
+                features_b, i.fb, fb_v, i.fb_strides.channel, i.first_feature, both >> 8, valid, o,
+                o.FEATURES_B, MASKED, RAGGED_B,
             )  # fmt: skip
         else:
             f = i.first_feature + tl.arange(0, o.FEATURE_BLOCK)
@@ -373,7 +377,8 @@ def _walk(i, program, programs, blocks_per_program, o):
         tl.maximum(whole - first, 0) * BLOCK, zero, zero, tl.zeros((o.ROWS,), tl.float32), members, members, features, features,
         per_class, per_class, per_class, per_class, _zeros((o.ROWS,), tl.int32, PER_CLASS),
     )  # fmt: skip
-    for block in tl.range(first, whole, num_stages=1):  # nothing copied ahead into shared memory
+    # One stage: nothing is copied ahead into shared memory.
+    for block in tl.range(first, whole, num_stages=1):
         sums = _block(block * BLOCK, sums, i, o, False)
     if (program == programs - 1) & (i.voxels % BLOCK != 0):
         sums = _block(i.voxels // BLOCK * BLOCK, sums, i, o, True)
@@ -411,7 +416,7 @@ def _store_products(out, sums, first_feature, o, FEATURES: tl.constexpr):
 
 @triton.jit
 def _run(i, program, programs, blocks_per_program, sums_a, sums_b, o):
-    """Walk over the program's blocks and write its sums of features; returns `Sums`, and 0 or NaN where a number is not finite."""
+    """Walk over the blocks and write the sums of features; returns `Sums`, and 0, or NaN where a number is not finite."""
     sums = _walk(i, program, programs, blocks_per_program, o)
     bad = tl.sum(sums.nonfinite, axis=0)
     if o.WITH_FEATURES:
@@ -462,7 +467,8 @@ def statistics_kernel(
     programs, blocks_per_program,
     EPS: tl.constexpr, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, CLASSES_DOT: tl.constexpr,
     FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr, VOXEL_GROUPS: tl.constexpr, FEATURE_GROUPS: tl.constexpr, CONFIDENCE: tl.constexpr, WITH_FEATURES: tl.constexpr, WITH_DICE: tl.constexpr, DOT: tl.constexpr,
+    VECTOR: tl.constexpr, VOXEL_GROUPS: tl.constexpr, FEATURE_GROUPS: tl.constexpr, CONFIDENCE: tl.constexpr,
+    WITH_FEATURES: tl.constexpr, WITH_DICE: tl.constexpr, DOT: tl.constexpr,
     Z_LAYOUT: tl.constexpr, F_LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs * B, feature blocks)."""
