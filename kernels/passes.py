@@ -127,7 +127,8 @@ def statistics(batch: Batch, rules: Rules) -> Statistics:
             *g_za.axes(flat), *g_zb.axes(flat), *g_fa.axes(flat), *g_fb.axes(flat), programs, per_program,
             CLASSES=classes, CLASSES_PAD=tiles.classes_pad, CLASSES_DOT=tiles.classes_dot,
             FEATURES_A=f_a, FEATURES_B=f_b, FEATURE_BLOCK=tiles.feature_block, BLOCK=tiles.block,
-            VECTOR=tiles.vector, WITH_FEATURES=batch.features is not None, DOT=tiles.dot, RULES=rules,
+            VECTOR=tiles.vector, VOXEL_GROUPS=tiles.voxel_groups, FEATURE_GROUPS=tiles.feature_groups,
+            WITH_FEATURES=batch.features is not None, DOT=tiles.dot, RULES=rules,
             Z_LAYOUT=z_layout, F_LAYOUT=f_layout, FLAT=flat, WIDE=wide, num_warps=tiles.warps,
         )  # fmt: skip
         prototypes_a = new((samples, classes, f_a), dtype=torch.float32)

@@ -11,6 +11,8 @@ import triton.language as tl
 
 from rplib.kernels.dice import load_target
 from rplib.kernels.voxels import (
+    LAST,
+    PACKED,
     SIZES,
     channel_offset,
     cross_entropy,
@@ -31,8 +33,8 @@ class Sums(NamedTuple):
 
     seen: voxels. ab, ba: reliable voxels of student a and b. nonfinite: 0 or NaN. members_a, members_b: voxels pseudo-labelled as
     class 1, 2 .. (those of class 0 are the rest). differing: voxels whose pseudo-labels differ, if asked for. features_a,
-    features_b: sums of features, (FEATURE_BLOCK, ROWS) or with DOT one tile (CLASSES_DOT, FEATURE_BLOCK). overlap_a, overlap_b,
-    soft_a, soft_b, truth: of Dice. entropy: of cross-entropy, both networks'.
+    features_b: sums of features, (FEATURE_BLOCK, ROWS) or with DOT for every TILE of features and 16 classes (groups, 16, TILE).
+    overlap_a, overlap_b, soft_a, soft_b, truth: of Dice. entropy: of cross-entropy, both networks'.
     """
 
     seen: tl.tensor
@@ -101,32 +103,132 @@ def _add_truth(sums, t, CLASSES: tl.constexpr):
 @triton.jit
 def _add_features(
     sums, base, at, stride, f, label, valid,
-    FEATURES: tl.constexpr, CLASSES: tl.constexpr, CLASSES_DOT: tl.constexpr,
-    DOT: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
+    FEATURES: tl.constexpr, CLASSES: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Add one block of features to the sums per class.
-
-    With DOT a product with the one-hot labels: one tile (CLASSES_DOT, FEATURE_BLOCK) instead of one number per thread for every
-    class and feature.
-    """
+    """Add one block of features to running sums, one number per thread for every class and feature."""
     pointers = base + channel_offset(f, stride, WIDE)[:, None, None] + at[None, :, :]
     inside = (f < FEATURES)[:, None, None]
     if MASKED:
         inside = inside & valid[None, :, :]
     x = load(pointers, inside, MASKED or RAGGED)  # (FEATURE_BLOCK, ROWS, VECTOR)
     added = ()
-    if DOT:
-        VOXELS: tl.constexpr = x.shape[1] * x.shape[2]
-        labels = tl.reshape(label, (1, VOXELS))
-        if MASKED:
-            labels = tl.where(tl.reshape(valid, (1, VOXELS)), labels, CLASSES_DOT)
-        one_hot = (tl.arange(0, CLASSES_DOT)[:, None] == labels).to(tl.float32)  # (CLASSES_DOT, voxels)
-        x = tl.reshape(x, (x.shape[0], VOXELS))
-        added = (sums[0] + tl.dot(one_hot, tl.trans(x), input_precision="ieee"),)
+    label = label[None, :, :]
+    for c in tl.static_range(CLASSES):  # beyond the end x is 0
+        added = added + (sums[c] + tl.sum(x * (label == c).to(tl.float32), axis=2),)
+    return added
+
+
+# Sums of many classes are products with one-hot labels on the tensor cores. Tiles have axes for what the registers and threads
+# of a product hold, so that features and labels are loaded or made where the product wants them, and none of them passes through
+# shared memory: (2 or 1, RUNS, VOXEL_GROUPS, FEATURE_GROUPS, 8, 4, VECTOR). Of a product's K = RUNS x 4 x VECTOR (or RUNS x 4)
+# voxels a thread holds every fourth, of 16 features or classes every eighth; warps lie along the groups. VECTOR are voxels side
+# by side, or SIDE_BY_SIDE features of one voxel: what a thread loads at once.
+
+
+@triton.jit
+def _axis(N: tl.constexpr, AXIS: tl.constexpr):
+    """0 .. N - 1 along one of the seven axes."""
+    i = tl.arange(0, N)
+    for axis in tl.static_range(7):
+        if axis != AXIS:
+            i = tl.expand_dims(i, axis)
+    return i
+
+
+@triton.jit
+def _voxels_of_product(start, o):
+    """Voxels of a tile, (1, RUNS, VOXEL_GROUPS, 1, 1, 4, VECTOR or 1)."""
+    v = (_axis(o.VOXEL_GROUPS, 2) * o.RUNS + _axis(o.RUNS, 1)) * 4 + _axis(4, 5)
+    if o.SIDE_BY_SIDE:
+        return start + v
     else:
-        label = label[None, :, :]
-        for c in tl.static_range(CLASSES):  # beyond the end x is 0
-            added = added + (sums[c] + tl.sum(x * (label == c).to(tl.float32), axis=2),)
+        return start + v * o.VECTOR + _axis(o.VECTOR, 6)
+
+
+@triton.jit
+def _labels_of_product(label, o):
+    """Labels (voxels of the block, 1) as the tile of `_voxels_of_product`."""
+    V: tl.constexpr = 1 if o.SIDE_BY_SIDE else o.VECTOR
+    label = tl.permute(tl.reshape(label, (o.VOXEL_GROUPS, o.RUNS, 4, V)), (1, 0, 2, 3))
+    return label[None, :, :, None, None, :, :]
+
+
+@triton.jit
+def _one_hot(label, like, first, o):
+    """(groups, 16, K), 1.0 where the label is class first + 0 .. 15. like: bits of features, whose threads the labels join."""
+    GROUPS: tl.constexpr = o.VOXEL_GROUPS * o.FEATURE_GROUPS
+    if o.SIDE_BY_SIDE:
+        for level in tl.static_range(3):
+            if o.VECTOR >> level > 2:
+                like, _ = tl.split(
+                    tl.reshape(like, (1, o.RUNS, o.VOXEL_GROUPS, o.FEATURE_GROUPS, 8, 4, o.VECTOR >> level + 1, 2))
+                )  # fmt: skip
+        cls = first + _axis(2, 6) * 8 + _axis(8, 4)
+    else:
+        cls = first + _axis(2, 0) * 8 + _axis(8, 4)
+    # x & 1 & 2 is 0, which the compiler finds out once it has given the labels the threads of x.
+    one_hot = (cls == (label | ((like & 1) & (like & 2)))).to(tl.float32)
+    if o.SIDE_BY_SIDE:
+        one_hot = tl.permute(one_hot, (2, 3, 6, 4, 1, 5, 0))
+    else:
+        one_hot = tl.permute(one_hot, (2, 3, 0, 4, 1, 6, 5))
+    return tl.reshape(one_hot, (GROUPS, 16, o.K))
+
+
+@triton.jit
+def _operand(x, o):
+    """A tile of features as (groups, K, features)."""
+    if o.SIDE_BY_SIDE:
+        x = tl.permute(x, (2, 3, 1, 5, 0, 6, 4))
+    else:
+        x = tl.permute(x, (2, 3, 1, 6, 5, 0, 4))
+    return tl.reshape(x, (o.VOXEL_GROUPS * o.FEATURE_GROUPS, o.K, o.TILE))
+
+
+@triton.jit
+def _feature_of(o):
+    """Features of a tile, counted from its first one, (2 or 1, 1, 1, FEATURE_GROUPS, 8, 1, VECTOR or 1)."""
+    f = _axis(o.FEATURE_GROUPS, 3) * (o.FEATURE_BLOCK // o.FEATURE_GROUPS)
+    if o.SIDE_BY_SIDE:
+        return f + _axis(8, 4) * o.VECTOR + _axis(o.VECTOR, 6)
+    else:
+        return f + _axis(2, 0) * 8 + _axis(8, 4)
+
+
+@triton.jit
+def _add_products(
+    sums, base, at, stride, first_feature, label, valid, o,
+    FEATURES: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Add one block of features to the sums of every class: tiles (groups, 16 classes, TILE features)."""
+    EXACT: tl.constexpr = base.dtype.element_ty != tl.float32
+    f = first_feature + _feature_of(o)
+    added = ()
+    one_hot = ()
+    for n in tl.static_range(o.FEATURE_BLOCK // o.FEATURE_GROUPS // o.TILE):
+        here = f + n * o.TILE
+        inside = here < FEATURES
+        if MASKED:
+            inside = inside & valid
+        x = load(base + channel_offset(here, stride, o.WIDE) + at, inside, MASKED or RAGGED)
+        bits = x.to(tl.int32, bitcast=True)
+        if n == 0:
+            for c in tl.static_range(0, o.CLASSES_DOT, 16):
+                one_hot = one_hot + (_one_hot(label, bits, c, o),)
+        # The tensor cores multiply numbers of 11 bits: a short float is one, a float32 the sum of two but for its last bit.
+        if EXACT:
+            high = _operand(x, o)
+        else:
+            high = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+            low = _operand(x - high, o)
+            high = _operand(high, o)
+        for m in tl.static_range(o.CLASSES_DOT // 16):
+            total = sums[n * (o.CLASSES_DOT // 16) + m]
+            if EXACT:
+                added = added + (tl.dot(one_hot[m], high, total, input_precision="tf32"),)
+            else:
+                product = tl.dot(one_hot[m], low, input_precision="tf32")
+                added = added + (total + tl.dot(one_hot[m], high, product, input_precision="tf32"),)
     return added
 
 
@@ -159,8 +261,14 @@ class Options(NamedTuple):
     FEATURES_A: tl.constexpr
     FEATURES_B: tl.constexpr
     FEATURE_BLOCK: tl.constexpr
+    VOXEL_GROUPS: tl.constexpr
+    FEATURE_GROUPS: tl.constexpr
+    RUNS: tl.constexpr
+    K: tl.constexpr
+    TILE: tl.constexpr
     ROWS: tl.constexpr
     VECTOR: tl.constexpr
+    SIDE_BY_SIDE: tl.constexpr
     WITH_FEATURES: tl.constexpr
     DOT: tl.constexpr
     RULES: tl.constexpr
@@ -174,8 +282,9 @@ class Options(NamedTuple):
 def _block(start, s, i, o, MASKED: tl.constexpr):
     """Add the block of voxels that begins at ``start`` to the `Sums` s; i: `Inputs`, o: `Options`."""
     CLASSES: tl.constexpr = o.CLASSES
+    LOGITS: tl.constexpr = 1 if o.DOT else o.VECTOR
     row = tl.arange(0, o.ROWS)[:, None]
-    v = start + row * o.VECTOR + tl.arange(0, o.VECTOR)[None, :]  # (ROWS, VECTOR)
+    v = start + row * LOGITS + tl.arange(0, LOGITS)[None, :]  # (ROWS, VECTOR)
     valid = v < i.voxels
     za_v = voxel_offsets(v, i.size1, i.size2, i.za_strides, o.Z_LAYOUT, o.FLAT, o.WIDE)
     zb_v = voxel_offsets(v, i.size1, i.size2, i.zb_strides, o.Z_LAYOUT, o.FLAT, o.WIDE)
@@ -189,7 +298,7 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
         m_ba = m_ba & valid
     seen = s.seen
     if MASKED:
-        seen += i.voxels % (o.ROWS * o.VECTOR)
+        seen += i.voxels % (o.ROWS * LOGITS)
     ab = s.ab + _rows(m_ab.to(tl.int32))
     ba = s.ba + _rows(m_ba.to(tl.int32))
     if CLASSES == 2:  # the tops alone know of every NaN and +inf
@@ -233,17 +342,31 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
             different = different & valid
         differing = (differing[0] + _rows(different.to(tl.int32)),)
     if o.WITH_FEATURES:
-        f = i.first_feature + tl.arange(0, o.FEATURE_BLOCK)
+        RAGGED_A: tl.constexpr = o.FEATURES_A % o.FEATURE_BLOCK != 0 or o.FEATURES_A != o.FEATURES_B
+        RAGGED_B: tl.constexpr = o.FEATURES_B % o.FEATURE_BLOCK != 0 or o.FEATURES_A != o.FEATURES_B
+        if o.DOT:
+            v = _voxels_of_product(start, o)
+            valid = v < i.voxels
         fa_v = voxel_offsets(v, i.size1, i.size2, i.fa_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
         fb_v = voxel_offsets(v, i.size1, i.size2, i.fb_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
-        features_a = _add_features(
-            features_a, i.fa, fa_v, i.fa_strides.channel, f, a.label, valid, o.FEATURES_A, CLASSES, o.CLASSES_DOT,
-            o.DOT, o.WIDE, MASKED, o.FEATURES_A % o.FEATURE_BLOCK != 0 or o.FEATURES_A != o.FEATURES_B,
-        )  # fmt: skip
-        features_b = _add_features(
-            features_b, i.fb, fb_v, i.fb_strides.channel, f, b.label, valid, o.FEATURES_B, CLASSES, o.CLASSES_DOT,
-            o.DOT, o.WIDE, MASKED, o.FEATURES_B % o.FEATURE_BLOCK != 0 or o.FEATURES_A != o.FEATURES_B,
-        )  # fmt: skip
+        if o.DOT:
+            both = _labels_of_product(tl.sum(tl.join(a.label, b.label << 8), axis=2), o)
+            features_a = _add_products(
+                features_a, i.fa, fa_v, i.fa_strides.channel, i.first_feature, both & 255, valid, o,
+                o.FEATURES_A, MASKED, RAGGED_A,
+            )  # fmt: skip
+            features_b = _add_products(
+                features_b, i.fb, fb_v, i.fb_strides.channel, i.first_feature, both >> 8, valid, o,
+                o.FEATURES_B, MASKED, RAGGED_B,
+            )  # fmt: skip
+        else:
+            f = i.first_feature + tl.arange(0, o.FEATURE_BLOCK)
+            features_a = _add_features(
+                features_a, i.fa, fa_v, i.fa_strides.channel, f, a.label, valid, o.FEATURES_A, CLASSES, o.WIDE, MASKED, RAGGED_A
+            )  # fmt: skip
+            features_b = _add_features(
+                features_b, i.fb, fb_v, i.fb_strides.channel, f, b.label, valid, o.FEATURES_B, CLASSES, o.WIDE, MASKED, RAGGED_B
+            )  # fmt: skip
     return Sums(
         seen, ab, ba, nonfinite, members_a, members_b, differing, features_a, features_b,
         overlap_a, overlap_b, soft_a, soft_b, truth, entropy,
@@ -253,10 +376,12 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
 @triton.jit
 def _walk(i, program, programs, blocks_per_program, o):
     """`Sums` of a program: whole blocks first, and for the last program of a sample the ragged tail."""
-    BLOCK: tl.constexpr = o.ROWS * o.VECTOR
+    BLOCK: tl.constexpr = o.ROWS * (1 if o.DOT else o.VECTOR)
     PER_CLASS: tl.constexpr = o.CLASSES if o.RULES.dice else 0
     if o.DOT:
-        features = _zeros((o.CLASSES_DOT, o.FEATURE_BLOCK), tl.float32, 1)
+        GROUPS: tl.constexpr = o.VOXEL_GROUPS * o.FEATURE_GROUPS
+        TILES: tl.constexpr = o.FEATURE_BLOCK // o.FEATURE_GROUPS // o.TILE * (o.CLASSES_DOT // 16)
+        features = _zeros((GROUPS, 16, o.TILE), tl.float32, TILES if o.WITH_FEATURES else 0)
     else:
         features = _zeros((o.FEATURE_BLOCK, o.ROWS), tl.float32, o.CLASSES if o.WITH_FEATURES else 0)
     members = _zeros((o.ROWS,), tl.int32, o.CLASSES - 1 if o.WITH_FEATURES or o.RULES.detailed else 0)
@@ -271,7 +396,8 @@ def _walk(i, program, programs, blocks_per_program, o):
         _zeros((o.ROWS,), tl.int32, o.CLASSES if o.RULES.supervised else 0),
         _zeros((o.ROWS,), tl.float32, 2 if o.RULES.entropy else 0),
     )  # fmt: skip
-    for block in range(first, whole):
+    # One stage: nothing is copied ahead into shared memory.
+    for block in tl.range(first, whole, num_stages=1):
         sums = _block(block * BLOCK, sums, i, o, False)
     if (program == programs - 1) & (i.voxels % BLOCK != 0):
         sums = _block(i.voxels // BLOCK * BLOCK, sums, i, o, True)
@@ -279,22 +405,48 @@ def _walk(i, program, programs, blocks_per_program, o):
 
 
 @triton.jit
-def _store_features(
-    out, sums, f, FEATURES: tl.constexpr, CLASSES: tl.constexpr, CLASSES_DOT: tl.constexpr, DOT: tl.constexpr
-):  # fmt: skip
+def _store_features(out, sums, f, FEATURES: tl.constexpr, CLASSES: tl.constexpr):
     """Write one network's sums (C, F) of this program; returns 0, or NaN where one of them is not finite."""
-    if DOT:
-        cls = tl.arange(0, CLASSES_DOT)
-        inside = (cls < CLASSES)[:, None] & (f < FEATURES)[None, :]
-        tl.store(out + cls[:, None] * FEATURES + f[None, :], sums[0], mask=inside)
-        return tl.sum(tl.sum(sums[0] * 0.0, axis=0), axis=0)
-    else:
-        bad = tl.zeros(f.shape, tl.float32)
-        for c in tl.static_range(CLASSES):
-            total = tl.sum(sums[c], axis=1)
-            tl.store(out + c * FEATURES + f, total, mask=f < FEATURES)
-            bad += total * 0.0
-        return tl.sum(bad, axis=0)
+    bad = tl.zeros(f.shape, tl.float32)
+    for c in tl.static_range(CLASSES):
+        total = tl.sum(sums[c], axis=1)
+        tl.store(out + c * FEATURES + f, total, mask=f < FEATURES)
+        bad += total * 0.0
+    return tl.sum(bad, axis=0)
+
+
+@triton.jit
+def _store_products(out, sums, first_feature, o, FEATURES: tl.constexpr):
+    """As `_store_features`, of the sums that `_add_products` makes."""
+    CLASS_TILES: tl.constexpr = o.CLASSES_DOT // 16
+    n = tl.arange(0, o.TILE)
+    if o.SIDE_BY_SIDE:
+        n = n % 8 * o.VECTOR + n // 8
+    f = tl.arange(0, o.FEATURE_GROUPS)[:, None, None] * (o.FEATURE_BLOCK // o.FEATURE_GROUPS) + n[None, None, :]
+    bad = tl.zeros((o.FEATURE_GROUPS, 16, o.TILE), tl.float32)
+    for k in tl.static_range(o.FEATURE_BLOCK // o.FEATURE_GROUPS // o.TILE * CLASS_TILES):
+        at = first_feature + f + k // CLASS_TILES * o.TILE
+        cls = (k % CLASS_TILES * 16 + tl.arange(0, 16))[None, :, None]
+        total = tl.sum(tl.reshape(sums[k], (o.VOXEL_GROUPS, o.FEATURE_GROUPS, 16, o.TILE)), axis=0)
+        tl.store(out + cls * FEATURES + at, total, mask=(cls < o.CLASSES) & (at < FEATURES))
+        bad += total * 0.0
+    return tl.sum(tl.reshape(bad, (o.FEATURE_GROUPS * 16 * o.TILE,)), axis=0)
+
+
+@triton.jit
+def _run(i, program, programs, blocks_per_program, sums_a, sums_b, o):
+    """Walk over the blocks and write the sums of features; returns `Sums`, and 0, or NaN where a number is not finite."""
+    sums = _walk(i, program, programs, blocks_per_program, o)
+    bad = tl.sum(sums.nonfinite, axis=0)
+    if o.WITH_FEATURES:
+        if o.DOT:
+            bad += _store_products(sums_a, sums.features_a, i.first_feature, o, o.FEATURES_A)
+            bad += _store_products(sums_b, sums.features_b, i.first_feature, o, o.FEATURES_B)
+        else:
+            f = i.first_feature + tl.arange(0, o.FEATURE_BLOCK)
+            bad += _store_features(sums_a, sums.features_a, f, o.FEATURES_A, o.CLASSES)
+            bad += _store_features(sums_b, sums.features_b, f, o.FEATURES_B, o.CLASSES)
+    return sums, bad
 
 
 @triton.jit
@@ -334,7 +486,8 @@ def statistics_kernel(
     programs, blocks_per_program,
     CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, CLASSES_DOT: tl.constexpr,
     FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr, WITH_FEATURES: tl.constexpr, DOT: tl.constexpr, RULES: tl.constexpr,
+    VECTOR: tl.constexpr, VOXEL_GROUPS: tl.constexpr, FEATURE_GROUPS: tl.constexpr,
+    WITH_FEATURES: tl.constexpr, DOT: tl.constexpr, RULES: tl.constexpr,
     Z_LAYOUT: tl.constexpr, F_LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs * B, feature blocks)."""
@@ -358,19 +511,19 @@ def statistics_kernel(
         strides_of(0, t_0, t_1, t_2, 1, 0),
         (sample < labelled) & (feature_block == 0), voxels_of(voxels, Z_LAYOUT), size1, size2, first_feature,
     )  # fmt: skip
-    sums = _walk(
-        inputs, program, programs, blocks_per_program,
+    SIDE_BY_SIDE: tl.constexpr = F_LAYOUT == LAST or F_LAYOUT == PACKED
+    K: tl.constexpr = BLOCK // VOXEL_GROUPS
+    RUNS: tl.constexpr = K // 4 if SIDE_BY_SIDE else K // 4 // VECTOR
+    TILE: tl.constexpr = VECTOR * 8 if SIDE_BY_SIDE else 16
+    ROWS: tl.constexpr = BLOCK if DOT else BLOCK // VECTOR
+    row = here.to(tl.int64) * CLASSES
+    sums, bad = _run(
+        inputs, program, programs, blocks_per_program, sums_a + row * FEATURES_A, sums_b + row * FEATURES_B,
         Options(
-            CLASSES, CLASSES_PAD, CLASSES_DOT, FEATURES_A, FEATURES_B, FEATURE_BLOCK, BLOCK // VECTOR, VECTOR,
-            WITH_FEATURES, DOT, RULES, Z_LAYOUT, F_LAYOUT, FLAT, WIDE,
+            CLASSES, CLASSES_PAD, CLASSES_DOT, FEATURES_A, FEATURES_B, FEATURE_BLOCK, VOXEL_GROUPS, FEATURE_GROUPS,
+            RUNS, K, TILE, ROWS, VECTOR, SIDE_BY_SIDE, WITH_FEATURES, DOT, RULES, Z_LAYOUT, F_LAYOUT, FLAT, WIDE,
         ),
     )  # fmt: skip
-    bad = tl.sum(sums.nonfinite, axis=0)
-    if WITH_FEATURES:
-        f = first_feature + tl.arange(0, FEATURE_BLOCK)
-        row = here.to(tl.int64) * CLASSES
-        bad += _store_features(sums_a + row * FEATURES_A, sums.features_a, f, FEATURES_A, CLASSES, CLASSES_DOT, DOT)
-        bad += _store_features(sums_b + row * FEATURES_B, sums.features_b, f, FEATURES_B, CLASSES, CLASSES_DOT, DOT)
     tl.store(nonfinite + here * tl.num_programs(1) + feature_block, bad)
     if feature_block == 0:
         tl.store(counts + here, tl.sum(sums.ab, axis=0))

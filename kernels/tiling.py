@@ -20,7 +20,11 @@ def power_of_two(n: int) -> int:
 
 
 class StatisticsTiles(NamedTuple):
-    """Tiles of statistics_kernel: block // vector rows of vector voxels; dot: sums per class by a product with one-hot labels."""
+    """Tiles of statistics_kernel.
+
+    dot: sums per class by products with one-hot labels, see statistics.py; else block // vector rows of vector voxels.
+    voxel_groups, feature_groups: of warps, with dot.
+    """
 
     block: int
     classes_pad: int
@@ -29,6 +33,8 @@ class StatisticsTiles(NamedTuple):
     dot: bool
     warps: int
     vector: int
+    voxel_groups: int = 1
+    feature_groups: int = 1
 
 
 class WeightingTiles(NamedTuple):
@@ -75,13 +81,19 @@ def statistics_tiles(
             rows = 128 if pad * feature_block <= 32 else 64 if pad * feature_block <= 64 else 32
             rows = max(rows // 2, 32) if dice else rows
         return StatisticsTiles(rows * vector, pad, 16, feature_block, False, 4, vector)
-    # Sums by a product: (pad, feature_block) per network; operands go through shared memory, of which gfx942 has 64 KB.
+    # Sums by products: a thread keeps pad x feature_block / (32 x feature_groups) numbers per network.
     feature_block = min(max(widest, 16), 128)
-    if feature_block <= 32:
-        block, warps = (32, 4) if itemsize == 4 or dice or channels_last else (64, 8)  # as large as registers allow
-        block = 16 if dice and itemsize == 4 else block
-        return StatisticsTiles(block, pad, max(pad, 16), feature_block, True, warps, 1)
-    return StatisticsTiles(32 if feature_block == 64 else 16, pad, max(pad, 16), feature_block, True, 8, 1)
+    classes_dot = max(pad, 16)
+    feature_groups = min(max(classes_dot * feature_block // (256 if dice else 1024), 1), feature_block // 16, 4)
+    run = 16 if dice else 32  # voxels of a product
+    vector = min(16 // itemsize, run // 4)
+    if channels_last:
+        vector = 2 if itemsize == 4 else min(vector, feature_block // feature_groups // 8)
+    elif not aligned:
+        vector = 1
+    warps = 4 if feature_groups < 4 else 8
+    voxel_groups = warps // feature_groups
+    return StatisticsTiles(run * voxel_groups, pad, classes_dot, feature_block, True, warps, vector, voxel_groups, feature_groups)
 
 
 def weighting_tiles(

@@ -197,8 +197,32 @@ def a_product_of_matrices(run):
     product[(1,)](a, b, c, M=32, N=64, K=16, HOW="ieee")
     close(c, a.double() @ b.double(), 1e-5)
     clean(run)
-    with pytest.raises(Unsupported, match=r"line \d+: .*mma"):
-        product[(1,)](a, b, torch.empty(32, 64), M=32, N=64, K=16, HOW="tf32")
+    # Tensor cores: inputs cut to 11 bits; bfloat16 and float16 as they are.
+    product[(1,)](a, b, c, M=32, N=64, K=16, HOW="tf32")
+    cut = [(t.view(torch.int32) & -0x2000).view(torch.float32).double() for t in (a, b)]
+    close(c, cut[0] @ cut[1], 5e-6)
+    assert not torch.allclose(c.double(), a.double() @ b.double(), rtol=1e-5)
+    clean(run)
+    for dtype in (torch.bfloat16, torch.float16):
+        x, y = a.to(dtype), b.to(dtype)
+        product[(1,)](x, y, c, M=32, N=64, K=16, HOW="tf32")
+        close(c, x.double() @ y.double(), 5e-6)
+    clean(run)
+
+
+def an_undefined_operand_of_a_product(run):
+    """It makes the row or column undefined that it takes part in, not the others."""
+    a, b, c = torch.empty(32, 16), torch.randn(16, 64), torch.empty(32, 64)
+    product[(1,)](a, b, c, M=32, N=64, K=16, HOW="tf32")
+    assert run.findings and "undefined" in str(run.findings[0])
+    run.clear()
+
+
+def products_that_are_not_executed(run):
+    if run.architecture > 80:  # of whole warp groups
+        a, b = torch.randn(128, 32).half(), torch.randn(32, 64).half()
+        with pytest.raises(Unsupported):
+            product[(1,)](a, b, torch.empty(128, 64), M=128, N=64, K=32, HOW="tf32")
 
 
 def integer_arithmetic(run):

@@ -1,10 +1,11 @@
-"""Instructions between the threads of a warp: shuffles, reductions, votes."""
+"""Instructions between the threads of a warp: shuffles, reductions, votes, products of small matrices."""
 
 import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rplib.bench.machine.findings import DIVERGENT
 from rplib.bench.machine.ptx import Instruction, Unsupported
 from rplib.bench.machine.registers import as_type, meet, simplified
 
@@ -30,8 +31,10 @@ def build(ins: Instruction, program: "Program") -> "Step | None":
         return lambda chunk: chunk.write(slot, np.repeat(_ballot(_active(chunk)), 32), True)
     if ins.opcode == "bar.warp.sync":
         return lambda chunk: None
+    if found := re.fullmatch(r"mma\.sync\.aligned\.m16n8k(8|16)\.row\.col\.f32\.(tf32|f16|bf16)\.\2\.f32", ins.opcode):
+        return _product(ins, program, int(found.group(1)), found.group(2))
     if ins.base in ("mma", "wgmma", "tcgen05", "ldtm"):
-        raise Unsupported(f"line {ins.line}: {ins.opcode}: products of matrices are not executed")
+        raise Unsupported(f"line {ins.line}: {ins.opcode}: this product of matrices is not executed")
     return None
 
 
@@ -50,8 +53,6 @@ def _everybody(ins: Instruction, program: "Program", text: Any) -> int:
 
 def _named(chunk: "Chunk", ins: Instruction, members: int) -> np.ndarray:
     """Lanes (warps, 32) that the mask of members names; reports active warps whose active lanes are others."""
-    from rplib.bench.machine.findings import DIVERGENT
-
     chunk.require(chunk.known[members], "the members of a warp instruction", ins)
     mask = chunk.everywhere(chunk.values[members])
     named = ((mask >> chunk.lane.astype(np.uint32)) & np.uint32(1)).astype(bool).reshape(-1, 32)
@@ -137,3 +138,59 @@ def _vote(ins: Instruction, program: "Program", how: str) -> "Step":
             chunk.write(target, np.repeat((votes & named).any(1) if how == "any" else (votes | ~named).all(1), 32), True)
 
     return step
+
+
+_GROUP, _PLACE = np.arange(32) // 4, np.arange(32) % 4  # of a lane: row of A or column of B; the four lanes that share it
+
+
+def _product(ins: Instruction, program: "Program", depth: int, type: str) -> "Step":
+    """D = A B + C with A (16, depth), B (depth, 8); a register holds one tf32 or two neighbours along the depth.
+
+    Inputs are cut to tf32. The sums are exact and then rounded towards zero, as tensor cores have been seen to do; how
+    they align the summands before that is not modelled.
+    """
+    each = 1 if type == "tf32" else 2  # values in a register
+    names = [o if isinstance(o, tuple) else () for o in ins.operands]
+    if [len(n) for n in names] != [4, depth // (2 * each), depth // (4 * each), 4]:
+        raise Unsupported(f"line {ins.line}: {ins}")
+    targets = [program.register(name) for name in names[0]]
+    a, b, c = ([program.operand(text, "b32") for text in operand] for operand in names[1:])
+    row_of_c = [_GROUP + 8 * (n // 2) for n in range(4)]
+    column_of_c = [2 * _PLACE + n % 2 for n in range(4)]
+
+    def step(chunk: "Chunk") -> None:
+        active = _active(chunk)
+        chunk.found(DIVERGENT, ins, chunk.first_of_warp[::32], active.any(1) & ~active.all(1), ())
+        left, right, start = np.zeros((len(active), 16, depth)), np.zeros((len(active), depth, 8)), np.zeros((len(active), 16, 8))
+        rows, columns, started = np.ones(left.shape[:2], bool), np.ones((len(active), 8), bool), np.ones(start.shape, bool)
+        for n, slot in enumerate(a):
+            values, known = _elements(chunk, slot, type)
+            for k in range(each):
+                left[:, _GROUP + 8 * (n % 2), each * _PLACE + k + 4 * each * (n // 2)] = values[k]
+            np.logical_and.at(rows, (slice(None), _GROUP + 8 * (n % 2)), known)
+        for n, slot in enumerate(b):
+            values, known = _elements(chunk, slot, type)
+            for k in range(each):
+                right[:, each * _PLACE + k + 4 * each * n, _GROUP] = values[k]
+            np.logical_and.at(columns, (slice(None), _GROUP), known)
+        for n, slot in enumerate(c):
+            (values,), known = _elements(chunk, slot, "f32")
+            start[:, row_of_c[n], column_of_c[n]], started[:, row_of_c[n], column_of_c[n]] = values, known
+        exact = left @ right + start
+        defined = rows[:, :, None] & columns[:, None, :] & started
+        result = exact.astype(np.float32)
+        result = np.where(np.abs(result) > np.abs(exact), np.nextafter(result, np.float32(0)), result)
+        for n, target in enumerate(targets):
+            bits = np.ascontiguousarray(result[:, row_of_c[n], column_of_c[n]]).view(np.uint32).ravel()
+            chunk.write(target, bits, simplified(defined[:, row_of_c[n], column_of_c[n]].ravel()))
+
+    return step
+
+
+def _elements(chunk: "Chunk", slot: int, type: str) -> tuple[list[np.ndarray], np.ndarray]:
+    """The values (warps, 32) in a register of every lane, and whether they are defined."""
+    bits = chunk.everywhere(chunk.values[slot])
+    if type == "tf32":
+        bits = bits & np.uint32(0xFFFFE000)
+    values = as_type(bits, "f32" if type == "tf32" else type if type == "f32" else type + "x2").reshape(len(bits), -1)
+    return [values[:, k].reshape(-1, 32) for k in range(values.shape[1])], chunk.known_everywhere(slot).reshape(-1, 32)
