@@ -18,6 +18,7 @@ _INT32_LIMIT = 2**31 - 1
 # Programs per multiprocessor that walk over the voxels; the reduction then reads kilobytes.
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 _PROGRAMS_WITHOUT_GPU = 4
+_BLOCKS_PER_PROGRAM = 4096  # of at most 8 voxels a row: a row's voxels of one class can be counted in 16 bits
 
 
 class Launch(NamedTuple):
@@ -183,7 +184,7 @@ def split(voxels: int, block: int, batch: int, device: torch.device) -> tuple[in
     """(programs per sample, whole blocks per program); the last program also takes the ragged tail."""
     blocks = max(1, voxels // block)
     wanted = max(1, _programs(device) // batch) if device.type != "cpu" else _PROGRAMS_WITHOUT_GPU
-    per_program = -(-blocks // wanted)
+    per_program = min(-(-blocks // wanted), _BLOCKS_PER_PROGRAM)
     return -(-blocks // per_program), per_program
 
 

@@ -31,9 +31,9 @@ from rplib.kernels.voxels import (
 class Sums(NamedTuple):
     """What a program adds up. Tiles of one number per row (ROWS,); tuples over classes where there are some.
 
-    seen: voxels. ab, ba: reliable voxels of student a and b. nonfinite: 0 or NaN. members_a, members_b: voxels pseudo-labelled as
-    class 1, 2 .. (those of class 0 are the rest). differing: voxels whose pseudo-labels differ, if asked for. features_a,
-    features_b: sums of features, (FEATURE_BLOCK, ROWS) or with DOT for every TILE of features and 16 classes (groups, 16, TILE).
+    seen: voxels. ab, ba: reliable voxels of student a and b. nonfinite: 0 or NaN. members: voxels pseudo-labelled as class 1, 2 ..
+    (those of class 0 are the rest), by a in the lower half of the bits, by b in the upper. differing: voxels whose pseudo-labels
+    differ, if asked for. features_a, features_b: sums of features, (FEATURE_BLOCK, ROWS) or with DOT for every TILE of features and 16 classes (groups, 16, TILE).
     overlap_a, overlap_b, soft_a, soft_b, truth: of Dice. entropy: of cross-entropy, both networks'.
     """
 
@@ -41,8 +41,7 @@ class Sums(NamedTuple):
     ab: tl.tensor
     ba: tl.tensor
     nonfinite: tl.tensor
-    members_a: tl.tuple
-    members_b: tl.tuple
+    members: tl.tuple
     differing: tl.tuple
     features_a: tl.tuple
     features_b: tl.tuple
@@ -70,13 +69,14 @@ def _rows(tile):
 
 
 @triton.jit
-def _add_members(members, label, valid, CLASSES: tl.constexpr, MASKED: tl.constexpr):
+def _add_members(members, a, b, valid, CLASSES: tl.constexpr, MASKED: tl.constexpr):
+    """Two counts in one register; `launch.split` gives a program too few blocks for 16 bits to overflow."""
+    if MASKED:
+        a = tl.where(valid, a, CLASSES)
+        b = tl.where(valid, b, CLASSES)
     added = ()
     for c in tl.static_range(1, CLASSES):
-        of_class = label == c
-        if MASKED:
-            of_class = of_class & valid
-        added = added + (members[c - 1] + _rows(of_class.to(tl.int32)),)
+        added = added + (members[c - 1] + _rows(tl.where(a == c, 1, 0) + tl.where(b == c, 65536, 0)),)
     return added
 
 
@@ -306,8 +306,7 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
     else:
         bad = a.top + a.rest + b.top + b.rest
     nonfinite = s.nonfinite + _rows(bad * 0.0)  # 0, or NaN where a logit is NaN or +inf
-    members_a = s.members_a
-    members_b = s.members_b
+    members = s.members
     differing = s.differing
     features_a = s.features_a
     features_b = s.features_b
@@ -334,8 +333,7 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
             )
         truth = _add_truth(truth, t, CLASSES)
     if o.WITH_FEATURES or o.RULES.detailed:
-        members_a = _add_members(members_a, a.label, valid, CLASSES, MASKED)
-        members_b = _add_members(members_b, b.label, valid, CLASSES, MASKED)
+        members = _add_members(members, a.label, b.label, valid, CLASSES, MASKED)
     if o.RULES.detailed:
         different = a.label != b.label
         if MASKED:
@@ -368,7 +366,7 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
                 features_b, i.fb, fb_v, i.fb_strides.channel, f, b.label, valid, o.FEATURES_B, CLASSES, o.WIDE, MASKED, RAGGED_B
             )  # fmt: skip
     return Sums(
-        seen, ab, ba, nonfinite, members_a, members_b, differing, features_a, features_b,
+        seen, ab, ba, nonfinite, members, differing, features_a, features_b,
         overlap_a, overlap_b, soft_a, soft_b, truth, entropy,
     )  # fmt: skip
 
@@ -391,7 +389,7 @@ def _walk(i, program, programs, blocks_per_program, o):
     first = program * blocks_per_program
     whole = tl.minimum(first + blocks_per_program, i.voxels // BLOCK)
     sums = Sums(
-        tl.maximum(whole - first, 0) * BLOCK, zero, zero, tl.zeros((o.ROWS,), tl.float32), members, members, differing,
+        tl.maximum(whole - first, 0) * BLOCK, zero, zero, tl.zeros((o.ROWS,), tl.float32), members, differing,
         features, features, per_class, per_class, per_class, per_class,
         _zeros((o.ROWS,), tl.int32, o.CLASSES if o.RULES.supervised else 0),
         _zeros((o.ROWS,), tl.float32, 2 if o.RULES.entropy else 0),
@@ -450,13 +448,13 @@ def _run(i, program, programs, blocks_per_program, sums_a, sums_b, o):
 
 
 @triton.jit
-def _store_members(out, members, voxels, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr):
-    """Write the voxels of each class; ``voxels``: of this program, so that class 0 is what the others leave."""
+def _store_members(out, members, voxels, SHIFT: tl.constexpr, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr):
+    """Write one network's voxels of each class; ``voxels``: of this program, so that class 0 is what the others leave."""
     cls = tl.arange(0, CLASSES_PAD)
     totals = tl.zeros((CLASSES_PAD,), tl.int32)
     rest = voxels
     for c in tl.static_range(1, CLASSES):
-        total = tl.sum(members[c - 1], axis=0)
+        total = tl.sum((members[c - 1] >> SHIFT) & 65535, axis=0)
         totals = tl.where(cls == c, total, totals)
         rest -= total
     tl.store(out + cls, tl.where(cls == 0, rest, totals), mask=cls < CLASSES)
@@ -533,8 +531,8 @@ def statistics_kernel(
         if RULES.detailed:
             tl.store(counts + 2 * all_programs + here, tl.sum(sums.differing[0], axis=0))
         if WITH_FEATURES or RULES.detailed:
-            _store_members(members + mine, sums.members_a, sums.seen, CLASSES, CLASSES_PAD)
-            _store_members(members + plane + mine, sums.members_b, sums.seen, CLASSES, CLASSES_PAD)
+            _store_members(members + mine, sums.members, sums.seen, 0, CLASSES, CLASSES_PAD)
+            _store_members(members + plane + mine, sums.members, sums.seen, 16, CLASSES, CLASSES_PAD)
         if RULES.supervised:
             if sample < labelled:
                 _store_per_class(members + 2 * plane + mine, sums.truth, CLASSES, CLASSES_PAD)
