@@ -57,6 +57,7 @@ def iter_specs(
     labelled: int = 0,
     statistics: bool = False,
     supervised: Supervised = "dice",
+    architecture: int | str = 90,
 ) -> Iterator[KernelSpec]:
     """Every kernel of one forward and backward pass, in the order of the launches.
 
@@ -66,11 +67,12 @@ def iter_specs(
         confidence, weighted, on_logits: the loss's keywords.
         labelled: samples with a target (uint8): 0 is the loss alone, more the whole objective.
         statistics, supervised: the objective's keywords.
+        architecture: whose tiles, see `launch.tiles_for`.
     """
     for recorded in record_launches(
         classes, features, dtype, channels_last,
         batch=batch, spatial=spatial, confidence=confidence, weighted=weighted, on_logits=on_logits, labelled=labelled,
-        statistics=statistics, supervised=supervised,
+        statistics=statistics, supervised=supervised, architecture=architecture,
     ):  # fmt: skip
         yield spec(recorded)
 
@@ -89,6 +91,7 @@ def record_launches(
     labelled: int = 0,
     statistics: bool = False,
     supervised: Supervised = "dice",
+    architecture: int | str = 90,
 ) -> list[launch.Launch]:
     """The launches themselves, arguments on the meta device; keywords as `iter_specs`."""
     launches: list[launch.Launch] = []
@@ -108,7 +111,7 @@ def record_launches(
     given = passes.Batch(tensors(classes), tensors(features) if weighted else None, target)
     options = Options(confidence=confidence, cross_entropy_on="logits" if on_logits else "probabilities")
     rules = rules_of(options, Supervision(supervised=supervised, statistics=statistics) if labelled else None, classes)
-    with launch.observed(record):
+    with launch.observed(record), launch.tiles_for(architecture):
         known = passes.statistics(given, rules)
         _, _, kept = passes.weighting(given, known, rules, passes.Weights(0.5), with_record=True)
         upstream = torch.empty((), dtype=torch.float32, device="meta")
