@@ -25,6 +25,8 @@ OPTIONS = {
     "layout": ("contiguous", "channels_last", "slice", "wide"),  # wide: offsets of 64 bits
     "dtype": ("float32", "bfloat16", "float16"),
     "target": ("uint8", "int64", "bool", "int32", "float32"),
+    "supervised": ("dice", "cross_entropy", "dice+cross_entropy"),
+    "statistics": (False, True),
     "call": ("training", "loss alone", "maps"),
 }
 
@@ -62,7 +64,7 @@ def launches(row):
     options = Options(confidence=row["confidence"], cross_entropy_on="logits" if row["on_logits"] else "probabilities")
     plain = row["call"] == "maps" or target is None
     batch = passes.Batch(logits, read, None if plain else target)
-    rules = rules_of(options, None if plain else Supervision(), classes)
+    rules = rules_of(options, None if plain else Supervision(supervised=row["supervised"], statistics=row["statistics"]), classes)
     weights = passes.Weights(0.5, 1.0, torch.empty((), device="meta") if row["weight"] else None)
     found = []
     with launch.observed(lambda one: found.append(one) is not None):  # False: not run
