@@ -167,15 +167,15 @@ def _product(ins: Instruction, program: "Program", depth: int, type: str) -> "St
             values, known = _elements(chunk, slot, type)
             for k in range(each):
                 left[:, _GROUP + 8 * (n % 2), each * _PLACE + k + 4 * each * (n // 2)] = values[k]
-            np.logical_and.at(rows, (slice(None), _GROUP + 8 * (n % 2)), known)
+            rows[:, 8 * (n % 2) : 8 * (n % 2) + 8] &= known.reshape(-1, 8, 4).all(2)
         for n, slot in enumerate(b):
             values, known = _elements(chunk, slot, type)
             for k in range(each):
                 right[:, each * _PLACE + k + 4 * each * n, _GROUP] = values[k]
-            np.logical_and.at(columns, (slice(None), _GROUP), known)
+            columns &= known.reshape(-1, 8, 4).all(2)
         for n, slot in enumerate(c):
-            (values,), known = _elements(chunk, slot, "f32")
-            start[:, row_of_c[n], column_of_c[n]], started[:, row_of_c[n], column_of_c[n]] = values, known
+            values, known = _elements(chunk, slot, "f32")
+            start[:, row_of_c[n], column_of_c[n]], started[:, row_of_c[n], column_of_c[n]] = values[0], known
         exact = left @ right + start
         defined = rows[:, :, None] & columns[:, None, :] & started
         result = exact.astype(np.float32)
