@@ -52,7 +52,7 @@ def load(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage sizes
         if is_out_of_memory(error):
-            raise UserError(f"{path} does not fit into the memory ({brief_reason(error)}).") from error
+            raise UserError(f"{path} does not fit into memory ({brief_reason(error)}).") from error
         raise UserError(f"{path} is not a readable checkpoint ({brief_reason(error)}); {_instead_of(path)}.") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         kind = "dict with keys other than text" if isinstance(content, dict) else type(content).__name__

@@ -103,7 +103,7 @@ def test_find_shows_the_layers_and_leaves_the_network_as_it_was():
 def test_impossible_is_an_error_with_candidates():
     network = Interpolated()
     rplib.FeatureTap(network)
-    with pytest.raises(RuntimeError, match=r"(?s)networks\[0\].*layer='body'.*layer='classifier': reads \(2, 6, 2, 3\)"):
+    with pytest.raises(RuntimeError, match=r"(?s)networks\[0\].*layer='body'.*layer='classifier': input \(2, 6, 2, 3\)"):
         network(IMAGE)
 
 
