@@ -125,7 +125,7 @@ def read_run(folder: Path, split: str, method: str) -> Run:
     from rplib.reference.config import load_config
 
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} holds no {CONFIG}; expected a run folder of `rplib train`.")
+        raise UserError(f"{folder} has no {CONFIG}; expected a run folder of `rplib train`.")
     config = load_config(folder / CONFIG)
     path = folder / f"evaluation-{split}" / "scores.csv"
     if not path.is_file():

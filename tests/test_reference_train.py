@@ -408,7 +408,7 @@ def test_unlabelled_cases_train_without_labels_and_labels_there_change_nothing(t
         (["--recipe", "la-4", "--device", "cpu", "--set", "amp=bfloat16"], "amp=bfloat16 on a CPU: "),
         (["--recipe", "la-4", "--device", "warp"], "--device warp does not work on this machine"),
         (["--recipe", "la-4", "--set", "impl=triton"], "impl=triton: "),
-        (["--resume"], "holds no run to resume"),
+        (["--resume"], "has no run to resume"),
         (["--recip", "la-8", "--bogus"], "unrecognized arguments: --bogus"),
     ],
 )

@@ -173,7 +173,7 @@ class TwoStreamBatches:
             shape[:2] = shape[1::-1]
         start = []
         for size, edge, (before, after) in zip(shape, patch, padding(shape, patch, self._as_authors), strict=True):
-            margin = self._config.crop_margin if edge > 1 else 0  # beyond the last axis of slices there is no slice
+            margin = self._config.crop_margin if edge > 1 else 0  # no margin across slices
             before, after = before + margin, after + margin
             spare = before + size + after - edge
             start.append(int(random.integers(spare if self._as_authors else spare + 1)) - before)
