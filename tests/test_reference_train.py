@@ -278,7 +278,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(finished, data, tmp_path, capsy
 def test_missing_checkpoints(tmp_path, finished):
     with pytest.raises(UserError, match=r"no checkpoint .*nowhere"):
         checkpoint.load_network(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"holds no last\.pt"):
+    with pytest.raises(UserError, match=r"has no last\.pt"):
         checkpoint.load_network(tmp_path)
     checkpoint.save(tmp_path / "last.pt", {"network": {}, "config": tiny().to_toml()})
     (tmp_path / "config.toml").write_text(tiny().to_toml())
