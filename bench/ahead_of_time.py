@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One point of the matrix: C classes, F features, dtype of logits and features, their memory layout, a target's name.
+    """One point of the matrix: C classes, F features, dtype and memory layout of logits and features, name of the target.
 
     The batch has 4 samples; the variant is one of VARIANTS.
     """

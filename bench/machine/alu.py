@@ -1,7 +1,7 @@
-"""Instructions whose result depends on their operands alone: arithmetic, logic, comparisons, conversions.
+"""Instructions whose result depends only on their operands: arithmetic, logic, comparisons, conversions.
 
-`decode` looks an opcode up in a table of rules. A rule is a regular expression for the whole opcode, so that an unknown
-modifier matches nothing, and what it makes of a match: types of operands and result, and a function of numpy arrays.
+`decode` looks up an opcode in a table of rules. A rule has a regular expression for the whole opcode, so that an unknown
+modifier matches nothing, and for a match gives the types of operands and result, and a function of numpy arrays.
 
 >>> rule = decode("add.s32")
 >>> rule.function(np.int32([1, 2]), np.int32([10, 20]))
@@ -20,8 +20,8 @@ from rplib.bench.machine.ptx import Unsupported
 
 
 class Rule(NamedTuple):
-    """inputs: types as PTX writes them; result: likewise. selects: a choice between the first two operands by the third, of which
-    the other may be undefined. decides: a logical operation whose result is known where one operand settles it (its value)."""
+    """inputs, result: types in PTX notation. selects: the third operand chooses one of the first two; the other may be
+    undefined. decides: operand value that alone determines the result of a logical operation."""
 
     inputs: tuple[str, ...]
     result: str
@@ -45,7 +45,7 @@ def _rule(pattern: str) -> Callable[[Callable[..., Rule]], Callable[..., Rule]]:
 
 
 def decode(opcode: str) -> Rule | None:
-    """The rule of an opcode, or None where the table has none."""
+    """The rule of an opcode, or None if the table has none."""
     for pattern, make in _TABLE:
         if found := pattern.fullmatch(opcode):
             return make(**found.groupdict())
