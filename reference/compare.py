@@ -25,7 +25,7 @@ _SAME = {"seed", "cache", "checkpoint_every", "log_every", "window_batch"}
 
 ALL = "all"  # classes
 
-Scores = dict[str, dict[tuple[str, str], float]]  # metric -> (case, class) -> value; NaN where missing
+ScoreTable = dict[str, dict[tuple[str, str], float]]  # metric -> (case, class) -> value; NaN where missing
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Run:
 
     title: str
     settings: dict[str, object]
-    scores: Scores
+    scores: ScoreTable
     table: Path | None = None  # the scores.csv
 
     def mean(self, metric: str, klass: str = ALL) -> float:
@@ -133,7 +133,7 @@ def read_run(folder: Path, split: str, method: str) -> Run:
     return Run(config.title, asdict(config), read_scores(path, method), path)
 
 
-def read_scores(path: Path, method: str) -> Scores:
+def read_scores(path: Path, method: str) -> ScoreTable:
     """The scores of one method in a scores.csv.
 
     Raises:
@@ -142,7 +142,7 @@ def read_scores(path: Path, method: str) -> Scores:
     from rplib.reference.evaluation.scoring import METRICS
 
     expected = ["case", "method", "class", *METRICS]
-    scores: Scores = {}
+    scores: ScoreTable = {}
     with reading(path, "table of scores", "run `rplib evaluate` again"), path.open(newline="", encoding="utf-8") as file:
         lines = csv.reader(file, strict=True)
         if (header := next(lines, [])) != expected:

@@ -97,8 +97,8 @@ def test_widths_of_amd_instructions():
 
 COMPILE = """
 import json, sys
-from rplib.bench.ahead_of_time import Case, report
-print(json.dumps([[row.__dict__ for row in report(Case(**case))] for case in json.loads(sys.argv[1])]))
+from rplib.bench.ahead_of_time import Point, report
+print(json.dumps([[row.__dict__ for row in report(Point(**case))] for case in json.loads(sys.argv[1])]))
 """
 
 

@@ -399,7 +399,7 @@ def test_withdrawn_cases_are_left_out_of_published_lists(tmp_path, capsys):
     assert "image0025" in out and "withdrawn" in out
     assert open_dataset(tmp_path / "dest", "pancreas").names("train") == ["image0002"]
     (lists / "train.list").write_text("image0003\nimage0002\n")
-    assert "names image0003 (1 in all)" in mistake(
+    assert "lists image0003 (1 in all)" in mistake(
         capsys, "data", "pancreas", tmp_path / "raw", tmp_path / "new", "--lists", lists
     )
 

@@ -153,7 +153,7 @@ def test_a_list_cannot_lead_out_of_its_folder(data, trained, tmp_path, capsys, n
         message = capsys.readouterr().out
     else:
         message = mistake(capsys, *arguments)
-    assert "train.list names '" in message or "test.list names '" in message
+    assert "train.list contains '" in message or "test.list contains '" in message
     assert "not a case name; expected" in message
     assert "\x1b" not in message and "\x00" not in message
     assert {k: v for k, v in everything(tmp_path).items() if not k.startswith("out/")} == before

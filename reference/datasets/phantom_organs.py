@@ -20,7 +20,7 @@ from rplib.reference.datasets.phantom import (
 )
 from rplib.reference.progress import progress
 
-MOST_CLASSES = 5
+MOST_ORGAN_CLASSES = 5
 _ATTEMPTS = 40
 # By class: radius as a share of the shortest axis, and range of the stripes' period in voxels (0: crossed; None: smooth).
 _ORGANS = ((0.20, (3.5, 5.0)), (0.17, (8.0, 11.0)), (0.14, None), (0.12, 0.0))
@@ -36,8 +36,8 @@ def organs_case(name: str, size: tuple[int, ...], classes: int, seed: int, index
     Raises:
         UserError: an invalid number, or no attempt hid every organ from a threshold.
     """
-    if not 3 <= classes <= MOST_CLASSES:
-        raise UserError(f"classes is {classes}; expected 3 to {MOST_CLASSES} for several organs, 2 for one.")
+    if not 3 <= classes <= MOST_ORGAN_CLASSES:
+        raise UserError(f"classes is {classes}; expected 3 to {MOST_ORGAN_CLASSES} for several organs, 2 for one.")
     if len(size) not in (2, 3) or min(size) < LEAST_SIZE:
         raise UserError(f"size is {size}; expected two or three axes of at least {LEAST_SIZE} voxels.")
     random = np.random.default_rng([seed, index, classes, len(size)])
