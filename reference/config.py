@@ -100,7 +100,7 @@ class Config:
     )
     augmentation: str = _key("mirror-rotate", "in the first two axes; 'none' crops only", choices=("mirror-rotate", "none"))
     crop_margin: int = _key(
-        0, "voxels by which crops may reach beyond the image, which is 0 there: the only shift where patch = image", least=0,
+        0, "voxels by which crops may extend beyond the image, where it is 0; for shifts if patch = image", least=0,
         most=_MOST_AXIS,
     )  # fmt: skip
     cache: str = _key("auto", "where volumes are kept; 'auto': on the GPU if they fit, else in RAM", choices=CACHES)
@@ -111,7 +111,9 @@ class Config:
 
     dice_weight: float = _key(0.5, "factor of the sum of both decoders' supervised losses", least=0.0, section="objective")
     supervised: str = _key(
-        "dice", "loss on the labels; of two the mean is taken", choices=("dice", "cross_entropy", "dice+cross_entropy")
+        "dice",
+        "loss on the labels; 'dice+cross_entropy' is the mean of both",
+        choices=("dice", "cross_entropy", "dice+cross_entropy"),
     )
     consistency: float = _key(1.0, "maximum weight of the mutual loss; 0: train on labels alone", least=0.0)
     warmup: int = _key(0, "iterations on labels alone before the ramp-up begins", least=0, most=_MOST_COUNT)
