@@ -1,4 +1,4 @@
-"""One's own data as it lies on the disk: nnU-Net folders, DICOM series, slips in labels, odd files among good ones."""
+"""Users' own data as found on disk: nnU-Net folders, DICOM series, mistakes in labels, odd files among valid ones."""
 
 import contextlib
 import csv
