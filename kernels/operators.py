@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rplib import ranks
+from rplib.inputs import valid_only
 from rplib.kernels import passes
 from rplib.kernels.passes import Batch, Record, Statistics, Weights
 from rplib.kernels.rules import Rules, decoded, encoded, rules_of
@@ -23,9 +24,9 @@ from rplib.statistics import ObjectiveStatistics
 from rplib.supervision import Supervision
 
 
-def loss(logits: list[Tensor], features: list[Tensor] | None, options: Options) -> Tensor:
+def loss(logits: list[Tensor], features: list[Tensor] | None, options: Options, mask: Tensor | None = None) -> Tensor:
     """The mutual loss of two networks, a 0-dim float32 tensor, differentiable once with respect to the logits."""
-    value, terms = _run(logits, features, options, rules_of(options))
+    value, terms = _run(logits, features, mask, options, rules_of(options, masked=mask is not None))
     return ranks.as_one_process(value, ranks.detached_sum(terms[1], options.process_group), options.process_group)
 
 
@@ -36,11 +37,12 @@ def objective(
     supervision: Supervision,
     target: Tensor,
     consistency_weight: float | Tensor,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, ObjectiveStatistics | None]:
     """The whole objective: total (0-dim float32, differentiable once); its terms Dice and mutual, and statistics, detached."""
     group = options.process_group
-    rules = rules_of(options, supervision, logits[0].shape[1])
-    local, terms = _run(logits, features, options, rules, target.detach(), supervision.dice_weight, consistency_weight)
+    rules = rules_of(options, supervision, logits[0].shape[1], masked=mask is not None)
+    local, terms = _run(logits, features, mask, options, rules, target.detach(), supervision.dice_weight, consistency_weight)
     terms = terms.detach()
     dice, shared = terms[0], ranks.detached_sum(terms[1:6], group)
     mutual = shared[0]
@@ -56,6 +58,7 @@ def objective(
 def _run(
     logits: list[Tensor],
     features: list[Tensor] | None,
+    mask: Tensor | None,
     options: Options,
     rules: Rules,
     target: Tensor | None = None,
@@ -66,7 +69,9 @@ def _run(
     _refuse_forward_mode(*logits, *([consistency_weight] if isinstance(consistency_weight, Tensor) else []))
     fa, fb = _two(features)
     packed = encoded(rules)
-    prototypes_a, prototypes_b, counts, sums = statistics(logits[0].detach(), logits[1].detach(), fa, fb, target, *packed)
+    prototypes_a, prototypes_b, counts, sums = statistics(
+        logits[0].detach(), logits[1].detach(), fa, fb, target, mask, *packed
+    )  # fmt: skip
     counts, sums = ranks.detached_sum(counts, options.process_group), ranks.detached_sum(sums, options.process_group)
     factor = 1.0
     weight: Tensor | None = None
@@ -80,31 +85,34 @@ def _run(
     value: Tensor
     terms: Tensor
     value, terms, _, _ = weighting(
-        logits[0], logits[1], weight, fa, fb, target, prototypes_a, prototypes_b, counts, sums,
+        logits[0], logits[1], weight, fa, fb, target, mask, prototypes_a, prototypes_b, counts, sums,
         *packed, factor, dice_weight, wanted,
     )  # fmt: skip
     return value, terms
 
 
-def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options) -> list[Reliability]:
+def maps(
+    logits: list[Tensor], features: list[Tensor] | None, options: Options, mask: Tensor | None = None
+) -> list[Reliability]:
     """Masks and weights from the loss's own kernels, with what explains them."""
     fa, fb = _two(features)
     spatial = logits[0].shape[2:]
-    packed = encoded(rules_of(options))
-    known = statistics(logits[0], logits[1], fa, fb, None, *packed)
-    weights, masks = weighting_maps(logits[0], logits[1], fa, fb, *known, *packed)
+    packed = encoded(rules_of(options, masked=mask is not None))
+    known = statistics(logits[0], logits[1], fa, fb, None, mask, *packed)
+    weights, masks = weighting_maps(logits[0], logits[1], fa, fb, mask, *known, *packed)
+    keep = None if mask is None else mask.unsqueeze(1)  # (B, 1, *spatial)
     result = []
     for i, j in ordered_pairs(2):
         similar = None
         if features is not None:
-            similar = similarity(features[j].flatten(2).float(), known[j])[0].unflatten(2, spatial)
+            similar = similarity(valid_only(features[j], keep).flatten(2).float(), known[j])[0].unflatten(2, spatial)
         result.append(
             Reliability(
                 student=i,
                 teacher=j,
                 mask=masks[i].bool().unflatten(1, spatial),
                 weight=weights[i].unflatten(1, spatial),
-                pseudo_label=logits[j].argmax(dim=1),
+                pseudo_label=valid_only(logits[j], keep).argmax(dim=1),
                 prototypes=None if features is None else known[j],
                 similarity=similar,
             )
@@ -119,11 +127,12 @@ def statistics(
     features_a: Tensor | None,
     features_b: Tensor | None,
     target: Tensor | None,
+    mask: Tensor | None,
     rules: str,
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Prototypes (B, C, F) of both networks, reliable voxels per student (2,) int64, and sums, see passes.Statistics."""
-    batch = _batch(logits_a, logits_b, features_a, features_b, target)
+    batch = _batch(logits_a, logits_b, features_a, features_b, target, mask)
     return tuple(passes.statistics(batch, decoded(rules, numbers)))  # type: ignore[return-value]
 
 
@@ -134,6 +143,7 @@ def _(
     features_a: Tensor | None,
     features_b: Tensor | None,
     target: Tensor | None,
+    mask: Tensor | None,
     rules: str,
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -154,6 +164,7 @@ def weighting(
     features_a: Tensor | None,
     features_b: Tensor | None,
     target: Tensor | None,
+    mask: Tensor | None,
     prototypes_a: Tensor,
     prototypes_b: Tensor,
     counts: Tensor,
@@ -166,7 +177,7 @@ def weighting(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Total (0-dim float32), (dice, mutual), and the two parts of passes.Record, empty unless wanted."""
     known = Statistics(prototypes_a, prototypes_b, counts, sums)
-    batch = _batch(logits_a, logits_b, features_a, features_b, target)
+    batch = _batch(logits_a, logits_b, features_a, features_b, target, mask)
     weights = Weights(dice_weight, mutual_factor, mutual_weight)
     total, terms, record = passes.weighting(batch, known, decoded(rules, numbers), weights, with_record=with_record)
     return total, terms, *record
@@ -180,6 +191,7 @@ def _(
     features_a: Tensor | None,
     features_b: Tensor | None,
     target: Tensor | None,
+    mask: Tensor | None,
     prototypes_a: Tensor,
     prototypes_b: Tensor,
     counts: Tensor,
@@ -210,12 +222,13 @@ def gradient(
     logits_a: Tensor,
     logits_b: Tensor,
     target: Tensor | None,
+    mask: Tensor | None,
     rules: str,
     numbers: Sequence[float],
     dice_weight: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of both networks' logits."""
-    batch = _batch(logits_a, logits_b, None, None, target)
+    batch = _batch(logits_a, logits_b, None, None, target, mask)
     return passes.gradient(upstream, sums, Record(record, code), batch, decoded(rules, numbers), dice_weight)
 
 
@@ -228,6 +241,7 @@ def _(
     logits_a: Tensor,
     logits_b: Tensor,
     target: Tensor | None,
+    mask: Tensor | None,
     rules: str,
     numbers: Sequence[float],
     dice_weight: float,
@@ -241,6 +255,7 @@ def weighting_maps(
     logits_b: Tensor,
     features_a: Tensor | None,
     features_b: Tensor | None,
+    mask: Tensor | None,
     prototypes_a: Tensor,
     prototypes_b: Tensor,
     counts: Tensor,
@@ -250,7 +265,7 @@ def weighting_maps(
 ) -> tuple[Tensor, Tensor]:
     """Weights (2, B, V) float32 and masks (2, B, V) int8, student a first."""
     known = Statistics(prototypes_a, prototypes_b, counts, sums)
-    return passes.maps(_batch(logits_a, logits_b, features_a, features_b), known, decoded(rules, numbers))
+    return passes.maps(_batch(logits_a, logits_b, features_a, features_b, None, mask), known, decoded(rules, numbers))
 
 
 @weighting_maps.register_fake
@@ -259,6 +274,7 @@ def _(
     logits_b: Tensor,
     features_a: Tensor | None,
     features_b: Tensor | None,
+    mask: Tensor | None,
     prototypes_a: Tensor,
     prototypes_b: Tensor,
     counts: Tensor,
@@ -272,17 +288,17 @@ def _(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     (
-        logits_a, logits_b, _, _, _, target, _, _, _, sums,
+        logits_a, logits_b, _, _, _, target, mask, _, _, _, sums,
         ctx.rules, ctx.numbers, ctx.factor, ctx.dice_weight, ctx.with_record,
     ) = inputs  # fmt: skip
     _, terms, record, code = output
     ctx.set_materialize_grads(False)  # no zeros, as large as the record, for outputs that nobody differentiates
     ctx.mark_non_differentiable(terms, record, code)
-    ctx.save_for_backward(terms, sums, record, code, logits_a, logits_b, target)
+    ctx.save_for_backward(terms, sums, record, code, logits_a, logits_b, target, mask)
 
 
 def _weighting_backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = [None] * 12
+    nothing = [None] * 13
     if upstream is None or not ctx.with_record:
         return (None, None, None, *nothing)
     terms, *saved = ctx.saved_tensors
@@ -340,7 +356,12 @@ def _two(features: list[Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _batch(
-    logits_a: Tensor, logits_b: Tensor, features_a: Tensor | None, features_b: Tensor | None, target: Tensor | None = None
+    logits_a: Tensor,
+    logits_b: Tensor,
+    features_a: Tensor | None,
+    features_b: Tensor | None,
+    target: Tensor | None,
+    mask: Tensor | None,
 ) -> Batch:
     features = None if features_a is None or features_b is None else (features_a, features_b)
-    return Batch((logits_a, logits_b), features, target)
+    return Batch((logits_a, logits_b), features, target, mask)

@@ -14,7 +14,8 @@ class Rules(NamedTuple):
 
     compare: there is a confidence. by_entropy: it is the entropy, else the largest probability. on_logits: cross-entropy on
     logits. detailed: sums for `rplib.ObjectiveStatistics` are kept. dice: the supervised term has Dice, of the ``chosen`` classes
-    that are set in ``bits``. entropy: it has cross-entropy; with both it is their mean. eps: see the method.
+    that are set in ``bits``. entropy: it has cross-entropy; with both it is their mean. masked: some voxels do not count.
+    ignoring: nor do those with the label ``ignored`` in the supervised term. eps: see the method.
     """
 
     compare: bool = True
@@ -25,7 +26,10 @@ class Rules(NamedTuple):
     entropy: bool = False
     chosen: int = 1
     bits: int = 0
+    masked: bool = False
+    ignoring: bool = False
     eps: float = 1e-6
+    ignored: float = 0.0
 
     @property
     def supervised(self) -> bool:
@@ -38,12 +42,17 @@ class Rules(NamedTuple):
         return 0.5 if self.dice and self.entropy else 1.0
 
 
-def rules_of(options: Options, supervision: Supervision | None = None, classes: int = 0) -> Rules:
+# The last fields: an operator takes them as numbers.
+_NUMBERS = ("eps", "ignored")
+
+
+def rules_of(options: Options, supervision: Supervision | None = None, classes: int = 0, *, masked: bool = False) -> Rules:
     """The record of a call with C ``classes``; ``supervision``: of the objective; None: the loss alone."""
     rules = Rules(
         compare=options.confidence is not None,
         by_entropy=options.confidence == "entropy",
         on_logits=options.cross_entropy_on == "logits",
+        masked=masked,
         eps=options.eps,
     )
     if supervision is None:
@@ -55,6 +64,8 @@ def rules_of(options: Options, supervision: Supervision | None = None, classes: 
         entropy=supervision.supervised != "dice",
         chosen=len(chosen),
         bits=sum([1 << c for c in chosen]),
+        ignoring=supervision.ignore_index is not None,
+        ignored=0.0 if supervision.ignore_index is None else float(supervision.ignore_index),
     )
 
 
@@ -66,8 +77,8 @@ class Encoded(NamedTuple):
 
 
 def encoded(rules: Rules) -> Encoded:
-    values = [repr(value) for name, value in zip(rules._fields, rules, strict=True) if name != "eps"]
-    return Encoded(",".join(values), [rules.eps])
+    values = [repr(value) for name, value in zip(rules._fields, rules, strict=True) if name not in _NUMBERS]
+    return Encoded(",".join(values), [rules.eps, rules.ignored])
 
 
 def decoded(literal: str, numbers: Sequence[float] = ()) -> Rules:

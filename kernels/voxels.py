@@ -26,7 +26,7 @@ PACKED = tl.constexpr(3)  # and voxel after voxel, sample by sample: channels la
 # compile for every shape of patches, and one that is 1 no tensor in the kernel. What matters of them is in the layouts.
 SIZES = [
     *("labelled", "voxels", "size1", "size2", "record_stride", "batch", "programs", "blocks_per_program", "flags", "n"),
-    *(f"{tensor}_{axis}" for tensor in ("za", "zb", "fa", "fb", "ga", "gb", "t") for axis in "bc012"),
+    *(f"{tensor}_{axis}" for tensor in ("za", "zb", "fa", "fb", "ga", "gb", "t", "m") for axis in "bc012"),
 ]
 
 
@@ -158,6 +158,31 @@ def load_logits(
         for c in tl.static_range(CLASSES):
             z = z + (load(base + channel_offset(c, stride, WIDE) + at, wanted, MASKED),)
     return z
+
+
+@triton.jit
+def load_mask(
+    mask, v, size1, size2, strides, valid,
+    RULES: tl.constexpr, LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Which voxels of a block count: those of the sample (``valid``), and where the call has a mask those it keeps."""
+    if RULES.masked:
+        at = mask + voxel_offsets(v, size1, size2, strides, LAYOUT, FLAT, WIDE)
+        if MASKED:
+            return tl.load(at, mask=valid, other=0) != 0
+        else:
+            return tl.load(at) != 0
+    else:
+        return valid
+
+
+@triton.jit
+def kept(z, keep, CLASSES: tl.constexpr):
+    """A tuple of tiles with 0 where a voxel does not count, so that not even a NaN there matters."""
+    result = ()
+    for c in tl.static_range(CLASSES):
+        result = result + (tl.where(keep, z[c], 0.0),)
+    return result
 
 
 @triton.jit

@@ -33,7 +33,9 @@ from rplib.kernels.voxels import (
     SIZES,
     cross_entropy,
     first_slope,
+    kept,
     load_logits,
+    load_mask,
     more_uncertain,
     opinion,
     probabilities,
@@ -54,6 +56,7 @@ class Inputs(NamedTuple):
     fa: tl.tensor
     fb: tl.tensor
     target: tl.tensor
+    mask: tl.tensor
     prototypes_a: tl.tensor
     prototypes_b: tl.tensor
     za_strides: tl.tuple
@@ -61,6 +64,7 @@ class Inputs(NamedTuple):
     fa_strides: tl.tuple
     fb_strides: tl.tuple
     target_strides: tl.tuple
+    mask_strides: tl.tuple
     labelled: tl.tensor
     voxels: tl.tensor
     size1: tl.tensor
@@ -109,6 +113,7 @@ class Options(NamedTuple):
     UNROLL: tl.constexpr
     Z_LAYOUT: tl.constexpr
     F_LAYOUT: tl.constexpr
+    M_LAYOUT: tl.constexpr
     FLAT: tl.constexpr
     WIDE: tl.constexpr
 
@@ -179,16 +184,20 @@ def _block(start, s, i, out, o, MASKED: tl.constexpr):
     CLASSES: tl.constexpr = o.CLASSES
     v = start + tl.arange(0, o.GROUPS)[:, None] * o.GROUP + tl.arange(0, o.GROUP)[None, :]  # (GROUPS, GROUP)
     valid = v < i.voxels
+    keep = load_mask(i.mask, v, i.size1, i.size2, i.mask_strides, valid, o.RULES, o.M_LAYOUT, o.FLAT, o.WIDE, MASKED)
     za_v = voxel_offsets(v, i.size1, i.size2, i.za_strides, o.Z_LAYOUT, o.FLAT, o.WIDE)
     zb_v = voxel_offsets(v, i.size1, i.size2, i.zb_strides, o.Z_LAYOUT, o.FLAT, o.WIDE)
     za = load_logits(i.za, za_v, i.za_strides.channel, valid, CLASSES, o.CLASSES_PAD, o.Z_LAYOUT, o.WIDE, MASKED)
     zb = load_logits(i.zb, zb_v, i.zb_strides.channel, valid, CLASSES, o.CLASSES_PAD, o.Z_LAYOUT, o.WIDE, MASKED)
+    if o.RULES.masked:
+        za = kept(za, keep, CLASSES)
+        zb = kept(zb, keep, CLASSES)
     a = opinion(za, CLASSES, False)
     b = opinion(zb, CLASSES, False)
     m_ab, m_ba = more_uncertain(a, b, CLASSES, o.RULES)
-    if MASKED:
-        m_ab = m_ab & valid
-        m_ba = m_ba & valid
+    if MASKED or o.RULES.masked:
+        m_ab = m_ab & keep
+        m_ba = m_ba & keep
     if not o.RULES.compare:
         w_ab = m_ab.to(tl.float32)
         w_ba = m_ba.to(tl.float32)
@@ -225,7 +234,7 @@ def _block(start, s, i, out, o, MASKED: tl.constexpr):
     if o.WITH_RECORD:
         if o.TARGET_IN_RECORD:
             t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
-            t, known = load_target(i.target, t_v, i.labelled, valid, MASKED)
+            t, known = load_target(i.target, t_v, i.labelled, valid, keep, o.RULES, MASKED)
             entry_a += tl.where(known, supervised_slope(a, i.supervised_a, t, CLASSES, o.RULES)[0], 0.0)
             entry_b += tl.where(known, supervised_slope(b, i.supervised_b, t, CLASSES, o.RULES)[0], 0.0)
         if not o.RULES.compare:
@@ -270,7 +279,7 @@ def _walk(i, out, program, programs, blocks_per_program, o):
 
 @triton.jit(do_not_specialize=SIZES)
 def weighting_kernel(
-    za, zb, fa, fb, target, prototypes_a, prototypes_b,
+    za, zb, fa, fb, target, mask, prototypes_a, prototypes_b,
     counts, sums,  # of prototypes_kernel
     mutual_weight,  # with HAS_WEIGHT a 0-dim tensor that multiplies mutual_factor
     numerators,  # out: (2 or detailed 4, B, programs) float32: losses of students a and b, their weights
@@ -278,7 +287,7 @@ def weighting_kernel(
     code,  # out for C > 2: (B, record_stride) uint8
     weights,  # out with WITH_MAPS: (2, B, V) float32
     masks,  # out with WITH_MAPS: (2, B, V) int8
-    mutual_factor, dice_weight, labelled, voxels, record_stride, size1, size2, t_b, t_0, t_1, t_2,
+    mutual_factor, dice_weight, labelled, voxels, record_stride, size1, size2, t_b, t_0, t_1, t_2, m_b, m_0, m_1, m_2,
     za_b, za_c, za_0, za_1, za_2, zb_b, zb_c, zb_0, zb_1, zb_2,
     fa_b, fa_c, fa_0, fa_1, fa_2, fb_b, fb_c, fb_0, fb_1, fb_2,
     programs, blocks_per_program,
@@ -287,7 +296,7 @@ def weighting_kernel(
     GROUPS: tl.constexpr, GROUP: tl.constexpr, WITH_FEATURES: tl.constexpr,
     WITH_RECORD: tl.constexpr, TARGET_IN_RECORD: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     WITH_MAPS: tl.constexpr, RULES: tl.constexpr, UNROLL: tl.constexpr,
-    Z_LAYOUT: tl.constexpr, F_LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    Z_LAYOUT: tl.constexpr, F_LAYOUT: tl.constexpr, M_LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs * B,)."""
     all_programs = tl.num_programs(0)
@@ -301,6 +310,8 @@ def weighting_kernel(
         fb += sample_offset(sample, fb_b, FEATURES_B, F_LAYOUT)
         prototypes_a += sample.to(tl.int64) * (CLASSES * FEATURES_A)
         prototypes_b += sample.to(tl.int64) * (CLASSES * FEATURES_B)
+    if RULES.masked:
+        mask += sample_offset(sample, m_b, 1, M_LAYOUT)
     row = sample_offset(sample, record_stride, 1, 1)
     samples = all_programs // programs
     map_row = sample.to(tl.int64) * voxels
@@ -317,10 +328,10 @@ def weighting_kernel(
             supervised_a = supervised_coefficients(sums, 0, dice_weight, CLASSES, RULES)
             supervised_b = supervised_coefficients(sums, 1, dice_weight, CLASSES, RULES)
     inputs = Inputs(
-        za, zb, fa, fb, target, prototypes_a, prototypes_b,
+        za, zb, fa, fb, target, mask, prototypes_a, prototypes_b,
         strides_of(za_c, za_0, za_1, za_2, CLASSES, Z_LAYOUT), strides_of(zb_c, zb_0, zb_1, zb_2, CLASSES, Z_LAYOUT),
         strides_of(fa_c, fa_0, fa_1, fa_2, FEATURES_A, F_LAYOUT), strides_of(fb_c, fb_0, fb_1, fb_2, FEATURES_B, F_LAYOUT),
-        strides_of(0, t_0, t_1, t_2, 1, 0), sample < labelled,
+        strides_of(0, t_0, t_1, t_2, 1, 0), strides_of(0, m_0, m_1, m_2, 1, M_LAYOUT), sample < labelled,
         voxels_of(voxels, Z_LAYOUT), size1, size2, scale_ab, scale_ba, supervised_a, supervised_b,
     )  # fmt: skip
     outputs = Outputs(
@@ -331,7 +342,7 @@ def weighting_kernel(
         inputs, outputs, program, programs, blocks_per_program,
         Options(
             CLASSES, CLASSES_PAD, FEATURES_A, FEATURES_B, FEATURE_BLOCK, GROUPS, GROUP, WITH_FEATURES,
-            WITH_RECORD, TARGET_IN_RECORD, WITH_MAPS, RULES, UNROLL, Z_LAYOUT, F_LAYOUT, FLAT, WIDE,
+            WITH_RECORD, TARGET_IN_RECORD, WITH_MAPS, RULES, UNROLL, Z_LAYOUT, F_LAYOUT, M_LAYOUT, FLAT, WIDE,
         ),
     )  # fmt: skip
     tl.store(numerators + here, tl.sum(found.loss_ab, axis=0))

@@ -33,10 +33,9 @@ MOST_FEATURES = 1024
 
 # What the kernels do not compute (yet): under ``impl="auto"`` a call with one of these takes the lean form on a GPU too.
 BEYOND_KERNELS = {
-    "mask": "the kernels take no mask",
     "sample_weights": "the kernels take no sample_weights",
     "students": "the kernels teach every network, and students= names some",
-    "ignore_index": "the kernels know no ignore_index",
+    "mutual_on": 'the kernels compute mutual_on="all"',
     "labelled": "the kernels take the first samples of the batch as the labelled ones",
     "minimum_confidence": "the kernels know no minimum_confidence",
     "temperature": "the kernels know no temperature but 1",
@@ -68,10 +67,9 @@ def choose(
     return "torch" if obstacle else "triton"
 
 
-def asked_of(options: Options, mask: Tensor | None, extras: Extras = NOTHING) -> list[str]:
+def asked_of(options: Options, extras: Extras = NOTHING) -> list[str]:
     """Names in `BEYOND_KERNELS` of what a call of the loss makes use of."""
     used = {
-        "mask": mask is not None,
         "sample_weights": extras.sample_weights is not None,
         "students": options.students is not None,
         "minimum_confidence": options.minimum_confidence is not None,
