@@ -25,6 +25,8 @@ OPTIONS = {
     "layout": ("contiguous", "channels_last", "slice", "wide"),  # wide: offsets of 64 bits
     "dtype": ("float32", "bfloat16", "float16"),
     "target": ("uint8", "int64", "bool", "int32", "float32"),
+    "mask": (None, "contiguous", "slice"),
+    "ignore_index": (None, 255),
     "call": ("training", "loss alone", "maps"),
 }
 
@@ -61,8 +63,10 @@ def launches(row):
     target = None if labelled is None else torch.empty((labelled, *spatial), dtype=getattr(torch, row["target"]), device="meta")
     options = Options(confidence=row["confidence"], cross_entropy_on="logits" if row["on_logits"] else "probabilities")
     plain = row["call"] == "maps" or target is None
-    batch = passes.Batch(logits, read, None if plain else target)
-    rules = rules_of(options, None if plain else Supervision(), classes)
+    mask = _mask(spatial, row["mask"])
+    batch = passes.Batch(logits, read, None if plain else target, mask)
+    supervision = None if plain else Supervision(ignore_index=row["ignore_index"])
+    rules = rules_of(options, supervision, classes, masked=mask is not None)
     weights = passes.Weights(0.5, 1.0, torch.empty((), device="meta") if row["weight"] else None)
     found = []
     with launch.observed(lambda one: found.append(one) is not None):  # False: not run
@@ -82,6 +86,13 @@ def _tensor(channels, spatial, dtype, layout):
     if layout == "slice":
         return torch.empty((4, channels, *(size + 2 for size in spatial)), dtype=dtype, device="meta")[:, :, 1:-1, 1:-1, 1:-1]
     return torch.empty((4, channels, *spatial), dtype=dtype, device="meta")
+
+
+def _mask(spatial, layout):
+    if layout is None:
+        return None
+    mask = torch.empty((4, *(size + 1 for size in spatial)), dtype=torch.bool, device="meta")
+    return mask[:, 1:, 1:, 1:] if layout == "slice" else torch.empty((4, *spatial), dtype=torch.bool, device="meta")
 
 
 def main():
