@@ -200,8 +200,10 @@ def _gradient_block(start, i, o, MASKED: tl.constexpr):
             grad_a, grad_b = _student_alone(i, v, za_v, zb_v, valid, o, MASKED)
     a_v = voxel_offsets(v, i.size1, i.size2, i.out_a_strides, o.LAYOUT, o.FLAT, o.WIDE)
     b_v = voxel_offsets(v, i.size1, i.size2, i.out_b_strides, o.LAYOUT, o.FLAT, o.WIDE)
-    store_logits(i.out_a, a_v, i.out_a_strides.channel, valid, grad_a, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED)
-    store_logits(i.out_b, b_v, i.out_b_strides.channel, valid, grad_b, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED)
+    if o.RULES.learns_a:
+        store_logits(i.out_a, a_v, i.out_a_strides.channel, valid, grad_a, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED)
+    if o.RULES.learns_b:
+        store_logits(i.out_b, b_v, i.out_b_strides.channel, valid, grad_b, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED)
 
 
 @triton.jit
@@ -215,7 +217,7 @@ def _whole_or_tail(start, i, o):
 @triton.jit(do_not_specialize=SIZES)
 def gradient_kernel(
     upstream, sums, record, code, za, zb, target, mask,
-    out_a, out_b,  # out: gradients (B, C, *spatial) in the logits' dtypes
+    out_a, out_b,  # out: gradients (B, C, *spatial) in the logits' dtypes, of the networks that learn
     dice_weight, labelled, voxels, record_stride, size1, size2, t_b, t_0, t_1, t_2, m_b, m_0, m_1, m_2,
     za_b, za_c, za_0, za_1, za_2, zb_b, zb_c, zb_0, zb_1, zb_2,
     ga_b, ga_c, ga_0, ga_1, ga_2, gb_b, gb_c, gb_0, gb_1, gb_2,

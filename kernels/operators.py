@@ -24,9 +24,16 @@ from rplib.statistics import ObjectiveStatistics
 from rplib.supervision import Supervision
 
 
-def loss(logits: list[Tensor], features: list[Tensor] | None, options: Options, mask: Tensor | None = None) -> Tensor:
+def loss(
+    logits: list[Tensor],
+    features: list[Tensor] | None,
+    options: Options,
+    mask: Tensor | None = None,
+    sample_weights: Tensor | None = None,
+) -> Tensor:
     """The mutual loss of two networks, a 0-dim float32 tensor, differentiable once with respect to the logits."""
-    value, terms = _run(logits, features, mask, options, rules_of(options, masked=mask is not None))
+    rules = rules_of(options, masked=mask is not None, sample_weighted=sample_weights is not None)
+    value, terms = _run(logits, features, mask, sample_weights, options, rules)
     return ranks.as_one_process(value, ranks.detached_sum(terms[1], options.process_group), options.process_group)
 
 
@@ -38,18 +45,24 @@ def objective(
     target: Tensor,
     consistency_weight: float | Tensor,
     mask: Tensor | None = None,
+    sample_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, ObjectiveStatistics | None]:
     """The whole objective: total (0-dim float32, differentiable once); its terms Dice and mutual, and statistics, detached."""
     group = options.process_group
-    rules = rules_of(options, supervision, logits[0].shape[1], masked=mask is not None)
-    local, terms = _run(logits, features, mask, options, rules, target.detach(), supervision.dice_weight, consistency_weight)
+    rules = rules_of(
+        options, supervision, logits[0].shape[1], masked=mask is not None, sample_weighted=sample_weights is not None
+    )
+    local, terms = _run(
+        logits, features, mask, sample_weights, options, rules, target.detach(), supervision.dice_weight, consistency_weight
+    )
     terms = terms.detach()
     dice, shared = terms[0], ranks.detached_sum(terms[1:6], group)
     mutual = shared[0]
     statistics = None
     if rules.detailed:  # views of what loss_kernel reports: nothing is launched
         pseudo_labels = terms[9:].view(2, logits[0].shape[1])
-        statistics = ObjectiveStatistics(terms[6:8], shared[1:3], shared[3:5], pseudo_labels, terms[8])
+        pairs = slice(0 if rules.learns_a else 1, 2 if rules.learns_b else 1)  # whose student learns
+        statistics = ObjectiveStatistics(terms[6:8][pairs], shared[1:3][pairs], shared[3:5][pairs], pseudo_labels, terms[8])
     if group is not None:
         local = ranks.as_one_process(local, supervision.dice_weight * dice + consistency_weight * mutual, group)
     return local, dice, mutual, statistics
@@ -59,6 +72,7 @@ def _run(
     logits: list[Tensor],
     features: list[Tensor] | None,
     mask: Tensor | None,
+    sample_weights: Tensor | None,
     options: Options,
     rules: Rules,
     target: Tensor | None = None,
@@ -85,24 +99,28 @@ def _run(
     value: Tensor
     terms: Tensor
     value, terms, _, _ = weighting(
-        logits[0], logits[1], weight, fa, fb, target, mask, prototypes_a, prototypes_b, counts, sums,
+        logits[0], logits[1], weight, fa, fb, target, mask, _float32(sample_weights), prototypes_a, prototypes_b, counts, sums,
         *packed, factor, dice_weight, wanted,
     )  # fmt: skip
     return value, terms
 
 
 def maps(
-    logits: list[Tensor], features: list[Tensor] | None, options: Options, mask: Tensor | None = None
+    logits: list[Tensor],
+    features: list[Tensor] | None,
+    options: Options,
+    mask: Tensor | None = None,
+    sample_weights: Tensor | None = None,
 ) -> list[Reliability]:
     """Masks and weights from the loss's own kernels, with what explains them."""
     fa, fb = _two(features)
     spatial = logits[0].shape[2:]
-    packed = encoded(rules_of(options, masked=mask is not None))
+    packed = encoded(rules_of(options, masked=mask is not None, sample_weighted=sample_weights is not None))
     known = statistics(logits[0], logits[1], fa, fb, None, mask, *packed)
-    weights, masks = weighting_maps(logits[0], logits[1], fa, fb, mask, *known, *packed)
+    weights, masks = weighting_maps(logits[0], logits[1], fa, fb, mask, _float32(sample_weights), *known, *packed)
     keep = None if mask is None else mask.unsqueeze(1)  # (B, 1, *spatial)
     result = []
-    for i, j in ordered_pairs(2):
+    for i, j in ordered_pairs(2, options.students):
         similar = None
         if features is not None:
             similar = similarity(valid_only(features[j], keep).flatten(2).float(), known[j])[0].unflatten(2, spatial)
@@ -165,6 +183,7 @@ def weighting(
     features_b: Tensor | None,
     target: Tensor | None,
     mask: Tensor | None,
+    sample_weights: Tensor | None,
     prototypes_a: Tensor,
     prototypes_b: Tensor,
     counts: Tensor,
@@ -177,7 +196,7 @@ def weighting(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Total (0-dim float32), (dice, mutual), and the two parts of passes.Record, empty unless wanted."""
     known = Statistics(prototypes_a, prototypes_b, counts, sums)
-    batch = _batch(logits_a, logits_b, features_a, features_b, target, mask)
+    batch = _batch(logits_a, logits_b, features_a, features_b, target, mask, sample_weights)
     weights = Weights(dice_weight, mutual_factor, mutual_weight)
     total, terms, record = passes.weighting(batch, known, decoded(rules, numbers), weights, with_record=with_record)
     return total, terms, *record
@@ -192,6 +211,7 @@ def _(
     features_b: Tensor | None,
     target: Tensor | None,
     mask: Tensor | None,
+    sample_weights: Tensor | None,
     prototypes_a: Tensor,
     prototypes_b: Tensor,
     counts: Tensor,
@@ -246,7 +266,8 @@ def _(
     numbers: Sequence[float],
     dice_weight: float,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(logits_a), torch.empty_like(logits_b)
+    of = decoded(rules)
+    return passes.new_gradient(logits_a, of.learns_a), passes.new_gradient(logits_b, of.learns_b)
 
 
 @torch.library.custom_op("rplib::mutual_maps", mutates_args=())
@@ -256,6 +277,7 @@ def weighting_maps(
     features_a: Tensor | None,
     features_b: Tensor | None,
     mask: Tensor | None,
+    sample_weights: Tensor | None,
     prototypes_a: Tensor,
     prototypes_b: Tensor,
     counts: Tensor,
@@ -265,7 +287,7 @@ def weighting_maps(
 ) -> tuple[Tensor, Tensor]:
     """Weights (2, B, V) float32 and masks (2, B, V) int8, student a first."""
     known = Statistics(prototypes_a, prototypes_b, counts, sums)
-    return passes.maps(_batch(logits_a, logits_b, features_a, features_b, None, mask), known, decoded(rules, numbers))
+    return passes.maps(_batch(logits_a, logits_b, features_a, features_b, None, mask, sample_weights), known, decoded(rules, numbers))
 
 
 @weighting_maps.register_fake
@@ -275,6 +297,7 @@ def _(
     features_a: Tensor | None,
     features_b: Tensor | None,
     mask: Tensor | None,
+    sample_weights: Tensor | None,
     prototypes_a: Tensor,
     prototypes_b: Tensor,
     counts: Tensor,
@@ -288,7 +311,7 @@ def _(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     (
-        logits_a, logits_b, _, _, _, target, mask, _, _, _, sums,
+        logits_a, logits_b, _, _, _, target, mask, _, _, _, _, sums,
         ctx.rules, ctx.numbers, ctx.factor, ctx.dice_weight, ctx.with_record,
     ) = inputs  # fmt: skip
     _, terms, record, code = output
@@ -298,7 +321,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _weighting_backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = [None] * 13
+    nothing = [None] * 14
     if upstream is None or not ctx.with_record:
         return (None, None, None, *nothing)
     terms, *saved = ctx.saved_tensors
@@ -355,6 +378,10 @@ def _two(features: list[Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if features is None else (features[0].detach(), features[1].detach())
 
 
+def _float32(weights: Tensor | None) -> Tensor | None:
+    return None if weights is None else weights.to(torch.float32).contiguous()
+
+
 def _batch(
     logits_a: Tensor,
     logits_b: Tensor,
@@ -362,6 +389,7 @@ def _batch(
     features_b: Tensor | None,
     target: Tensor | None,
     mask: Tensor | None,
+    sample_weights: Tensor | None = None,
 ) -> Batch:
     features = None if features_a is None or features_b is None else (features_a, features_b)
-    return Batch((logits_a, logits_b), features, target, mask)
+    return Batch((logits_a, logits_b), features, target, mask, sample_weights)

@@ -48,13 +48,14 @@ class Batch(NamedTuple):
 
     logits: (B, C, *spatial) of both networks. features: (B, F, *spatial) of both, or None. target: (B_l, *spatial) or
     (B_l, 1, *spatial), classes of the first B_l samples; None: no supervised term. B_l may be 0, since another rank may have
-    labels. mask: (B, *spatial) bool, True where a voxel counts, or None for everywhere.
+    labels. mask: (B, *spatial) bool, True where a voxel counts, or None for everywhere. sample_weights: (B,) float32 or None.
     """
 
     logits: Sequence[Tensor]
     features: Sequence[Tensor] | None = None
     target: Tensor | None = None
     mask: Tensor | None = None
+    sample_weights: Tensor | None = None
 
     @property
     def labels(self) -> Tensor | None:
@@ -253,8 +254,8 @@ def _weight(
             za, zb, fa, fb, za if labels is None else labels, za if mask is None else mask,
             known.prototypes_a, known.prototypes_b,
             known.counts, known.sums, _weight_pointer(factors, known),
-            numerators, values, code if code.numel() else numerators, weights, masks,
-            factors.mutual_factor, factors.dice_weight, 0 if labels is None else labels.shape[0],
+            numerators if batch.sample_weights is None else batch.sample_weights, numerators, values, code if code.numel() else numerators, weights, masks,
+            factors.mutual_factor, factors.dice_weight, batch.labelled,
             voxels, values.shape[1] if with_record else 0, size1, size2, *_strides(g_labels, flat), *_strides(g_mask, flat),
             *g_za.axes(flat), *g_zb.axes(flat), *g_fa.axes(flat), *g_fb.axes(flat), programs, per_program,
             CLASSES=classes, CLASSES_PAD=tiles.classes_pad,
@@ -270,13 +271,13 @@ def _weight(
 def gradient(
     upstream: Tensor, sums: Tensor, record: Record, batch: Batch, rules: Rules, dice_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """Run the backward pass, 1 launch: gradients with the shapes and dtypes of the logits."""
+    """Run the backward pass, 1 launch: gradients with the shapes and dtypes of the logits, empty where a network does not learn."""
     za, zb = batch.logits
     samples, classes = za.shape[:2]
     voxels, size1, size2 = sizes(za)
     labels, mask = batch.labels, batch.kept
-    grads = torch.empty_like(za), torch.empty_like(zb)
-    g_za, g_zb, g_ga, g_gb = geometries = [geometry(t) for t in (za, zb, *grads)]
+    grads = new_gradient(za, rules.learns_a), new_gradient(zb, rules.learns_b)
+    g_za, g_zb, g_ga, g_gb = geometries = [geometry(t) for t in (za, zb, *(g if g.numel() else za for g in grads))]
     g_labels = None if labels is None else geometry(labels)
     g_mask = None if mask is None else geometry(mask)
     flat, wide = addressing([*geometries, *(g for g in (g_labels, g_mask) if g is not None)])
@@ -297,6 +298,11 @@ def gradient(
             RULES=rules, LAYOUT=layout, M_LAYOUT=_mask_layout(g_mask), FLAT=flat, WIDE=wide, num_warps=tiles.warps,
         )  # fmt: skip
     return grads
+
+
+def new_gradient(z: Tensor, learns: bool) -> Tensor:
+    """Memory for the gradient of a network's logits; none where it does not learn."""
+    return torch.empty_like(z) if learns else z.new_empty(0)
 
 
 def _strides(of: Geometry | None, flat: bool) -> tuple[int, ...]:

@@ -20,11 +20,11 @@ from rplib.kernels.voxels import (
     load,
     load_logits,
     load_mask,
-    more_uncertain,
     opinion,
     probabilities,
     sample_offset,
     strides_of,
+    teaches,
     voxel_offsets,
     voxels_of,
 )
@@ -33,7 +33,7 @@ from rplib.kernels.voxels import (
 class Sums(NamedTuple):
     """What a program adds up. Tiles of one number per row (ROWS,); tuples over classes where there are some.
 
-    seen: voxels, a number, or with a mask one per row. ab, ba: reliable voxels of student a and b. nonfinite: 0 or NaN. members: voxels pseudo-labelled as class 1, 2 ..
+    seen: voxels, a number, or one per row where some do not count. ab, ba: reliable voxels of student a and b. nonfinite: 0 or NaN. members: voxels pseudo-labelled as class 1, 2 ..
     (those of class 0 are the rest), by a in the lower half of the bits, by b in the upper. differing: voxels whose pseudo-labels
     differ, if asked for. features_a, features_b: sums of features, (FEATURE_BLOCK, ROWS) or with DOT for every TILE of features and 16 classes (groups, 16, TILE).
     overlap_a, overlap_b, soft_a, soft_b, truth: of Dice. entropy: of cross-entropy, both networks'.
@@ -114,7 +114,7 @@ def _add_features(
     if MASKED:
         inside = inside & valid[None, :, :]
     x = load(pointers, inside, MASKED or RAGGED)  # (FEATURE_BLOCK, ROWS, VECTOR)
-    if RULES.masked:
+    if RULES.partial:
         x = tl.where(keep[None, :, :], x, 0.0)
     added = ()
     label = label[None, :, :]
@@ -216,7 +216,7 @@ def _add_products(
         if MASKED:
             inside = inside & valid
         x = load(base + channel_offset(here, stride, o.WIDE) + at, inside, MASKED or RAGGED)
-        if o.RULES.masked:
+        if o.RULES.partial:
             x = tl.where(keep, x, 0.0)
         bits = x.to(tl.int32, bitcast=True)
         if n == 0:
@@ -259,6 +259,8 @@ class Inputs(NamedTuple):
     size1: tl.tensor
     size2: tl.tensor
     first_feature: tl.tensor
+    sample: tl.tensor
+    labels: tl.tensor  # samples with a target
 
 
 class Options(NamedTuple):
@@ -293,7 +295,7 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
     """Add the block of voxels that begins at ``start`` to the `Sums` s; i: `Inputs`, o: `Options`."""
     CLASSES: tl.constexpr = o.CLASSES
     LOGITS: tl.constexpr = 1 if o.DOT else o.VECTOR
-    SOME: tl.constexpr = MASKED or o.RULES.masked  # not every voxel of the block counts
+    SOME: tl.constexpr = MASKED or o.RULES.partial  # not every voxel of the block counts
     row = tl.arange(0, o.ROWS)[:, None]
     v = start + row * LOGITS + tl.arange(0, LOGITS)[None, :]  # (ROWS, VECTOR)
     valid = v < i.voxels
@@ -307,12 +309,15 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
         zb = kept(zb, keep, CLASSES)
     a = opinion(za, CLASSES, False)
     b = opinion(zb, CLASSES, False)
-    m_ab, m_ba = more_uncertain(a, b, CLASSES, o.RULES)
+    m_ab, m_ba = teaches(a, b, CLASSES, o.RULES)
+    counted = keep  # by the supervised term
+    if o.RULES.unlabelled:
+        keep = keep & (i.sample >= i.labels)
     if SOME:
         m_ab = m_ab & keep
         m_ba = m_ba & keep
     seen = s.seen
-    if o.RULES.masked:
+    if o.RULES.partial:
         seen += _rows(keep.to(tl.int32))
     elif MASKED:
         seen += i.voxels % (o.ROWS * LOGITS)
@@ -335,19 +340,26 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
     entropy = s.entropy
     if o.RULES.supervised:
         t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
-        t, known = load_target(i.target, t_v, i.labelled, valid, keep, o.RULES, MASKED)
+        t, known = load_target(i.target, t_v, i.labelled, valid, counted, o.RULES, MASKED)
         if o.RULES.dice:
             p_a = probabilities(a, CLASSES, True, True)
             p_b = probabilities(b, CLASSES, True, True)
-            overlap_a = _add_tiles(overlap_a, p_a, t, known, True, CLASSES)
-            overlap_b = _add_tiles(overlap_b, p_b, t, known, True, CLASSES)
-            soft_a = _add_tiles(soft_a, p_a, t, known, False, CLASSES)
-            soft_b = _add_tiles(soft_b, p_b, t, known, False, CLASSES)
+            if o.RULES.learns_a:
+                overlap_a = _add_tiles(overlap_a, p_a, t, known, True, CLASSES)
+            if o.RULES.learns_b:
+                overlap_b = _add_tiles(overlap_b, p_b, t, known, True, CLASSES)
+            if o.RULES.learns_a:
+                soft_a = _add_tiles(soft_a, p_a, t, known, False, CLASSES)
+            if o.RULES.learns_b:
+                soft_b = _add_tiles(soft_b, p_b, t, known, False, CLASSES)
         if o.RULES.entropy:
-            entropy = (
-                entropy[0] + _rows(tl.where(known, cross_entropy(a, t, True, CLASSES), 0.0)),
-                entropy[1] + _rows(tl.where(known, cross_entropy(b, t, True, CLASSES), 0.0)),
-            )
+            entropy_a = entropy[0]
+            entropy_b = entropy[1]
+            if o.RULES.learns_a:
+                entropy_a += _rows(tl.where(known, cross_entropy(a, t, True, CLASSES), 0.0))
+            if o.RULES.learns_b:
+                entropy_b += _rows(tl.where(known, cross_entropy(b, t, True, CLASSES), 0.0))
+            entropy = (entropy_a, entropy_b)
         truth = _add_truth(truth, t, CLASSES)
     if o.WITH_FEATURES or o.RULES.detailed:
         members = _add_members(members, a.label, b.label, keep, CLASSES, SOME)
@@ -366,11 +378,11 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
         fb_v = voxel_offsets(v, i.size1, i.size2, i.fb_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
         if o.DOT:
             upper = b.label << 8
-            if o.RULES.masked:
+            if o.RULES.partial:
                 upper = upper | keep.to(tl.int32) << 16
             both = _labels_of_product(tl.sum(tl.join(a.label, upper), axis=2), o)
             of_b = both >> 8
-            if o.RULES.masked:
+            if o.RULES.partial:
                 keep = of_b >= 256
                 of_b = of_b & 255
             features_a = _add_products(
@@ -414,7 +426,7 @@ def _walk(i, program, programs, blocks_per_program, o):
     differing = _zeros((o.ROWS,), tl.int32, 1 if o.RULES.detailed else 0)
     first = program * blocks_per_program
     whole = tl.minimum(first + blocks_per_program, i.voxels // BLOCK)
-    if o.RULES.masked:
+    if o.RULES.partial:
         seen = zero
     else:
         seen = tl.maximum(whole - first, 0) * BLOCK
@@ -541,6 +553,7 @@ def statistics_kernel(
         strides_of(fa_c, fa_0, fa_1, fa_2, FEATURES_A, F_LAYOUT), strides_of(fb_c, fb_0, fb_1, fb_2, FEATURES_B, F_LAYOUT),
         strides_of(0, t_0, t_1, t_2, 1, 0), strides_of(0, m_0, m_1, m_2, 1, M_LAYOUT),
         (sample < labelled) & (feature_block == 0), voxels_of(voxels, Z_LAYOUT), size1, size2, first_feature,
+        sample, labelled,
     )  # fmt: skip
     SIDE_BY_SIDE: tl.constexpr = F_LAYOUT == LAST or F_LAYOUT == PACKED
     K: tl.constexpr = BLOCK // VOXEL_GROUPS
@@ -566,7 +579,7 @@ def statistics_kernel(
             tl.store(counts + 2 * all_programs + here, tl.sum(sums.differing[0], axis=0))
         if WITH_FEATURES or RULES.detailed:
             seen = sums.seen
-            if RULES.masked:
+            if RULES.partial:
                 seen = tl.sum(seen, axis=0)
             _store_members(members + mine, sums.members, seen, 0, CLASSES, CLASSES_PAD)
             _store_members(members + plane + mine, sums.members, seen, 16, CLASSES, CLASSES_PAD)

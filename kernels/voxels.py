@@ -316,6 +316,15 @@ def pick(tiles, label, CLASSES: tl.constexpr):
 
 
 @triton.jit
+def pick_constant(values: tl.constexpr, label, CLASSES: tl.constexpr):
+    """The constant of a tuple that each voxel wants, a tile of float32."""
+    picked = tl.full(label.shape, values[0], tl.float32)
+    for c in tl.static_range(1, CLASSES):
+        picked = tl.where(label == c, values[c], picked)
+    return picked
+
+
+@triton.jit
 def _margin_error(z):
     """Rounding error of z_1 - z_0 (Knuth's two-sum), with the sign that makes it an error of |z_1 - z_0|."""
     total = z[1] - z[0]
@@ -325,8 +334,22 @@ def _margin_error(z):
 
 
 @triton.jit
-def more_uncertain(a, b, CLASSES: tl.constexpr, RULES: tl.constexpr):
-    """(m_ab, m_ba): where network a is strictly less confident, so that b teaches a, and the reverse.
+def teaches(a, b, CLASSES: tl.constexpr, RULES: tl.constexpr):
+    """(m_ab, m_ba): where network b teaches a, and the reverse."""
+    m_ab, m_ba = _more_uncertain(a, b, CLASSES, RULES)
+    if RULES.minimum > 0:
+        m_ab = m_ab & (1.0 / (1.0 + b.rest) >= RULES.minimum)
+        m_ba = m_ba & (1.0 / (1.0 + a.rest) >= RULES.minimum)
+    if not RULES.learns_a:
+        m_ab = tl.zeros(m_ab.shape, tl.int1)
+    if not RULES.learns_b:
+        m_ba = tl.zeros(m_ba.shape, tl.int1)
+    return m_ab, m_ba
+
+
+@triton.jit
+def _more_uncertain(a, b, CLASSES: tl.constexpr, RULES: tl.constexpr):
+    """Where network a is strictly less confident than b, and the reverse.
 
     For two classes entropy and largest probability order voxels alike, for every eps: both fall or rise strictly with the
     margin between the logits, which is compared without rounding.

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from rplib.kernels.dice import Coefficients, load_target, supervised_coefficients, supervised_slope
 from rplib.kernels.similarity import products, reliability, taken_products, where_products
-from rplib.kernels.total import mutual_weight_of
+from rplib.kernels.total import mutual_weight_of, normaliser
 from rplib.kernels.voxels import (
     ALIGNED,
     ANY,
@@ -36,12 +36,13 @@ from rplib.kernels.voxels import (
     kept,
     load_logits,
     load_mask,
-    more_uncertain,
     opinion,
+    pick_constant,
     probabilities,
     sample_offset,
     sectors,
     strides_of,
+    teaches,
     voxel_offsets,
     voxels_of,
     where,
@@ -73,6 +74,7 @@ class Inputs(NamedTuple):
     scale_ba: tl.tensor
     supervised_a: Coefficients
     supervised_b: Coefficients
+    sample_weight: tl.tensor
 
 
 class Outputs(NamedTuple):
@@ -171,6 +173,28 @@ def _lesson(student, label, ON_LOGITS: tl.constexpr, CLASSES: tl.constexpr):
 
 
 @triton.jit
+def _teachers_probabilities(of, CLASSES: tl.constexpr, RULES: tl.constexpr):
+    """softmax(z / T)."""
+    if RULES.temperature == 1.0:
+        return probabilities(of, CLASSES, False, False)
+    else:
+        z = ()
+        for c in tl.static_range(CLASSES):
+            z = z + (of.z[c] / RULES.temperature,)
+        return probabilities(opinion(z, CLASSES, False), CLASSES, False, False)
+
+
+@triton.jit
+def _with_factors(weight, label, i, o):
+    """The weight, times that of the pseudo-label's class and that of the sample."""
+    if o.RULES.class_weighted:
+        weight = weight * pick_constant(o.RULES.class_weights, label, o.CLASSES)
+    if o.RULES.sample_weighted:
+        weight = weight * i.sample_weight
+    return weight
+
+
+@triton.jit
 def _store_plane(record, v, value, record_stride, MASKED: tl.constexpr):
     if MASKED:
         tl.store(record + v, value, mask=v < record_stride)  # the padding gets zeros
@@ -194,17 +218,22 @@ def _block(start, s, i, out, o, MASKED: tl.constexpr):
         zb = kept(zb, keep, CLASSES)
     a = opinion(za, CLASSES, False)
     b = opinion(zb, CLASSES, False)
-    m_ab, m_ba = more_uncertain(a, b, CLASSES, o.RULES)
+    m_ab, m_ba = teaches(a, b, CLASSES, o.RULES)
     if MASKED or o.RULES.masked:
         m_ab = m_ab & keep
         m_ba = m_ba & keep
+    if o.RULES.unlabelled:
+        m_ab = m_ab & (i.labelled == 0)
+        m_ba = m_ba & (i.labelled == 0)
     if not o.RULES.compare:
         w_ab = m_ab.to(tl.float32)
         w_ba = m_ba.to(tl.float32)
         if o.WITH_FEATURES:
             of_a, of_b = _products(v, m_ba, m_ab, valid, i, o, MASKED)
-            w_ab = tl.where(m_ab, reliability(of_b, probabilities(b, CLASSES, False, False), CLASSES), 0.0)
-            w_ba = tl.where(m_ba, reliability(of_a, probabilities(a, CLASSES, False, False), CLASSES), 0.0)
+            w_ab = tl.where(m_ab, reliability(of_b, _teachers_probabilities(b, CLASSES, o.RULES), CLASSES), 0.0)
+            w_ba = tl.where(m_ba, reliability(of_a, _teachers_probabilities(a, CLASSES, o.RULES), CLASSES), 0.0)
+        w_ab = _with_factors(w_ab, b.label, i, o)
+        w_ba = _with_factors(w_ba, a.label, i, o)
         ce_ab, entry_a = _lesson(a, b.label, o.RULES.on_logits, CLASSES)
         ce_ba, entry_b = _lesson(b, a.label, o.RULES.on_logits, CLASSES)
         loss_ab = s.loss_ab + tl.sum(tl.where(m_ab, w_ab * ce_ab, 0.0), axis=1)
@@ -218,8 +247,9 @@ def _block(start, s, i, out, o, MASKED: tl.constexpr):
         ce, entry = _lesson(student, teacher.label, o.RULES.on_logits, CLASSES)
         weight = learns.to(tl.float32)
         if o.WITH_FEATURES:
-            p = probabilities(teacher, CLASSES, False, False)
+            p = _teachers_probabilities(teacher, CLASSES, o.RULES)
             weight = tl.where(learns, reliability(_teachers_products(v, m_ab, m_ba, valid, i, o, MASKED), p, CLASSES), 0.0)
+        weight = _with_factors(weight, teacher.label, i, o)
         part = tl.where(learns, weight * ce, 0.0)
         entry = tl.where(learns, weight * entry * tl.where(m_ab, i.scale_ab, i.scale_ba), 0.0)
         loss_ab = s.loss_ab + tl.sum(tl.where(m_ab, part, 0.0), axis=1)
@@ -235,8 +265,10 @@ def _block(start, s, i, out, o, MASKED: tl.constexpr):
         if o.TARGET_IN_RECORD:
             t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
             t, known = load_target(i.target, t_v, i.labelled, valid, keep, o.RULES, MASKED)
-            entry_a += tl.where(known, supervised_slope(a, i.supervised_a, t, CLASSES, o.RULES)[0], 0.0)
-            entry_b += tl.where(known, supervised_slope(b, i.supervised_b, t, CLASSES, o.RULES)[0], 0.0)
+            if o.RULES.learns_a:
+                entry_a += tl.where(known, supervised_slope(a, i.supervised_a, t, CLASSES, o.RULES)[0], 0.0)
+            if o.RULES.learns_b:
+                entry_b += tl.where(known, supervised_slope(b, i.supervised_b, t, CLASSES, o.RULES)[0], 0.0)
         if not o.RULES.compare:
             _store_plane(out.record, v, entry_a, out.record_stride, MASKED)
             _store_plane(out.record + out.second_plane, v, entry_b, out.record_stride, MASKED)
@@ -282,6 +314,7 @@ def weighting_kernel(
     za, zb, fa, fb, target, mask, prototypes_a, prototypes_b,
     counts, sums,  # of prototypes_kernel
     mutual_weight,  # with HAS_WEIGHT a 0-dim tensor that multiplies mutual_factor
+    sample_weights,  # with RULES.sample_weighted (B,) float32
     numerators,  # out: (2 or detailed 4, B, programs) float32: losses of students a and b, their weights
     record,  # out: (B + samples with two planes, record_stride) float32, rows padded to whole sectors
     code,  # out for C > 2: (B, record_stride) uint8
@@ -321,18 +354,21 @@ def weighting_kernel(
     supervised_b = Coefficients((), (), ())
     if WITH_RECORD:
         cw = mutual_weight_of(mutual_factor, mutual_weight, HAS_WEIGHT)
-        scale_ab = cw / (tl.load(counts).to(tl.float32) + RULES.eps)
-        scale_ba = cw / (tl.load(counts + 1).to(tl.float32) + RULES.eps)
+        scale_ab = cw / normaliser(counts, 0, RULES)
+        scale_ba = cw / normaliser(counts, 1, RULES)
         if TARGET_IN_RECORD:
             target += sample_offset(sample, t_b, 1, 0)
             supervised_a = supervised_coefficients(sums, 0, dice_weight, CLASSES, RULES)
             supervised_b = supervised_coefficients(sums, 1, dice_weight, CLASSES, RULES)
+    sample_weight = 1.0
+    if RULES.sample_weighted:
+        sample_weight = tl.load(sample_weights + sample)
     inputs = Inputs(
         za, zb, fa, fb, target, mask, prototypes_a, prototypes_b,
         strides_of(za_c, za_0, za_1, za_2, CLASSES, Z_LAYOUT), strides_of(zb_c, zb_0, zb_1, zb_2, CLASSES, Z_LAYOUT),
         strides_of(fa_c, fa_0, fa_1, fa_2, FEATURES_A, F_LAYOUT), strides_of(fb_c, fb_0, fb_1, fb_2, FEATURES_B, F_LAYOUT),
         strides_of(0, t_0, t_1, t_2, 1, 0), strides_of(0, m_0, m_1, m_2, 1, M_LAYOUT), sample < labelled,
-        voxels_of(voxels, Z_LAYOUT), size1, size2, scale_ab, scale_ba, supervised_a, supervised_b,
+        voxels_of(voxels, Z_LAYOUT), size1, size2, scale_ab, scale_ba, supervised_a, supervised_b, sample_weight,
     )  # fmt: skip
     outputs = Outputs(
         record + row, record_stride, sample_offset(samples, record_stride, 1, 1), code + row,

@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rplib.averages import NOTHING, Extras
 from rplib.options import Implementation, Options
 
 
@@ -33,15 +32,9 @@ MOST_FEATURES = 1024
 
 # What the kernels do not compute (yet): under ``impl="auto"`` a call with one of these takes the lean form on a GPU too.
 BEYOND_KERNELS = {
-    "sample_weights": "the kernels take no sample_weights",
-    "students": "the kernels teach every network, and students= names some",
-    "mutual_on": 'the kernels compute mutual_on="all"',
     "labelled": "the kernels take the first samples of the batch as the labelled ones",
-    "minimum_confidence": "the kernels know no minimum_confidence",
-    "temperature": "the kernels know no temperature but 1",
-    "class_weights": "the kernels know no class_weights",
     "prototypes": 'the kernels make prototypes per "sample"',
-    "reduction": 'the kernels compute reduction="mean"',
+    "reduction": 'the kernels add up, and reduction="none" does not',
 }
 
 
@@ -67,16 +60,11 @@ def choose(
     return "torch" if obstacle else "triton"
 
 
-def asked_of(options: Options, extras: Extras = NOTHING) -> list[str]:
+def asked_of(options: Options) -> list[str]:
     """Names in `BEYOND_KERNELS` of what a call of the loss makes use of."""
     used = {
-        "sample_weights": extras.sample_weights is not None,
-        "students": options.students is not None,
-        "minimum_confidence": options.minimum_confidence is not None,
-        "temperature": options.temperature != 1,
-        "class_weights": options.class_weights is not None,
         "prototypes": options.prototypes != "sample" and options.weighting is not None,
-        "reduction": options.reduction != "mean",
+        "reduction": options.reduction == "none",
     }
     return [name for name, asked in used.items() if asked]
 
