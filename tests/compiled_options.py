@@ -27,6 +27,13 @@ OPTIONS = {
     "target": ("uint8", "int64", "bool", "int32", "float32"),
     "mask": (None, "contiguous", "slice"),
     "ignore_index": (None, 255),
+    "mutual_on": ("all", "unlabelled"),
+    "students": (None, (0,), (1,)),
+    "minimum": (None, 0.7),
+    "temperature": (1.0, 0.4),
+    "class_weights": (False, True),
+    "sample_weights": (False, True),
+    "reduction": ("mean", "sum"),
     "call": ("training", "loss alone", "maps"),
 }
 
@@ -61,12 +68,21 @@ def launches(row):
     logits = [_tensor(classes, spatial, dtype, row["layout"]) for _ in range(2)]
     read = [_tensor(features, spatial, dtype, row["layout"]) for _ in range(2)] if row["weighted"] else None
     target = None if labelled is None else torch.empty((labelled, *spatial), dtype=getattr(torch, row["target"]), device="meta")
-    options = Options(confidence=row["confidence"], cross_entropy_on="logits" if row["on_logits"] else "probabilities")
+    options = Options(
+        confidence=row["confidence"],
+        cross_entropy_on="logits" if row["on_logits"] else "probabilities",
+        students=row["students"],
+        minimum_confidence=row["minimum"],
+        temperature=row["temperature"],
+        class_weights=tuple(0.5 + c for c in range(classes)) if row["class_weights"] else None,
+        reduction=row["reduction"],
+    )
     plain = row["call"] == "maps" or target is None
     mask = _mask(spatial, row["mask"])
-    batch = passes.Batch(logits, read, None if plain else target, mask)
-    supervision = None if plain else Supervision(ignore_index=row["ignore_index"])
-    rules = rules_of(options, supervision, classes, masked=mask is not None)
+    sample_weights = torch.empty(4, device="meta") if row["sample_weights"] else None
+    batch = passes.Batch(logits, read, None if plain else target, mask, sample_weights)
+    supervision = None if plain else Supervision(ignore_index=row["ignore_index"], mutual_on=row["mutual_on"])
+    rules = rules_of(options, supervision, classes, masked=mask is not None, sample_weighted=sample_weights is not None)
     weights = passes.Weights(0.5, 1.0, torch.empty((), device="meta") if row["weight"] else None)
     found = []
     with launch.observed(lambda one: found.append(one) is not None):  # False: not run

@@ -354,31 +354,35 @@ def test_cross_entropy_inside_the_kernels(impl, supervised, classes, dtype, spat
         assert (g.double() - h).norm() <= tolerance * h.norm()
 
 
+@pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize(("count", "students"), [(2, (0,)), (2, (1,)), (3, (2, 0)), (2, (0, 1))])
-@PLAIN_IMPL
-def test_students_learn_and_the_others_only_teach(impl, count, students):
-    logits, features, target = problem(count=count)
+@EVERY_IMPL
+def test_students_learn_and_the_others_only_teach(impl, count, students, classes):
+    if impl == "triton" and count != 2:
+        pytest.skip("the kernels take two networks")
+    dtype, tolerance = (torch.float32, 3e-6) if impl == "triton" else (torch.float64, 1e-12)
+    logits, features, target = problem(classes, count=count, dtype=dtype)
     z = leaves(logits)
     result = rplib.MutualObjective(impl=impl, students=students)(z, features, target, 0.3)
     result.total.backward()
     exact = truth(logits, features)
     pairs = [pair for pair in exact.pairs if pair.student in students]
     mutual = sum(pair.loss for pair in pairs)
-    torch.testing.assert_close(result.mutual, mutual, rtol=1e-12, atol=0)
-    twins = leaves(logits)
-    dice = sum(true_dice(twins[k], target, (1, 2)) for k in students)
-    torch.testing.assert_close(result.dice, dice.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(result.mutual.double(), mutual, rtol=tolerance, atol=0)
+    twins = leaves([t.double() for t in logits])
+    dice = sum(true_dice(twins[k], target, range(1, classes)) for k in students)
+    torch.testing.assert_close(result.dice.double(), dice.detach(), rtol=tolerance, atol=0)
     gradients = torch.autograd.grad(0.5 * dice, twins, allow_unused=True)
     for k, t in enumerate(z):
         if k not in students:
             assert t.grad is None
             continue
         expected_gradient = gradients[k] + 0.3 * exact.gradients[k]
-        assert (t.grad - expected_gradient).norm() <= 1e-12 * expected_gradient.norm()
+        assert (t.grad - expected_gradient).norm() <= tolerance * expected_gradient.norm()
     maps = rplib.reliability(logits, features, impl=impl, students=students)
     assert [(m.student, m.teacher) for m in maps] == [(p.student, p.teacher) for p in pairs]
     loss = rplib.ReliableMutualLoss(impl=impl, students=students)(logits, features)
-    torch.testing.assert_close(loss, mutual, rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss.double(), mutual, rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("how", [torch.no_grad, torch.inference_mode])
@@ -390,8 +394,6 @@ def test_a_teacher_without_a_graph(impl, how):
     with how():
         teacher, teacher_features = logits[1] * 1, features[1] * 1
     for students in (None, (0,)):
-        if impl == "triton" and students:
-            continue
         (student,) = leaves(logits[:1])
         objective = rplib.MutualObjective(impl=impl, students=students)
         terms = objective([student, teacher], [features[0], teacher_features], target, 0.3)
