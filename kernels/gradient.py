@@ -19,6 +19,7 @@ from rplib.kernels.voxels import (
     load,
     load_logits,
     load_mask,
+    member_of,
     opinion,
     sample_offset,
     sectors,
@@ -216,7 +217,7 @@ def _whole_or_tail(start, i, o):
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient_kernel(
-    upstream, sums, record, code, za, zb, target, mask,
+    upstream, sums, record, code, za, zb, target, mask, order,
     out_a, out_b,  # out: gradients (B, C, *spatial) in the logits' dtypes, of the networks that learn
     dice_weight, labelled, voxels, record_stride, size1, size2, t_b, t_0, t_1, t_2, m_b, m_0, m_1, m_2,
     za_b, za_c, za_0, za_1, za_2, zb_b, zb_c, zb_0, zb_1, zb_2,
@@ -238,12 +239,13 @@ def gradient_kernel(
         if CLASSES > 2:
             supervised_a = supervised_coefficients(sums, 0, dice_weight, CLASSES, RULES)
             supervised_b = supervised_coefficients(sums, 1, dice_weight, CLASSES, RULES)
+    member = member_of(order, sample, RULES)
     if RULES.masked:
-        mask += sample_offset(sample, m_b, 1, M_LAYOUT)
+        mask += sample_offset(member, m_b, 1, M_LAYOUT)
     tensors = Tensors(
-        za + sample_offset(sample, za_b, CLASSES, LAYOUT), zb + sample_offset(sample, zb_b, CLASSES, LAYOUT), target, mask,
+        za + sample_offset(member, za_b, CLASSES, LAYOUT), zb + sample_offset(member, zb_b, CLASSES, LAYOUT), target, mask,
         record + row, sample_offset(samples, record_stride, 1, 1), code + row,
-        out_a + sample_offset(sample, ga_b, CLASSES, LAYOUT), out_b + sample_offset(sample, gb_b, CLASSES, LAYOUT),
+        out_a + sample_offset(member, ga_b, CLASSES, LAYOUT), out_b + sample_offset(member, gb_b, CLASSES, LAYOUT),
         strides_of(za_c, za_0, za_1, za_2, CLASSES, LAYOUT), strides_of(zb_c, zb_0, zb_1, zb_2, CLASSES, LAYOUT),
         strides_of(0, t_0, t_1, t_2, 1, 0), strides_of(0, m_0, m_1, m_2, 1, M_LAYOUT),
         strides_of(ga_c, ga_0, ga_1, ga_2, CLASSES, LAYOUT), strides_of(gb_c, gb_0, gb_1, gb_2, CLASSES, LAYOUT),

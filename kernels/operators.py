@@ -46,14 +46,21 @@ def objective(
     consistency_weight: float | Tensor,
     mask: Tensor | None = None,
     sample_weights: Tensor | None = None,
+    rows: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, ObjectiveStatistics | None]:
-    """The whole objective: total (0-dim float32, differentiable once); its terms Dice and mutual, and statistics, detached."""
+    """The whole objective: total (0-dim float32, differentiable once); its terms Dice and mutual, and statistics, detached.
+
+    Args:
+        rows: the samples that the target belongs to, in its order.
+    """
     group = options.process_group
+    order = _labelled_first(rows, logits[0])
     rules = rules_of(
-        options, supervision, logits[0].shape[1], masked=mask is not None, sample_weighted=sample_weights is not None
-    )
+        options, supervision, logits[0].shape[1],
+        masked=mask is not None, sample_weighted=sample_weights is not None, reordered=order is not None,
+    )  # fmt: skip
     local, terms = _run(
-        logits, features, mask, sample_weights, options, rules, target.detach(), supervision.dice_weight, consistency_weight
+        logits, features, mask, sample_weights, options, rules, target.detach(), supervision.dice_weight, consistency_weight, order
     )
     terms = terms.detach()
     dice, shared = terms[0], ranks.detached_sum(terms[1:6], group)
@@ -78,13 +85,14 @@ def _run(
     target: Tensor | None = None,
     dice_weight: float = 0.0,
     consistency_weight: float | Tensor = 1.0,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """This rank's share of the total, and (dice, mutual)."""
     _refuse_forward_mode(*logits, *([consistency_weight] if isinstance(consistency_weight, Tensor) else []))
     fa, fb = _two(features)
     packed = encoded(rules)
     prototypes_a, prototypes_b, counts, sums = statistics(
-        logits[0].detach(), logits[1].detach(), fa, fb, target, mask, *packed
+        logits[0].detach(), logits[1].detach(), fa, fb, target, mask, order, *packed
     )  # fmt: skip
     counts, sums = ranks.detached_sum(counts, options.process_group), ranks.detached_sum(sums, options.process_group)
     factor = 1.0
@@ -99,7 +107,7 @@ def _run(
     value: Tensor
     terms: Tensor
     value, terms, _, _ = weighting(
-        logits[0], logits[1], weight, fa, fb, target, mask, _float32(sample_weights), prototypes_a, prototypes_b, counts, sums,
+        logits[0], logits[1], weight, fa, fb, target, mask, order, _float32(sample_weights), prototypes_a, prototypes_b, counts, sums,
         *packed, factor, dice_weight, wanted,
     )  # fmt: skip
     return value, terms
@@ -116,7 +124,7 @@ def maps(
     fa, fb = _two(features)
     spatial = logits[0].shape[2:]
     packed = encoded(rules_of(options, masked=mask is not None, sample_weighted=sample_weights is not None))
-    known = statistics(logits[0], logits[1], fa, fb, None, mask, *packed)
+    known = statistics(logits[0], logits[1], fa, fb, None, mask, None, *packed)
     weights, masks = weighting_maps(logits[0], logits[1], fa, fb, mask, _float32(sample_weights), *known, *packed)
     keep = None if mask is None else mask.unsqueeze(1)  # (B, 1, *spatial)
     result = []
@@ -146,11 +154,12 @@ def statistics(
     features_b: Tensor | None,
     target: Tensor | None,
     mask: Tensor | None,
+    order: Tensor | None,
     rules: str,
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Prototypes (B, C, F) of both networks, reliable voxels per student (2,) int64, and sums, see passes.Statistics."""
-    batch = _batch(logits_a, logits_b, features_a, features_b, target, mask)
+    batch = _batch(logits_a, logits_b, features_a, features_b, target, mask, order)
     return tuple(passes.statistics(batch, decoded(rules, numbers)))  # type: ignore[return-value]
 
 
@@ -162,6 +171,7 @@ def _(
     features_b: Tensor | None,
     target: Tensor | None,
     mask: Tensor | None,
+    order: Tensor | None,
     rules: str,
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -183,6 +193,7 @@ def weighting(
     features_b: Tensor | None,
     target: Tensor | None,
     mask: Tensor | None,
+    order: Tensor | None,
     sample_weights: Tensor | None,
     prototypes_a: Tensor,
     prototypes_b: Tensor,
@@ -196,7 +207,7 @@ def weighting(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Total (0-dim float32), (dice, mutual), and the two parts of passes.Record, empty unless wanted."""
     known = Statistics(prototypes_a, prototypes_b, counts, sums)
-    batch = _batch(logits_a, logits_b, features_a, features_b, target, mask, sample_weights)
+    batch = _batch(logits_a, logits_b, features_a, features_b, target, mask, order, sample_weights)
     weights = Weights(dice_weight, mutual_factor, mutual_weight)
     total, terms, record = passes.weighting(batch, known, decoded(rules, numbers), weights, with_record=with_record)
     return total, terms, *record
@@ -211,6 +222,7 @@ def _(
     features_b: Tensor | None,
     target: Tensor | None,
     mask: Tensor | None,
+    order: Tensor | None,
     sample_weights: Tensor | None,
     prototypes_a: Tensor,
     prototypes_b: Tensor,
@@ -243,12 +255,13 @@ def gradient(
     logits_b: Tensor,
     target: Tensor | None,
     mask: Tensor | None,
+    order: Tensor | None,
     rules: str,
     numbers: Sequence[float],
     dice_weight: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of both networks' logits."""
-    batch = _batch(logits_a, logits_b, None, None, target, mask)
+    batch = _batch(logits_a, logits_b, None, None, target, mask, order)
     return passes.gradient(upstream, sums, Record(record, code), batch, decoded(rules, numbers), dice_weight)
 
 
@@ -262,6 +275,7 @@ def _(
     logits_b: Tensor,
     target: Tensor | None,
     mask: Tensor | None,
+    order: Tensor | None,
     rules: str,
     numbers: Sequence[float],
     dice_weight: float,
@@ -287,7 +301,7 @@ def weighting_maps(
 ) -> tuple[Tensor, Tensor]:
     """Weights (2, B, V) float32 and masks (2, B, V) int8, student a first."""
     known = Statistics(prototypes_a, prototypes_b, counts, sums)
-    return passes.maps(_batch(logits_a, logits_b, features_a, features_b, None, mask, sample_weights), known, decoded(rules, numbers))
+    return passes.maps(_batch(logits_a, logits_b, features_a, features_b, None, mask, None, sample_weights), known, decoded(rules, numbers))
 
 
 @weighting_maps.register_fake
@@ -311,17 +325,17 @@ def _(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     (
-        logits_a, logits_b, _, _, _, target, mask, _, _, _, _, sums,
+        logits_a, logits_b, _, _, _, target, mask, order, _, _, _, _, sums,
         ctx.rules, ctx.numbers, ctx.factor, ctx.dice_weight, ctx.with_record,
     ) = inputs  # fmt: skip
     _, terms, record, code = output
     ctx.set_materialize_grads(False)  # no zeros, as large as the record, for outputs that nobody differentiates
     ctx.mark_non_differentiable(terms, record, code)
-    ctx.save_for_backward(terms, sums, record, code, logits_a, logits_b, target, mask)
+    ctx.save_for_backward(terms, sums, record, code, logits_a, logits_b, target, mask, order)
 
 
 def _weighting_backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = [None] * 14
+    nothing = [None] * 15
     if upstream is None or not ctx.with_record:
         return (None, None, None, *nothing)
     terms, *saved = ctx.saved_tensors
@@ -378,6 +392,14 @@ def _two(features: list[Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if features is None else (features[0].detach(), features[1].detach())
 
 
+def _labelled_first(rows: Sequence[int], z: Tensor) -> Tensor | None:
+    """Indices of all samples, (B,) int32, these first; None where they are the first ones anyway."""
+    if list(rows) == list(range(len(rows))):
+        return None
+    others = [k for k in range(z.shape[0]) if k not in rows]
+    return torch.tensor([*rows, *others], dtype=torch.int32, device=z.device)
+
+
 def _float32(weights: Tensor | None) -> Tensor | None:
     return None if weights is None else weights.to(torch.float32).contiguous()
 
@@ -389,7 +411,8 @@ def _batch(
     features_b: Tensor | None,
     target: Tensor | None,
     mask: Tensor | None,
+    order: Tensor | None,
     sample_weights: Tensor | None = None,
 ) -> Batch:
     features = None if features_a is None or features_b is None else (features_a, features_b)
-    return Batch((logits_a, logits_b), features, target, mask, sample_weights)
+    return Batch((logits_a, logits_b), features, target, mask, sample_weights, order)

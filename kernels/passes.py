@@ -49,6 +49,7 @@ class Batch(NamedTuple):
     logits: (B, C, *spatial) of both networks. features: (B, F, *spatial) of both, or None. target: (B_l, *spatial) or
     (B_l, 1, *spatial), classes of the first B_l samples; None: no supervised term. B_l may be 0, since another rank may have
     labels. mask: (B, *spatial) bool, True where a voxel counts, or None for everywhere. sample_weights: (B,) float32 or None.
+    order: (B,) int32, indices of the samples, those with a target first, or None where they are the first ones.
     """
 
     logits: Sequence[Tensor]
@@ -56,6 +57,7 @@ class Batch(NamedTuple):
     target: Tensor | None = None
     mask: Tensor | None = None
     sample_weights: Tensor | None = None
+    order: Tensor | None = None
 
     @property
     def labels(self) -> Tensor | None:
@@ -130,7 +132,7 @@ def statistics(batch: Batch, rules: Rules) -> Statistics:
     with current_device(za):
         launch(
             statistics_kernel, (programs * samples, feature_blocks),
-            za, zb, fa, fb, za if labels is None else labels, za if mask is None else mask, sums_a, sums_b, members, dice, counts, nonfinite,
+            za, zb, fa, fb, za if labels is None else labels, za if mask is None else mask, _order(batch), sums_a, sums_b, members, dice, counts, nonfinite,
             labelled, voxels, size1, size2, *_strides(g_labels, flat), *_strides(g_mask, flat),
             *g_za.axes(flat), *g_zb.axes(flat), *g_fa.axes(flat), *g_fb.axes(flat), programs, per_program,
             CLASSES=classes, CLASSES_PAD=tiles.classes_pad, CLASSES_DOT=tiles.classes_dot,
@@ -252,7 +254,7 @@ def _weight(
     with current_device(za):
         launch(
             weighting_kernel, (programs * samples,),
-            za, zb, fa, fb, za if labels is None else labels, za if mask is None else mask,
+            za, zb, fa, fb, za if labels is None else labels, za if mask is None else mask, _order(batch),
             known.prototypes_a, known.prototypes_b,
             known.counts, known.sums, _weight_pointer(factors, known),
             numerators if batch.sample_weights is None else batch.sample_weights, numerators, values, code if code.numel() else numerators, weights, masks,
@@ -291,7 +293,7 @@ def gradient(
         launch(
             gradient_kernel, (-(-voxels // (tiles.groups * tiles.group)) * samples,),
             upstream, sums, record.values, record.code if record.code.numel() else record.values, za, zb,
-            za if labels is None else labels, za if mask is None else mask, *grads,
+            za if labels is None else labels, za if mask is None else mask, _order(batch), *grads,
             dice_weight, batch.labelled,
             voxels, record.values.shape[1], size1, size2, *_strides(g_labels, flat), *_strides(g_mask, flat),
             *g_za.axes(flat), *g_zb.axes(flat), *g_ga.axes(flat), *g_gb.axes(flat),
@@ -304,6 +306,10 @@ def gradient(
 def new_gradient(z: Tensor, learns: bool) -> Tensor:
     """Memory for the gradient of a network's logits; none where it does not learn."""
     return torch.empty_like(z) if learns else z.new_empty(0)
+
+
+def _order(batch: Batch) -> Tensor:
+    return batch.logits[0] if batch.order is None else batch.order
 
 
 def _strides(of: Geometry | None, flat: bool) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ class Rules(NamedTuple):
     that are set in ``bits``. entropy: it has cross-entropy; with both it is their mean. masked: some voxels do not count.
     ignoring: nor do those with the label ``ignored`` in the supervised term. learns_a, learns_b: which networks are students.
     unlabelled: samples with a target take no part in the mutual term. summed: it is a sum, not a mean over the voxels taught.
-    sample_weighted: every sample has a weight. class_weighted: every class has one of ``class_weights``. eps: see the method.
+    sample_weighted: every sample has a weight. reordered: the labelled samples are not the first ones. class_weighted: every class has one of ``class_weights``. eps: see the method.
     minimum: least probability of a teacher. temperature: of its probabilities in the weight.
     """
 
@@ -36,6 +36,7 @@ class Rules(NamedTuple):
     unlabelled: bool = False
     summed: bool = False
     sample_weighted: bool = False
+    reordered: bool = False
     class_weighted: bool = False
     eps: float = 1e-6
     ignored: float = 0.0
@@ -70,6 +71,7 @@ def rules_of(
     *,
     masked: bool = False,
     sample_weighted: bool = False,
+    reordered: bool = False,
 ) -> Rules:
     """The record of a call with C ``classes``; ``supervision``: of the objective; None: the loss alone."""
     rules = Rules(
@@ -81,6 +83,7 @@ def rules_of(
         learns_b=options.students is None or 1 in options.students,
         summed=options.reduction == "sum",
         sample_weighted=sample_weighted,
+        reordered=reordered,
         class_weighted=options.class_weights is not None,
         minimum=float(options.minimum_confidence or 0.0),
         temperature=float(options.temperature),

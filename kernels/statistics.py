@@ -20,6 +20,7 @@ from rplib.kernels.voxels import (
     load,
     load_logits,
     load_mask,
+    member_of,
     opinion,
     probabilities,
     sample_offset,
@@ -516,6 +517,7 @@ def statistics_kernel(
     za, zb, fa, fb,  # logits and features of networks a and b
     target,  # classes of the first `labelled` samples
     mask,  # with RULES.masked (B, *spatial) uint8, 0 where a voxel does not count
+    order,  # with RULES.reordered (B,) int32, indices of the samples, the labelled ones first; all other rows are in this order
     sums_a, sums_b,  # out: (B, programs, C, F) float32
     members,  # out: (3, B, programs, C) int32, voxels per class: a, b, target
     dice,  # out: (labelled, programs, 4 C or with cross-entropy 4 C + 2) float32, its sums but ``truth`` (see dice.py)
@@ -538,15 +540,16 @@ def statistics_kernel(
     feature_block = tl.program_id(1)
     all_programs = tl.num_programs(0)
     first_feature = feature_block * FEATURE_BLOCK
-    za += sample_offset(sample, za_b, CLASSES, Z_LAYOUT)
-    zb += sample_offset(sample, zb_b, CLASSES, Z_LAYOUT)
+    member = member_of(order, sample, RULES)
+    za += sample_offset(member, za_b, CLASSES, Z_LAYOUT)
+    zb += sample_offset(member, zb_b, CLASSES, Z_LAYOUT)
     if WITH_FEATURES:
-        fa += sample_offset(sample, fa_b, FEATURES_A, F_LAYOUT)
-        fb += sample_offset(sample, fb_b, FEATURES_B, F_LAYOUT)
+        fa += sample_offset(member, fa_b, FEATURES_A, F_LAYOUT)
+        fb += sample_offset(member, fb_b, FEATURES_B, F_LAYOUT)
     if RULES.supervised:
         target += sample_offset(sample, t_b, 1, 0)
     if RULES.masked:
-        mask += sample_offset(sample, m_b, 1, M_LAYOUT)
+        mask += sample_offset(member, m_b, 1, M_LAYOUT)
     inputs = Inputs(
         za, zb, fa, fb, target, mask,
         strides_of(za_c, za_0, za_1, za_2, CLASSES, Z_LAYOUT), strides_of(zb_c, zb_0, zb_1, zb_2, CLASSES, Z_LAYOUT),

@@ -79,6 +79,15 @@ def voxels_of(voxels, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def member_of(order, sample, RULES: tl.constexpr):
+    """Index in the batch of a sample, counted with the labelled ones first."""
+    if RULES.reordered:
+        return tl.load(order + sample)
+    else:
+        return sample
+
+
+@triton.jit
 def sample_offset(sample, stride, CHANNELS: tl.constexpr, LAYOUT: tl.constexpr):
     """Element offset of a sample; multiples are written so that the compiler sees them."""
     step = tl.cast(stride, tl.int64)

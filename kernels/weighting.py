@@ -36,6 +36,7 @@ from rplib.kernels.voxels import (
     kept,
     load_logits,
     load_mask,
+    member_of,
     opinion,
     pick_constant,
     probabilities,
@@ -311,7 +312,7 @@ def _walk(i, out, program, programs, blocks_per_program, o):
 
 @triton.jit(do_not_specialize=SIZES)
 def weighting_kernel(
-    za, zb, fa, fb, target, mask, prototypes_a, prototypes_b,
+    za, zb, fa, fb, target, mask, order, prototypes_a, prototypes_b,
     counts, sums,  # of prototypes_kernel
     mutual_weight,  # with HAS_WEIGHT a 0-dim tensor that multiplies mutual_factor
     sample_weights,  # with RULES.sample_weighted (B,) float32
@@ -336,15 +337,16 @@ def weighting_kernel(
     here = all_programs - 1 - tl.program_id(0)
     sample = here // programs
     program = here % programs
-    za += sample_offset(sample, za_b, CLASSES, Z_LAYOUT)
-    zb += sample_offset(sample, zb_b, CLASSES, Z_LAYOUT)
+    member = member_of(order, sample, RULES)
+    za += sample_offset(member, za_b, CLASSES, Z_LAYOUT)
+    zb += sample_offset(member, zb_b, CLASSES, Z_LAYOUT)
     if WITH_FEATURES:
-        fa += sample_offset(sample, fa_b, FEATURES_A, F_LAYOUT)
-        fb += sample_offset(sample, fb_b, FEATURES_B, F_LAYOUT)
+        fa += sample_offset(member, fa_b, FEATURES_A, F_LAYOUT)
+        fb += sample_offset(member, fb_b, FEATURES_B, F_LAYOUT)
         prototypes_a += sample.to(tl.int64) * (CLASSES * FEATURES_A)
         prototypes_b += sample.to(tl.int64) * (CLASSES * FEATURES_B)
     if RULES.masked:
-        mask += sample_offset(sample, m_b, 1, M_LAYOUT)
+        mask += sample_offset(member, m_b, 1, M_LAYOUT)
     row = sample_offset(sample, record_stride, 1, 1)
     samples = all_programs // programs
     map_row = sample.to(tl.int64) * voxels
@@ -362,7 +364,7 @@ def weighting_kernel(
             supervised_b = supervised_coefficients(sums, 1, dice_weight, CLASSES, RULES)
     sample_weight = 1.0
     if RULES.sample_weighted:
-        sample_weight = tl.load(sample_weights + sample)
+        sample_weight = tl.load(sample_weights + member)
     inputs = Inputs(
         za, zb, fa, fb, target, mask, prototypes_a, prototypes_b,
         strides_of(za_c, za_0, za_1, za_2, CLASSES, Z_LAYOUT), strides_of(zb_c, zb_0, zb_1, zb_2, CLASSES, Z_LAYOUT),

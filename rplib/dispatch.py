@@ -32,7 +32,6 @@ MOST_FEATURES = 1024
 
 # What the kernels do not compute (yet): under ``impl="auto"`` a call with one of these takes the lean form on a GPU too.
 BEYOND_KERNELS = {
-    "labelled": "the kernels take the first samples of the batch as the labelled ones",
     "prototypes": 'the kernels make prototypes per "sample"',
     "reduction": 'the kernels add up, and reduction="none" does not',
 }

@@ -17,11 +17,6 @@ class Target(NamedTuple):
     classes: Tensor
     rows: list[int]
 
-    @property
-    def first(self) -> bool:
-        """The labelled samples are the first ones, as the kernels read them."""
-        return self.rows == list(range(len(self.rows)))
-
     def samples(self, tensor: Tensor) -> Tensor:
         """The labelled samples of (B, ...): a slice where they lie side by side, else a copy."""
         runs: list[list[int]] = []

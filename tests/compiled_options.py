@@ -33,6 +33,7 @@ OPTIONS = {
     "temperature": (1.0, 0.4),
     "class_weights": (False, True),
     "sample_weights": (False, True),
+    "order": (False, True),
     "reduction": ("mean", "sum"),
     "call": ("training", "loss alone", "maps"),
 }
@@ -80,9 +81,13 @@ def launches(row):
     plain = row["call"] == "maps" or target is None
     mask = _mask(spatial, row["mask"])
     sample_weights = torch.empty(4, device="meta") if row["sample_weights"] else None
-    batch = passes.Batch(logits, read, None if plain else target, mask, sample_weights)
+    order = torch.empty(4, dtype=torch.int32, device="meta") if row["order"] and not plain else None
+    batch = passes.Batch(logits, read, None if plain else target, mask, sample_weights, order)
     supervision = None if plain else Supervision(ignore_index=row["ignore_index"], mutual_on=row["mutual_on"])
-    rules = rules_of(options, supervision, classes, masked=mask is not None, sample_weighted=sample_weights is not None)
+    rules = rules_of(
+        options, supervision, classes,
+        masked=mask is not None, sample_weighted=sample_weights is not None, reordered=order is not None,
+    )  # fmt: skip
     weights = passes.Weights(0.5, 1.0, torch.empty((), device="meta") if row["weight"] else None)
     found = []
     with launch.observed(lambda one: found.append(one) is not None):  # False: not run

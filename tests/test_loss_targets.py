@@ -240,9 +240,10 @@ def test_keywords_that_do_not_fit():
     ids=["list", "tuple", "tensor"],
 )
 @pytest.mark.parametrize("whole", [False, True])
-@PLAIN_IMPL
+@EVERY_IMPL
 def test_labelled_by_index(impl, labelled, whole):
-    logits, features, target = problem(batch=5)
+    dtype, tolerance = (torch.float32, 2e-6) if impl == "triton" else (torch.float64, 1e-12)
+    logits, features, target = problem(batch=5, dtype=dtype)
     order = [3, 0, 1, 2, 4]
     reference = expected([z[order] for z in logits], [f[order] for f in features], target, 0.3, (1, 2))
     given = target
@@ -252,7 +253,29 @@ def test_labelled_by_index(impl, labelled, whole):
     z = leaves(logits)
     result = rplib.MutualObjective(impl=impl)(z, features, given, 0.3, labelled=labelled)
     result.total.backward()
-    assert_right(result, [t.grad[order] for t in z], reference, 1e-12)
+    assert_right(result, [t.grad[order] for t in z], reference, tolerance)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("impl", [TRITON])
+def test_labelled_samples_anywhere_with_everything_else_inside_the_kernels(impl, classes):
+    """Masks, weights and memory follow the samples; beside the naive form in float64."""
+    logits, features = networks((7, 3), classes, 6, batch=4)
+    target = torch.randint(0, classes, (2, 7, 3), device=DEVICE)
+    mask = torch.rand(4, 7, 3, device=DEVICE) < 0.7
+    keywords = {"supervised": "dice+cross_entropy", "ignore_index": 1, "mutual_on": "unlabelled", "statistics": True}
+    found = []
+    for form, dtype in ((impl, torch.float32), ("naive", torch.float64)):
+        z = leaves([LAYOUTS["batch_slice"](t.to(dtype)) for t in logits])
+        call = {"labelled": [3, 1], "mask": mask, "sample_weights": [0.5, 1.0, 2.0, 3.0]}
+        terms = rplib.MutualObjective(impl=form, **keywords)(z, [f.to(dtype) for f in features], target, 0.3, **call)
+        terms.total.backward()
+        found.append(([*terms[:3], *terms.statistics], [t.grad.double() for t in z]))
+    (ours, gradients), (exact, expected_gradients) = found
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=5e-6, atol=1e-7)
+    for g, h in zip(gradients, expected_gradients, strict=True):
+        assert (g - h).norm() <= 5e-6 * h.norm()
 
 
 @pytest.mark.parametrize(
@@ -267,8 +290,6 @@ def test_labelled_by_index(impl, labelled, whole):
 )
 @EVERY_IMPL
 def test_labelled_by_count_and_mask(impl, labelled, rows):
-    if impl == "triton" and rows != [0, 1]:
-        pytest.skip("refused, see test_what_triton_cannot_do")
     logits, features, target = problem(dtype=torch.float32)
     whole = torch.full((4, 7, 5, 3), 99, device=DEVICE)
     whole[rows] = target
@@ -415,8 +436,8 @@ def test_a_loss_of_logits_without_gradient_has_none(impl):
 
 @pytest.mark.parametrize(
     "keywords",
-    [{"students": (0,)}, {"labelled": [1, 2]}],
-    ids=lambda k: next(iter(k)),
+    [{"prototypes": "batch"}, {"prototypes": "average"}],
+    ids=lambda k: next(iter(k.values())),
 )
 @pytest.mark.parametrize("impl", [TRITON])
 def test_what_triton_cannot_do_is_refused_by_name_and_left_to_torch_by_auto(impl, keywords, monkeypatch):
@@ -424,13 +445,11 @@ def test_what_triton_cannot_do_is_refused_by_name_and_left_to_torch_by_auto(impl
     if name not in dispatch.BEYOND_KERNELS:
         pytest.skip("the kernels do it")
     logits, features, target = problem(dtype=torch.float32)
-    call = {"labelled": keywords["labelled"]} if name == "labelled" else {}
-    made = {} if call else keywords
     with pytest.raises(ValueError, match=rf"(?s)triton.*{name}.*torch"):
-        rplib.MutualObjective(impl=impl, **made)(logits, features, target, 0.1, **call)
+        rplib.MutualObjective(impl=impl, **keywords)(logits, features, target, 0.1)
     monkeypatch.setattr(dispatch, "device_obstacle", lambda *_, **__: None)  # a GPU that the kernels support
-    by_auto = rplib.MutualObjective(**made)(logits, features, target, 0.1, **call)
-    by_torch = rplib.MutualObjective(impl="torch", **made)(logits, features, target, 0.1, **call)
+    by_auto = rplib.MutualObjective(**keywords)(logits, features, target, 0.1)
+    by_torch = rplib.MutualObjective(impl="torch", **keywords)(logits, features, target, 0.1)
     assert torch.equal(by_auto.total, by_torch.total)
 
 
