@@ -102,9 +102,14 @@ print(json.dumps([[row.__dict__ for row in report(Case(**case))] for case in jso
 """
 
 
+def reported_variants(target):
+    """With a mask: on sm_90 so far."""
+    return [name for name in VARIANTS if name != "masked" or target == "sm_90"]
+
+
 def cases_of(target):
     """Each (C, F), dtype, layout and variant at least once; RPLIB_FULL_MATRIX=1: every point."""
-    everything = matrix(targets=[target], variants=VARIANTS)
+    everything = matrix(targets=[target], variants=reported_variants(target))
     if os.environ.get("RPLIB_FULL_MATRIX"):
         return everything
     wanted = {
@@ -112,6 +117,7 @@ def cases_of(target):
         (2, "float32", "contiguous", "odd"),
         (2, "bfloat16", "contiguous", "objective"),
         (4, "bfloat16", "contiguous", "loss"),
+        (4, "float32", "channels_last", "masked"),
         (14, "float32", "contiguous", "loss"),
         (14, "bfloat16", "channels_last", "objective"),
     }
@@ -168,7 +174,8 @@ SPILLING = {"sm_80": 3, "sm_90": 0, "sm_100": 12, "gfx942": 0}  # kernels; to be
 def test_the_committed_report_is_complete_and_spills_no_more_than_it_did():
     rows = ceilings()
     points = {key[:-1] for key in rows}
-    assert points == {(c.target, c.variant, c.classes, c.dtype, c.layout) for c in matrix(variants=VARIANTS)}
+    wanted = {c for target in TARGETS for c in matrix(targets=[target], variants=reported_variants(target))}
+    assert points >= {(c.target, c.variant, c.classes, c.dtype, c.layout) for c in wanted}
     assert len(rows) == 5 * len(points)
     assert {target: sum(key[0] == target and row["spills"] != "0" for key, row in rows.items()) for target in TARGETS} == SPILLING
 
@@ -183,7 +190,8 @@ def test_the_matrix_is_the_stated_one():
     for target in TARGETS:
         covered = cases_of(target)
         for name in ("classes", "dtype", "layout", "variant"):
-            assert {getattr(c, name) for c in covered} == {getattr(c, name) for c in matrix(variants=VARIANTS)}
+            wanted = matrix(targets=[target], variants=reported_variants(target))
+            assert {getattr(c, name) for c in covered} == {getattr(c, name) for c in wanted}
 
 
 # ------------------------------------------------------------------------------------------------------- command line
