@@ -60,8 +60,9 @@ def objective(
         masked=mask is not None, sample_weighted=sample_weights is not None, reordered=order is not None,
     )  # fmt: skip
     local, terms = _run(
-        logits, features, mask, sample_weights, options, rules, target.detach(), supervision.dice_weight, consistency_weight, order
-    )
+        logits, features, mask, sample_weights, options, rules, target.detach(), supervision.dice_weight, consistency_weight,
+        order,
+    )  # fmt: skip
     terms = terms.detach()
     dice, shared = terms[0], ranks.detached_sum(terms[1:6], group)
     mutual = shared[0]
@@ -107,8 +108,8 @@ def _run(
     value: Tensor
     terms: Tensor
     value, terms, _, _ = weighting(
-        logits[0], logits[1], weight, fa, fb, target, mask, order, _float32(sample_weights), prototypes_a, prototypes_b, counts, sums,
-        *packed, factor, dice_weight, wanted,
+        logits[0], logits[1], weight, fa, fb, target, mask, order, _float32(sample_weights),
+        prototypes_a, prototypes_b, counts, sums, *packed, factor, dice_weight, wanted,
     )  # fmt: skip
     return value, terms
 
@@ -301,7 +302,9 @@ def weighting_maps(
 ) -> tuple[Tensor, Tensor]:
     """Weights (2, B, V) float32 and masks (2, B, V) int8, student a first."""
     known = Statistics(prototypes_a, prototypes_b, counts, sums)
-    return passes.maps(_batch(logits_a, logits_b, features_a, features_b, None, mask, None, sample_weights), known, decoded(rules, numbers))
+    return passes.maps(
+        _batch(logits_a, logits_b, features_a, features_b, None, mask, None, sample_weights), known, decoded(rules, numbers)
+    )
 
 
 @weighting_maps.register_fake

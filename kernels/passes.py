@@ -132,7 +132,8 @@ def statistics(batch: Batch, rules: Rules) -> Statistics:
     with current_device(za):
         launch(
             statistics_kernel, (programs * samples, feature_blocks),
-            za, zb, fa, fb, za if labels is None else labels, za if mask is None else mask, _order(batch), sums_a, sums_b, members, dice, counts, nonfinite,
+            za, zb, fa, fb, za if labels is None else labels, za if mask is None else mask, _order(batch),
+            sums_a, sums_b, members, dice, counts, nonfinite,
             labelled, voxels, size1, size2, *_strides(g_labels, flat), *_strides(g_mask, flat),
             *g_za.axes(flat), *g_zb.axes(flat), *g_fa.axes(flat), *g_fb.axes(flat), programs, per_program,
             CLASSES=classes, CLASSES_PAD=tiles.classes_pad, CLASSES_DOT=tiles.classes_dot,
@@ -257,7 +258,8 @@ def _weight(
             za, zb, fa, fb, za if labels is None else labels, za if mask is None else mask, _order(batch),
             known.prototypes_a, known.prototypes_b,
             known.counts, known.sums, _weight_pointer(factors, known),
-            numerators if batch.sample_weights is None else batch.sample_weights, numerators, values, code if code.numel() else numerators, weights, masks,
+            numerators if batch.sample_weights is None else batch.sample_weights,
+            numerators, values, code if code.numel() else numerators, weights, masks,
             factors.mutual_factor, factors.dice_weight, batch.labelled,
             voxels, values.shape[1] if with_record else 0, size1, size2, *_strides(g_labels, flat), *_strides(g_mask, flat),
             *g_za.axes(flat), *g_zb.axes(flat), *g_fa.axes(flat), *g_fb.axes(flat), programs, per_program,
@@ -274,7 +276,7 @@ def _weight(
 def gradient(
     upstream: Tensor, sums: Tensor, record: Record, batch: Batch, rules: Rules, dice_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """Run the backward pass, 1 launch: gradients with the shapes and dtypes of the logits, empty where a network does not learn."""
+    """Run the backward pass, 1 launch: gradients like the logits, empty for a network that does not learn."""
     za, zb = batch.logits
     samples, classes = za.shape[:2]
     voxels, size1, size2 = sizes(za)

@@ -17,8 +17,9 @@ class Rules(NamedTuple):
     that are set in ``bits``. entropy: it has cross-entropy; with both it is their mean. masked: some voxels do not count.
     ignoring: nor do those with the label ``ignored`` in the supervised term. learns_a, learns_b: which networks are students.
     unlabelled: samples with a target take no part in the mutual term. summed: it is a sum, not a mean over the voxels taught.
-    sample_weighted: every sample has a weight. reordered: the labelled samples are not the first ones. class_weighted: every class has one of ``class_weights``. eps: see the method.
-    minimum: least probability of a teacher. temperature: of its probabilities in the weight.
+    sample_weighted: every sample has a weight. reordered: the labelled samples are not the first ones. class_weighted: every
+    class has one of ``class_weights``. eps: see the method. minimum: least probability of a teacher. temperature: of its
+    probabilities in the weight.
     """
 
     compare: bool = True
