@@ -37,7 +37,8 @@ class Sums(NamedTuple):
     seen: voxels, a number, or one per row where some do not count. ab, ba: reliable voxels of student a and b. nonfinite: 0 or
     NaN. members: voxels pseudo-labelled as class 1, 2 .. (those of class 0 are the rest), by a in the lower half of the bits, by
     b in the upper. differing: voxels whose pseudo-labels differ, if asked for. features_a, features_b: sums of features,
-    (FEATURE_BLOCK, ROWS) or with DOT for every TILE of features and 16 classes (groups, 16, TILE). overlap_a, overlap_b, soft_a, soft_b, truth: of Dice. entropy: of cross-entropy, both networks'.
+    (FEATURE_BLOCK, ROWS) or with DOT for every TILE of features and 16 classes (groups, 16, TILE). overlap_a, overlap_b, soft_a,
+    soft_b, truth: of Dice. entropy: of cross-entropy, both networks'.
     """
 
     seen: tl.tensor
