@@ -443,8 +443,7 @@ def test_a_loss_of_logits_without_gradient_has_none(impl):
 @pytest.mark.parametrize("impl", [TRITON])
 def test_what_triton_cannot_do_is_refused_by_name_and_left_to_torch_by_auto(impl, keywords, monkeypatch):
     (name,) = keywords
-    if name not in dispatch.BEYOND_KERNELS:
-        pytest.skip("the kernels do it")
+    assert name in dispatch.BEYOND_KERNELS
     logits, features, target = problem(dtype=torch.float32)
     with pytest.raises(ValueError, match=rf"(?s)triton.*{name}.*torch"):
         rplib.MutualObjective(impl=impl, **keywords)(logits, features, target, 0.1)
@@ -452,6 +451,25 @@ def test_what_triton_cannot_do_is_refused_by_name_and_left_to_torch_by_auto(impl
     by_auto = rplib.MutualObjective(**keywords)(logits, features, target, 0.1)
     by_torch = rplib.MutualObjective(impl="torch", **keywords)(logits, features, target, 0.1)
     assert torch.equal(by_auto.total, by_torch.total)
+
+
+@pytest.mark.parametrize("impl", [TRITON])
+def test_every_option_of_the_kernels_in_a_compiled_objective(impl):
+    torch._dynamo.reset()
+    logits, features, target = problem(batch=3, labelled=1, dtype=torch.float32)
+    scribbles, mask = target.masked_fill(target == 1, 9), torch.rand(3, 7, 5, 3, device=DEVICE) < 0.8
+    objective = rplib.MutualObjective(
+        impl=impl, students=(0,), ignore_index=9, mutual_on="unlabelled", minimum_confidence=0.4, temperature=2.0,
+        class_weights=(0.5, 1.0, 2.0), reduction="sum", statistics=True,
+    )  # fmt: skip
+    weights, weight = torch.tensor([0.5, 1.0, 2.0], device=DEVICE), torch.tensor(0.3, device=DEVICE)
+    found = []
+    for step in (objective, torch.compile(objective, fullgraph=True, backend="aot_eager")):
+        (z,) = leaves(logits[:1])
+        terms = step([z, logits[1]], features, scribbles, weight, mask=mask, labelled=[1], sample_weights=weights)
+        terms.total.backward()
+        found.append([*terms[:3], *terms.statistics, z.grad])
+    assert all(torch.equal(a.detach(), b.detach()) for a, b in zip(*found, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------- weight, subclasses
