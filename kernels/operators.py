@@ -261,7 +261,7 @@ def gradient(
     numbers: Sequence[float],
     dice_weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of both networks' logits."""
+    """Gradients of both networks' logits, empty for a network that does not learn."""
     batch = _batch(logits_a, logits_b, None, None, target, mask, order)
     return passes.gradient(upstream, sums, Record(record, code), batch, decoded(rules, numbers), dice_weight)
 
