@@ -101,9 +101,13 @@ def report(case: Case) -> list[CompiledKernel]:
 
     rows = []
     channels_last = case.layout == "channels_last"
-    specs = iter_specs(case.classes, case.features, getattr(torch, case.dtype), channels_last, **VARIANTS[case.variant])
+    target = TARGETS[case.target]
+    specs = iter_specs(
+        case.classes, case.features, getattr(torch, case.dtype), channels_last,
+        architecture=target.architecture, **VARIANTS[case.variant],
+    )  # fmt: skip
     for spec in specs:
-        found = compile_for(TARGETS[case.target], spec.fn, spec.signature, spec.constexprs, spec.attrs, num_warps=spec.num_warps)
+        found = compile_for(target, spec.fn, spec.signature, spec.constexprs, spec.attrs, num_warps=spec.num_warps)
         rows.append(_row(case, spec.name, spec.num_warps, found))
     return rows
 

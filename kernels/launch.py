@@ -15,6 +15,7 @@ from torch import Tensor
 # The layouts of voxels.py, as numbers.
 ANY, ALIGNED, LAST, PACKED = range(4)
 _INT32_LIMIT = 2**31 - 1
+_USUAL = 90  # the architecture whose tiles serve where nothing else is known
 # Programs per multiprocessor that walk over the voxels; the reduction then reads kilobytes.
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 _PROGRAMS_WITHOUT_GPU = 4
@@ -89,6 +90,37 @@ def _trait(argument: Any) -> Any:
     if isinstance(argument, int):
         return argument.bit_length() > 31
     return None
+
+
+_tiles_for: int | str = _USUAL
+
+
+@contextmanager
+def tiles_for(architecture: int | str) -> Iterator[None]:
+    """Inside, tensors that are on no GPU get the tiles of this one: 80, 90, 100 (ten times the compute capability) or "gfx942".
+
+    For instruments that compile for a GPU that is not there.
+    """
+    global _tiles_for
+    before, _tiles_for = _tiles_for, architecture
+    try:
+        yield
+    finally:
+        _tiles_for = before
+
+
+def architecture(device: torch.device) -> int:
+    """Ten times the compute capability of the GPU that tiles are chosen for; AMD's take those of 90."""
+    found = _architecture(device) if device.type == "cuda" else _tiles_for
+    return found if isinstance(found, int) else _USUAL
+
+
+@cache
+def _architecture(device: torch.device) -> int:
+    if torch.version.hip:
+        return _USUAL
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def current_device(tensor: Tensor) -> AbstractContextManager[object]:

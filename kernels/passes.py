@@ -15,6 +15,7 @@ from rplib.kernels.launch import (
     PACKED,
     Geometry,
     addressing,
+    architecture,
     channels,
     current_device,
     geometry,
@@ -119,6 +120,7 @@ def statistics(batch: Batch, rules: Rules) -> Statistics:
     tiles = tiling.statistics_tiles(
         classes, max(f_a, f_b), max(t.element_size() for t in (za, zb, fa, fb)),
         channels_last=f_layout in (LAST, PACKED), aligned=f_layout != ANY, dice=labels is not None,
+        architecture=architecture(za.device),
     )  # fmt: skip
     programs, per_program = split(voxels, tiles.block, samples, za.device)
     feature_blocks = max(1, -(-max(f_a, f_b) // tiles.feature_block))
@@ -139,7 +141,7 @@ def statistics(batch: Batch, rules: Rules) -> Statistics:
             CLASSES=classes, CLASSES_PAD=tiles.classes_pad, CLASSES_DOT=tiles.classes_dot,
             FEATURES_A=f_a, FEATURES_B=f_b, FEATURE_BLOCK=tiles.feature_block, BLOCK=tiles.block,
             VECTOR=tiles.vector, VOXEL_GROUPS=tiles.voxel_groups, FEATURE_GROUPS=tiles.feature_groups,
-            WITH_FEATURES=batch.features is not None, DOT=tiles.dot, RULES=rules,
+            WITH_FEATURES=batch.features is not None, DOT=tiles.dot, IN_REGISTERS=tiles.in_registers, RULES=rules,
             Z_LAYOUT=z_layout, F_LAYOUT=f_layout, M_LAYOUT=_mask_layout(g_mask), FLAT=flat, WIDE=wide, num_warps=tiles.warps,
         )  # fmt: skip
         prototypes_a = new((samples, classes, f_a), dtype=torch.float32)
@@ -245,7 +247,7 @@ def _weight(
     tiles = tiling.weighting_tiles(
         classes, max(f_a, f_b), max(fa.element_size(), fb.element_size()),
         channels_last=f_layout in (LAST, PACKED), aligned=f_layout != ANY,
-        plain=flat and with_record, dice=labels is not None, detailed=rules.detailed,
+        plain=flat and with_record, dice=labels is not None, detailed=rules.detailed, architecture=architecture(za.device),
     )  # fmt: skip
     programs, per_program = split(voxels, tiles.groups * tiles.group, samples, za.device)
     numerators = za.new_empty((4 if rules.detailed else 2, samples, programs), dtype=torch.float32)
@@ -289,7 +291,7 @@ def gradient(
     layout = layout_of(geometries)
     tiles = tiling.gradient_tiles(
         classes, max(za.element_size(), zb.element_size()), aligned=layout != ANY,
-        channels_last=layout in (LAST, PACKED), dice=labels is not None,
+        channels_last=layout in (LAST, PACKED), dice=labels is not None, architecture=architecture(za.device),
     )  # fmt: skip
     with current_device(za):
         launch(

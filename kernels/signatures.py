@@ -59,6 +59,7 @@ def iter_specs(
     supervised: Supervised = "dice",
     masked: bool = False,
     ignore_index: int | None = None,
+    architecture: int | str = 90,
 ) -> Iterator[KernelSpec]:
     """Every kernel of one forward and backward pass, in the order of the launches.
 
@@ -68,11 +69,12 @@ def iter_specs(
         confidence, weighted, on_logits: the loss's keywords.
         labelled: samples with a target (uint8): 0 is the loss alone, more the whole objective.
         statistics, supervised, ignore_index: the objective's keywords. masked: with a mask.
+        architecture: whose tiles, see `launch.tiles_for`.
     """
     for recorded in record_launches(
         classes, features, dtype, channels_last,
         batch=batch, spatial=spatial, confidence=confidence, weighted=weighted, on_logits=on_logits, labelled=labelled,
-        statistics=statistics, supervised=supervised, masked=masked, ignore_index=ignore_index,
+        statistics=statistics, supervised=supervised, masked=masked, ignore_index=ignore_index, architecture=architecture,
     ):  # fmt: skip
         yield spec(recorded)
 
@@ -93,6 +95,7 @@ def record_launches(
     supervised: Supervised = "dice",
     masked: bool = False,
     ignore_index: int | None = None,
+    architecture: int | str = 90,
 ) -> list[launch.Launch]:
     """The launches themselves, arguments on the meta device; keywords as `iter_specs`."""
     launches: list[launch.Launch] = []
@@ -114,7 +117,7 @@ def record_launches(
     options = Options(confidence=confidence, cross_entropy_on="logits" if on_logits else "probabilities")
     supervision = Supervision(supervised=supervised, statistics=statistics, ignore_index=ignore_index) if labelled else None
     rules = rules_of(options, supervision, classes, masked=masked)
-    with launch.observed(record):
+    with launch.observed(record), launch.tiles_for(architecture):
         known = passes.statistics(given, rules)
         _, _, kept = passes.weighting(given, known, rules, passes.Weights(0.5), with_record=True)
         upstream = torch.empty((), dtype=torch.float32, device="meta")

@@ -37,8 +37,8 @@ class Sums(NamedTuple):
     seen: voxels, a number, or one per row where some do not count. ab, ba: reliable voxels of student a and b. nonfinite: 0 or
     NaN. members: voxels pseudo-labelled as class 1, 2 .. (those of class 0 are the rest), by a in the lower half of the bits, by
     b in the upper. differing: voxels whose pseudo-labels differ, if asked for. features_a, features_b: sums of features,
-    (FEATURE_BLOCK, ROWS) or with DOT for every TILE of features and 16 classes (groups, 16, TILE). overlap_a, overlap_b, soft_a,
-    soft_b, truth: of Dice. entropy: of cross-entropy, both networks'.
+    (FEATURE_BLOCK, ROWS), with DOT one tile (CLASSES_DOT, FEATURE_BLOCK), IN_REGISTERS for every TILE of features and 16 classes
+    (groups, 16, TILE). overlap_a, overlap_b, soft_a, soft_b, truth: of Dice. entropy: of cross-entropy, both networks'.
     """
 
     seen: tl.tensor
@@ -107,10 +107,13 @@ def _add_truth(sums, t, CLASSES: tl.constexpr):
 @triton.jit
 def _add_features(
     sums, base, at, stride, f, label, valid, keep,
-    FEATURES: tl.constexpr, CLASSES: tl.constexpr, RULES: tl.constexpr,
+    FEATURES: tl.constexpr, CLASSES: tl.constexpr, CLASSES_DOT: tl.constexpr, DOT: tl.constexpr, RULES: tl.constexpr,
     WIDE: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Add one block of features to running sums, one number per thread for every class and feature."""
+    """Add one block of features to the sums per class: running sums, one number per thread for every class and feature.
+
+    With DOT a product with the one-hot labels, whose operands pass through shared memory: one tile (CLASSES_DOT, FEATURE_BLOCK).
+    """
     pointers = base + channel_offset(f, stride, WIDE)[:, None, None] + at[None, :, :]
     inside = (f < FEATURES)[:, None, None]
     if MASKED:
@@ -119,17 +122,26 @@ def _add_features(
     if RULES.partial:
         x = tl.where(keep[None, :, :], x, 0.0)
     added = ()
-    label = label[None, :, :]
-    for c in tl.static_range(CLASSES):  # beyond the end x is 0
-        added = added + (sums[c] + tl.sum(x * (label == c).to(tl.float32), axis=2),)
+    if DOT:
+        VOXELS: tl.constexpr = x.shape[1] * x.shape[2]
+        labels = tl.reshape(label, (1, VOXELS))
+        if MASKED:
+            labels = tl.where(tl.reshape(valid, (1, VOXELS)), labels, CLASSES_DOT)
+        one_hot = (tl.arange(0, CLASSES_DOT)[:, None] == labels).to(tl.float32)  # (CLASSES_DOT, voxels)
+        x = tl.reshape(x, (x.shape[0], VOXELS))
+        added = (sums[0] + tl.dot(one_hot, tl.trans(x), input_precision="ieee"),)
+    else:
+        label = label[None, :, :]
+        for c in tl.static_range(CLASSES):  # beyond the end x is 0
+            added = added + (sums[c] + tl.sum(x * (label == c).to(tl.float32), axis=2),)
     return added
 
 
-# Sums of many classes are products with one-hot labels on the tensor cores. Tiles have axes for what the registers and threads
-# of a product hold, so that features and labels are loaded or made where the product wants them, and none of them passes through
-# shared memory: (2 or 1, RUNS, VOXEL_GROUPS, FEATURE_GROUPS, 8, 4, VECTOR). Of a product's K = RUNS x 4 x VECTOR (or RUNS x 4)
-# voxels a thread holds every fourth, of 16 features or classes every eighth; warps lie along the groups. VECTOR are voxels side
-# by side, or SIDE_BY_SIDE features of one voxel: what a thread loads at once.
+# IN_REGISTERS: sums of many classes are products with one-hot labels on the tensor cores. Tiles have axes for what the
+# registers and threads of a product hold, so that features and labels are loaded or made where the product wants them, and none
+# of them passes through shared memory: (2 or 1, RUNS, VOXEL_GROUPS, FEATURE_GROUPS, 8, 4, VECTOR). Of a product's K = RUNS x 4
+# x VECTOR (or RUNS x 4) voxels a thread holds every fourth, of 16 features or classes every eighth; warps lie along the groups.
+# VECTOR are voxels side by side, or SIDE_BY_SIDE features of one voxel: what a thread loads at once.
 
 
 @triton.jit
@@ -233,8 +245,9 @@ def _add_products(
             high = _operand(high, o)
         for m in tl.static_range(o.CLASSES_DOT // 16):
             total = sums[n * (o.CLASSES_DOT // 16) + m]
+            # Added outside: the tensor cores round towards zero, an error that would grow with the voxels.
             if EXACT:
-                added = added + (tl.dot(one_hot[m], high, total, input_precision="tf32"),)
+                added = added + (total + tl.dot(one_hot[m], high, input_precision="tf32"),)
             else:
                 product = tl.dot(one_hot[m], low, input_precision="tf32")
                 added = added + (total + tl.dot(one_hot[m], high, product, input_precision="tf32"),)
@@ -284,6 +297,7 @@ class Options(NamedTuple):
     SIDE_BY_SIDE: tl.constexpr
     WITH_FEATURES: tl.constexpr
     DOT: tl.constexpr
+    IN_REGISTERS: tl.constexpr
     RULES: tl.constexpr
     Z_LAYOUT: tl.constexpr
     F_LAYOUT: tl.constexpr
@@ -296,7 +310,7 @@ class Options(NamedTuple):
 def _block(start, s, i, o, MASKED: tl.constexpr):
     """Add the block of voxels that begins at ``start`` to the `Sums` s; i: `Inputs`, o: `Options`."""
     CLASSES: tl.constexpr = o.CLASSES
-    LOGITS: tl.constexpr = 1 if o.DOT else o.VECTOR
+    LOGITS: tl.constexpr = 1 if o.IN_REGISTERS else o.VECTOR
     SOME: tl.constexpr = MASKED or o.RULES.partial  # not every voxel of the block counts
     row = tl.arange(0, o.ROWS)[:, None]
     v = start + row * LOGITS + tl.arange(0, LOGITS)[None, :]  # (ROWS, VECTOR)
@@ -373,12 +387,12 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
     if o.WITH_FEATURES:
         RAGGED_A: tl.constexpr = o.FEATURES_A % o.FEATURE_BLOCK != 0 or o.FEATURES_A != o.FEATURES_B
         RAGGED_B: tl.constexpr = o.FEATURES_B % o.FEATURE_BLOCK != 0 or o.FEATURES_A != o.FEATURES_B
-        if o.DOT:
+        if o.IN_REGISTERS:
             v = _voxels_of_product(start, o)
             valid = v < i.voxels
         fa_v = voxel_offsets(v, i.size1, i.size2, i.fa_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
         fb_v = voxel_offsets(v, i.size1, i.size2, i.fb_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
-        if o.DOT:
+        if o.IN_REGISTERS:
             upper = b.label << 8
             if o.RULES.partial:
                 upper = upper | keep.to(tl.int32) << 16
@@ -398,12 +412,12 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
         else:
             f = i.first_feature + tl.arange(0, o.FEATURE_BLOCK)
             features_a = _add_features(
-                features_a, i.fa, fa_v, i.fa_strides.channel, f, a.label, valid, keep,
-                o.FEATURES_A, CLASSES, o.RULES, o.WIDE, MASKED, RAGGED_A,
+                features_a, i.fa, fa_v, i.fa_strides.channel, f, a.label, valid, keep, o.FEATURES_A, CLASSES, o.CLASSES_DOT,
+                o.DOT, o.RULES, o.WIDE, MASKED, RAGGED_A,
             )  # fmt: skip
             features_b = _add_features(
-                features_b, i.fb, fb_v, i.fb_strides.channel, f, b.label, valid, keep,
-                o.FEATURES_B, CLASSES, o.RULES, o.WIDE, MASKED, RAGGED_B,
+                features_b, i.fb, fb_v, i.fb_strides.channel, f, b.label, valid, keep, o.FEATURES_B, CLASSES, o.CLASSES_DOT,
+                o.DOT, o.RULES, o.WIDE, MASKED, RAGGED_B,
             )  # fmt: skip
     return Sums(
         seen, ab, ba, nonfinite, members, differing, features_a, features_b,
@@ -414,12 +428,14 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
 @triton.jit
 def _walk(i, program, programs, blocks_per_program, o):
     """`Sums` of a program: whole blocks first, and for the last program of a sample the ragged tail."""
-    BLOCK: tl.constexpr = o.ROWS * (1 if o.DOT else o.VECTOR)
+    BLOCK: tl.constexpr = o.ROWS * (1 if o.IN_REGISTERS else o.VECTOR)
     PER_CLASS: tl.constexpr = o.CLASSES if o.RULES.dice else 0
-    if o.DOT:
+    if o.IN_REGISTERS:
         GROUPS: tl.constexpr = o.VOXEL_GROUPS * o.FEATURE_GROUPS
         TILES: tl.constexpr = o.FEATURE_BLOCK // o.FEATURE_GROUPS // o.TILE * (o.CLASSES_DOT // 16)
         features = _zeros((GROUPS, 16, o.TILE), tl.float32, TILES if o.WITH_FEATURES else 0)
+    elif o.DOT:
+        features = _zeros((o.CLASSES_DOT, o.FEATURE_BLOCK), tl.float32, 1)
     else:
         features = _zeros((o.FEATURE_BLOCK, o.ROWS), tl.float32, o.CLASSES if o.WITH_FEATURES else 0)
     members = _zeros((o.ROWS,), tl.int32, o.CLASSES - 1 if o.WITH_FEATURES or o.RULES.detailed else 0)
@@ -447,14 +463,22 @@ def _walk(i, program, programs, blocks_per_program, o):
 
 
 @triton.jit
-def _store_features(out, sums, f, FEATURES: tl.constexpr, CLASSES: tl.constexpr):
+def _store_features(
+    out, sums, f, FEATURES: tl.constexpr, CLASSES: tl.constexpr, CLASSES_DOT: tl.constexpr, DOT: tl.constexpr
+):  # fmt: skip
     """Write one network's sums (C, F) of this program; returns 0, or NaN where one of them is not finite."""
-    bad = tl.zeros(f.shape, tl.float32)
-    for c in tl.static_range(CLASSES):
-        total = tl.sum(sums[c], axis=1)
-        tl.store(out + c * FEATURES + f, total, mask=f < FEATURES)
-        bad += total * 0.0
-    return tl.sum(bad, axis=0)
+    if DOT:
+        cls = tl.arange(0, CLASSES_DOT)
+        inside = (cls < CLASSES)[:, None] & (f < FEATURES)[None, :]
+        tl.store(out + cls[:, None] * FEATURES + f[None, :], sums[0], mask=inside)
+        return tl.sum(tl.sum(sums[0] * 0.0, axis=0), axis=0)
+    else:
+        bad = tl.zeros(f.shape, tl.float32)
+        for c in tl.static_range(CLASSES):
+            total = tl.sum(sums[c], axis=1)
+            tl.store(out + c * FEATURES + f, total, mask=f < FEATURES)
+            bad += total * 0.0
+        return tl.sum(bad, axis=0)
 
 
 @triton.jit
@@ -481,13 +505,13 @@ def _run(i, program, programs, blocks_per_program, sums_a, sums_b, o):
     sums = _walk(i, program, programs, blocks_per_program, o)
     bad = tl.sum(sums.nonfinite, axis=0)
     if o.WITH_FEATURES:
-        if o.DOT:
+        if o.IN_REGISTERS:
             bad += _store_products(sums_a, sums.features_a, i.first_feature, o, o.FEATURES_A)
             bad += _store_products(sums_b, sums.features_b, i.first_feature, o, o.FEATURES_B)
         else:
             f = i.first_feature + tl.arange(0, o.FEATURE_BLOCK)
-            bad += _store_features(sums_a, sums.features_a, f, o.FEATURES_A, o.CLASSES)
-            bad += _store_features(sums_b, sums.features_b, f, o.FEATURES_B, o.CLASSES)
+            bad += _store_features(sums_a, sums.features_a, f, o.FEATURES_A, o.CLASSES, o.CLASSES_DOT, o.DOT)
+            bad += _store_features(sums_b, sums.features_b, f, o.FEATURES_B, o.CLASSES, o.CLASSES_DOT, o.DOT)
     return sums, bad
 
 
@@ -531,7 +555,7 @@ def statistics_kernel(
     CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, CLASSES_DOT: tl.constexpr,
     FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
     VECTOR: tl.constexpr, VOXEL_GROUPS: tl.constexpr, FEATURE_GROUPS: tl.constexpr,
-    WITH_FEATURES: tl.constexpr, DOT: tl.constexpr, RULES: tl.constexpr,
+    WITH_FEATURES: tl.constexpr, DOT: tl.constexpr, IN_REGISTERS: tl.constexpr, RULES: tl.constexpr,
     Z_LAYOUT: tl.constexpr, F_LAYOUT: tl.constexpr, M_LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs * B, feature blocks)."""
@@ -563,13 +587,13 @@ def statistics_kernel(
     K: tl.constexpr = BLOCK // VOXEL_GROUPS
     RUNS: tl.constexpr = K // 4 if SIDE_BY_SIDE else K // 4 // VECTOR
     TILE: tl.constexpr = VECTOR * 8 if SIDE_BY_SIDE else 16
-    ROWS: tl.constexpr = BLOCK if DOT else BLOCK // VECTOR
+    ROWS: tl.constexpr = BLOCK if IN_REGISTERS else BLOCK // VECTOR
     row = here.to(tl.int64) * CLASSES
     sums, bad = _run(
         inputs, program, programs, blocks_per_program, sums_a + row * FEATURES_A, sums_b + row * FEATURES_B,
         Options(
             CLASSES, CLASSES_PAD, CLASSES_DOT, FEATURES_A, FEATURES_B, FEATURE_BLOCK, VOXEL_GROUPS, FEATURE_GROUPS,
-            RUNS, K, TILE, ROWS, VECTOR, SIDE_BY_SIDE, WITH_FEATURES, DOT, RULES, Z_LAYOUT, F_LAYOUT, M_LAYOUT,
+            RUNS, K, TILE, ROWS, VECTOR, SIDE_BY_SIDE, WITH_FEATURES, DOT, IN_REGISTERS, RULES, Z_LAYOUT, F_LAYOUT, M_LAYOUT,
             FLAT, WIDE,
         ),
     )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Block sizes: plain arithmetic on the shapes, so that nothing is tuned in the middle of a training.
+"""Block sizes: plain arithmetic on the shapes and the GPU, so that nothing is tuned in the middle of a training.
+
+``architecture`` is ten times the compute capability. The tiles are those of 90; where the compiler for 80 (8.0 to 8.9) or for 100
+and later needs more registers than a thread has, they are smaller there (BLACKWELL, AMPERE).
 
 The figures behind the choices (registers, spills, widths of loads per target) come from
 ``python -m rplib.bench.ahead_of_time``.
@@ -7,6 +10,8 @@ The figures behind the choices (registers, spills, widths of loads per target) c
 from typing import NamedTuple
 
 SECTOR = 32  # bytes: what the memory of a GPU moves at least
+BLACKWELL = 100  # this and later
+AMPERE = range(80, 90)
 RECORD_ALIGNMENT = 32  # the record's rows are padded to a multiple of this many float32 values
 
 
@@ -22,8 +27,8 @@ def power_of_two(n: int) -> int:
 class StatisticsTiles(NamedTuple):
     """Tiles of statistics_kernel.
 
-    dot: sums per class by products with one-hot labels, see statistics.py; else block // vector rows of vector voxels.
-    voxel_groups, feature_groups: of warps, with dot.
+    dot: sums per class by products with one-hot labels; else block // vector rows of vector voxels. in_registers: those products
+    on the tensor cores, see statistics.py. voxel_groups, feature_groups: of warps, with in_registers.
     """
 
     block: int
@@ -35,6 +40,7 @@ class StatisticsTiles(NamedTuple):
     vector: int
     voxel_groups: int = 1
     feature_groups: int = 1
+    in_registers: bool = False
 
 
 class WeightingTiles(NamedTuple):
@@ -59,7 +65,14 @@ class GradientTiles(NamedTuple):
 
 
 def statistics_tiles(
-    classes: int, features: int, itemsize: int, *, channels_last: bool = False, aligned: bool = True, dice: bool = False
+    classes: int,
+    features: int,
+    itemsize: int,
+    *,
+    channels_last: bool = False,
+    aligned: bool = True,
+    dice: bool = False,
+    architecture: int = 90,
 ) -> StatisticsTiles:
     """Tiles for C classes and at most this many features per network (0: none are read) of ``itemsize`` bytes.
 
@@ -79,21 +92,31 @@ def statistics_tiles(
         if aligned and not channels_last:
             vector = 4 if classes == 2 else 16 // itemsize
             rows = 128 if pad * feature_block <= 32 else 64 if pad * feature_block <= 64 else 32
-            rows = max(rows // 2, 32) if dice else rows
+            rows = max(rows // 2, 32) if dice or architecture >= BLACKWELL else rows
         return StatisticsTiles(rows * vector, pad, 16, feature_block, False, 4, vector)
-    # Sums by products: a thread keeps pad x feature_block / (32 x feature_groups) numbers per network.
     feature_block = min(max(widest, 16), 128)
     classes_dot = max(pad, 16)
-    feature_groups = min(max(classes_dot * feature_block // (256 if dice else 1024), 1), feature_block // 16, 4)
+    if classes_dot > 16 or feature_block > 32:
+        # Through shared memory, of which gfx942 has 64 KB: in registers (32, 256) spills 93 and takes minutes to compile.
+        if feature_block <= 32:
+            block, warps = (32, 4) if itemsize == 4 or dice or channels_last else (64, 8)  # as large as registers allow
+            block = 16 if dice and itemsize == 4 else block
+        else:
+            block, warps = 32 if feature_block == 64 else 16, 8
+        return StatisticsTiles(block, pad, classes_dot, feature_block, True, warps, 1)
+    # In registers: a thread keeps 16 x feature_block / (32 x feature_groups) numbers per network.
+    feature_groups = min(max(classes_dot * feature_block // (256 if dice else 1024), 1), feature_block // 16)
     run = 16 if dice else 32  # voxels of a product
     vector = min(16 // itemsize, run // 4)
     if channels_last:
         vector = 2 if itemsize == 4 else min(vector, feature_block // feature_groups // 8)
     elif not aligned:
         vector = 1
-    warps = 4 if feature_groups < 4 else 8
+    warps = 4
     voxel_groups = warps // feature_groups
-    return StatisticsTiles(run * voxel_groups, pad, classes_dot, feature_block, True, warps, vector, voxel_groups, feature_groups)
+    return StatisticsTiles(
+        run * voxel_groups, pad, classes_dot, feature_block, True, warps, vector, voxel_groups, feature_groups, True
+    )  # fmt: skip
 
 
 def weighting_tiles(
@@ -106,6 +129,7 @@ def weighting_tiles(
     plain: bool = True,
     dice: bool = False,
     detailed: bool = False,
+    architecture: int = 90,
 ) -> WeightingTiles:
     """Tiles for features of ``itemsize`` bytes (the wider of the two networks' types).
 
@@ -120,19 +144,26 @@ def weighting_tiles(
     pad = power_of_two(classes)
     widest = power_of_two(max(features, 1))
     if channels_last:
-        block = 64 if detailed and classes > 4 else 128
+        block = 64 if (detailed or architecture >= BLACKWELL) and classes > 4 else 128
         return WeightingTiles(block // group, group, pad, min(widest, 8 if itemsize == 4 else 16), classes <= 4, 4)
     block = 2048 // itemsize if aligned else 256  # 16 bytes a thread: the features of a block lie in no other thread's registers
-    if classes > 16:  # one voxel a thread: the logits of both networks alone take 2 C registers
+    if classes > 16 or (architecture >= BLACKWELL and classes > 4):
+        # one voxel a thread: the logits of both networks alone take 2 C registers
         return WeightingTiles(128 // group, group, pad, min(widest, 8), False, 4)
     feature_block = 8 if classes <= 4 else 2
-    if detailed and 2 < classes <= 4:
+    if (detailed or architecture in AMPERE) and 2 < classes <= 4:
         feature_block = 4
     return WeightingTiles(block // group, group, pad, min(widest, feature_block), False, 4)
 
 
 def gradient_tiles(
-    classes: int, itemsize: int, *, aligned: bool = True, channels_last: bool = False, dice: bool = False
+    classes: int,
+    itemsize: int,
+    *,
+    aligned: bool = True,
+    channels_last: bool = False,
+    dice: bool = False,
+    architecture: int = 90,
 ) -> GradientTiles:
     """Tiles for C classes and logits of ``itemsize`` bytes.
 
@@ -141,4 +172,6 @@ def gradient_tiles(
     pad = power_of_two(classes)
     group = SECTOR // itemsize
     block = 1024 if classes == 2 else 128 if classes > 4 and (dice or channels_last) else 512
+    if architecture in AMPERE and channels_last and dice and classes > 2:
+        block = min(block, 256)
     return GradientTiles(block // group, group, pad, 4)

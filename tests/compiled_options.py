@@ -25,6 +25,8 @@ OPTIONS = {
     "layout": ("contiguous", "channels_last", "slice", "wide"),  # wide: offsets of 64 bits
     "dtype": ("float32", "bfloat16", "float16"),
     "target": ("uint8", "int64", "bool", "int32", "float32"),
+    "supervised": ("dice", "cross_entropy", "dice+cross_entropy"),
+    "statistics": (False, True),
     "mask": (None, "contiguous", "slice"),
     "ignore_index": (None, 255),
     "mutual_on": ("all", "unlabelled"),
@@ -83,7 +85,16 @@ def launches(row):
     sample_weights = torch.empty(4, device="meta") if row["sample_weights"] else None
     order = torch.empty(4, dtype=torch.int32, device="meta") if row["order"] and not plain else None
     batch = passes.Batch(logits, read, None if plain else target, mask, sample_weights, order)
-    supervision = None if plain else Supervision(ignore_index=row["ignore_index"], mutual_on=row["mutual_on"])
+    supervision = (
+        None
+        if plain
+        else Supervision(
+            supervised=row["supervised"],
+            statistics=row["statistics"],
+            ignore_index=row["ignore_index"],
+            mutual_on=row["mutual_on"],
+        )
+    )
     rules = rules_of(
         options, supervision, classes,
         masked=mask is not None, sample_weighted=sample_weights is not None, reordered=order is not None,

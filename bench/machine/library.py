@@ -6,10 +6,15 @@ from unittest import mock
 
 from rplib import dispatch
 from rplib.bench.machine.driver import Session, compiled
+from rplib.kernels import launch
 
 
 @contextmanager
 def compiled_library(architecture: int = 90) -> Iterator[Session]:
     """As `compiled`; inside, ``impl="triton"`` also takes CPU tensors, without Triton's interpreter."""
-    with mock.patch.object(dispatch, "interpreting", return_value=True), compiled(architecture) as session:
+    with (
+        mock.patch.object(dispatch, "interpreting", return_value=True),
+        launch.tiles_for(architecture),
+        compiled(architecture) as session,
+    ):
         yield session
