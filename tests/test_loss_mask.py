@@ -72,12 +72,20 @@ def test_loss_gradient_and_maps_are_those_of_the_cropped_problem(impl, count, cl
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("impl", "piece"), [("torch", 7), ("torch", 1 << 16), pytest.param("triton", None, marks=TRITON.marks)])
-def test_scattered_voxels_in_low_precision_and_in_pieces(dtype, impl, piece, monkeypatch):
+@pytest.mark.parametrize(
+    ("impl", "piece", "classes"),
+    [
+        ("torch", 7, 3),
+        ("torch", 1 << 16, 3),
+        pytest.param("triton", None, 3, marks=TRITON.marks),
+        pytest.param("triton", None, 18, marks=TRITON.marks),
+    ],
+)
+def test_scattered_voxels_in_low_precision_and_in_pieces(dtype, impl, piece, classes, monkeypatch):
     """One sample, so that the voxels left over are again a problem; pieces of a few voxels, as of a large volume."""
     if piece:
         monkeypatch.setattr(lean_voxels, "_PIECE_CPU", piece)
-    logits, features = networks((101,), 3, 5, batch=1, dtype=dtype)
+    logits, features = networks((101,), classes, 5, batch=1, dtype=dtype)
     mask = torch.rand(1, 101, device=DEVICE) < 0.6
     keep = mask[0]
     z = leaves(spoiled(logits, mask))
