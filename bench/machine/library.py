@@ -11,7 +11,7 @@ from rplib.kernels import launch
 
 @contextmanager
 def compiled_library(architecture: int = 90) -> Iterator[Session]:
-    """As `compiled`; inside, ``impl="triton"`` also takes CPU tensors, without Triton's interpreter."""
+    """Like `compiled`; inside, ``impl="triton"`` also accepts CPU tensors, without Triton's interpreter."""
     with (
         mock.patch.object(dispatch, "interpreting", return_value=True),
         launch.tiles_for(architecture),
