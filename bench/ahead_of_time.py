@@ -25,11 +25,13 @@ from rplib.errors import UserError
 SHAPES = ((2, 16), (4, 16), (14, 32))  # (C, F)
 DTYPES = ("float32", "bfloat16")
 LAYOUTS = ("contiguous", "channels_last")
-# Variants of the code: the loss, the whole objective with half the samples labelled, odd sizes on every axis.
+# Variants of the code: the loss, the whole objective with half the samples labelled, odd sizes on every axis, and the objective
+# with a mask and an ignore label.
 VARIANTS: dict[str, dict[str, Any]] = {
     "loss": {"labelled": 0, "spatial": (112, 112, 80)},
     "objective": {"labelled": 2, "spatial": (112, 112, 80)},
     "odd": {"labelled": 0, "spatial": (111, 113, 79)},
+    "masked": {"labelled": 2, "spatial": (112, 112, 80), "masked": True, "ignore_index": 255},
 }
 
 

@@ -30,13 +30,17 @@ _SMOOTH = tl.constexpr(1e-8)
 
 
 @triton.jit
-def load_target(target, offsets, labelled, valid, MASKED: tl.constexpr):
-    """Class of every voxel as float32, -1 where there is no label; ``labelled``: a scalar, the sample has labels."""
+def load_target(target, offsets, labelled, valid, keep, RULES: tl.constexpr, MASKED: tl.constexpr):
+    """Class of every voxel as float32, -1 where there is no label that counts; ``labelled``: a scalar, the sample has labels."""
     if MASKED:
         known = valid & labelled
     else:
         known = tl.broadcast_to(labelled, offsets.shape)  # one value for the whole block, so that wide loads stay wide
     t = tl.load(target + offsets, mask=known, other=0).to(tl.float32)
+    if RULES.ignoring:
+        known = known & (t != RULES.ignored)
+    if RULES.masked:
+        known = known & keep
     return tl.where(known, t, -1.0), known
 
 

@@ -15,8 +15,11 @@ import triton.language as tl
 from rplib.kernels.dice import Coefficients, load_target, supervised_coefficients, supervised_slope
 from rplib.kernels.voxels import (
     SIZES,
+    kept,
     load,
     load_logits,
+    load_mask,
+    member_of,
     opinion,
     sample_offset,
     sectors,
@@ -34,6 +37,7 @@ class Tensors(NamedTuple):
     za: tl.tensor
     zb: tl.tensor
     target: tl.tensor
+    mask: tl.tensor
     record: tl.tensor
     second_plane: tl.tensor
     code: tl.tensor
@@ -42,6 +46,7 @@ class Tensors(NamedTuple):
     za_strides: tl.tuple
     zb_strides: tl.tuple
     target_strides: tl.tuple
+    mask_strides: tl.tuple
     out_a_strides: tl.tuple
     out_b_strides: tl.tuple
     labelled: tl.tensor
@@ -62,6 +67,7 @@ class Options(NamedTuple):
     GROUP: tl.constexpr
     RULES: tl.constexpr
     LAYOUT: tl.constexpr
+    M_LAYOUT: tl.constexpr
     FLAT: tl.constexpr
     WIDE: tl.constexpr
 
@@ -135,6 +141,10 @@ def _both_networks(i, v, za_v, zb_v, valid, o, MASKED: tl.constexpr):
     """Gradients of both networks from both networks' logits."""
     za = load_logits(i.za, za_v, i.za_strides.channel, valid, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED)
     zb = load_logits(i.zb, zb_v, i.zb_strides.channel, valid, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED)
+    keep = load_mask(i.mask, v, i.size1, i.size2, i.mask_strides, valid, o.RULES, o.M_LAYOUT, o.FLAT, o.WIDE, MASKED)
+    if o.RULES.masked:  # the weights are 0 there, but 0 times NaN is not
+        za = kept(za, keep, o.CLASSES)
+        zb = kept(zb, keep, o.CLASSES)
     a = opinion(za, o.CLASSES, True)
     b = opinion(zb, o.CLASSES, True)
     if not o.RULES.compare:
@@ -148,7 +158,7 @@ def _both_networks(i, v, za_v, zb_v, valid, o, MASKED: tl.constexpr):
     known = valid
     if o.RULES.supervised:
         t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
-        t, known = load_target(i.target, t_v, i.labelled, valid, MASKED)
+        t, known = load_target(i.target, t_v, i.labelled, valid, keep, o.RULES, MASKED)
     grad_a = _one_of_both(a, b.label, w_a, i.supervised_a, t, known, i.factor, o)
     grad_b = _one_of_both(b, a.label, w_b, i.supervised_b, t, known, i.factor, o)
     return grad_a, grad_b
@@ -191,8 +201,10 @@ def _gradient_block(start, i, o, MASKED: tl.constexpr):
             grad_a, grad_b = _student_alone(i, v, za_v, zb_v, valid, o, MASKED)
     a_v = voxel_offsets(v, i.size1, i.size2, i.out_a_strides, o.LAYOUT, o.FLAT, o.WIDE)
     b_v = voxel_offsets(v, i.size1, i.size2, i.out_b_strides, o.LAYOUT, o.FLAT, o.WIDE)
-    store_logits(i.out_a, a_v, i.out_a_strides.channel, valid, grad_a, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED)
-    store_logits(i.out_b, b_v, i.out_b_strides.channel, valid, grad_b, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED)
+    if o.RULES.learns_a:
+        store_logits(i.out_a, a_v, i.out_a_strides.channel, valid, grad_a, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED)
+    if o.RULES.learns_b:
+        store_logits(i.out_b, b_v, i.out_b_strides.channel, valid, grad_b, o.CLASSES, o.CLASSES_PAD, o.LAYOUT, o.WIDE, MASKED)
 
 
 @triton.jit
@@ -205,13 +217,13 @@ def _whole_or_tail(start, i, o):
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient_kernel(
-    upstream, sums, record, code, za, zb, target,
-    out_a, out_b,  # out: gradients (B, C, *spatial) in the logits' dtypes
-    dice_weight, labelled, voxels, record_stride, size1, size2, t_b, t_0, t_1, t_2,
+    upstream, sums, record, code, za, zb, target, mask, order,
+    out_a, out_b,  # out: gradients (B, C, *spatial) in the logits' dtypes, of the networks that learn
+    dice_weight, labelled, voxels, record_stride, size1, size2, t_b, t_0, t_1, t_2, m_b, m_0, m_1, m_2,
     za_b, za_c, za_0, za_1, za_2, zb_b, zb_c, zb_0, zb_1, zb_2,
     ga_b, ga_c, ga_0, ga_1, ga_2, gb_b, gb_c, gb_0, gb_1, gb_2,
     CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
-    RULES: tl.constexpr, LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    RULES: tl.constexpr, LAYOUT: tl.constexpr, M_LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks * B,)."""
     BLOCK: tl.constexpr = GROUPS * GROUP
@@ -227,14 +239,17 @@ def gradient_kernel(
         if CLASSES > 2:
             supervised_a = supervised_coefficients(sums, 0, dice_weight, CLASSES, RULES)
             supervised_b = supervised_coefficients(sums, 1, dice_weight, CLASSES, RULES)
+    member = member_of(order, sample, RULES)
+    if RULES.masked:
+        mask += sample_offset(member, m_b, 1, M_LAYOUT)
     tensors = Tensors(
-        za + sample_offset(sample, za_b, CLASSES, LAYOUT), zb + sample_offset(sample, zb_b, CLASSES, LAYOUT), target,
+        za + sample_offset(member, za_b, CLASSES, LAYOUT), zb + sample_offset(member, zb_b, CLASSES, LAYOUT), target, mask,
         record + row, sample_offset(samples, record_stride, 1, 1), code + row,
-        out_a + sample_offset(sample, ga_b, CLASSES, LAYOUT), out_b + sample_offset(sample, gb_b, CLASSES, LAYOUT),
+        out_a + sample_offset(member, ga_b, CLASSES, LAYOUT), out_b + sample_offset(member, gb_b, CLASSES, LAYOUT),
         strides_of(za_c, za_0, za_1, za_2, CLASSES, LAYOUT), strides_of(zb_c, zb_0, zb_1, zb_2, CLASSES, LAYOUT),
-        strides_of(0, t_0, t_1, t_2, 1, 0),
+        strides_of(0, t_0, t_1, t_2, 1, 0), strides_of(0, m_0, m_1, m_2, 1, M_LAYOUT),
         strides_of(ga_c, ga_0, ga_1, ga_2, CLASSES, LAYOUT), strides_of(gb_c, gb_0, gb_1, gb_2, CLASSES, LAYOUT),
         sample < labelled, voxels_of(voxels, LAYOUT), size1, size2,
         tl.load(upstream).to(tl.float32) + tl.load(sums), supervised_a, supervised_b,
     )  # fmt: skip
-    _whole_or_tail(start, tensors, Options(CLASSES, CLASSES_PAD, GROUPS, GROUP, RULES, LAYOUT, FLAT, WIDE))
+    _whole_or_tail(start, tensors, Options(CLASSES, CLASSES_PAD, GROUPS, GROUP, RULES, LAYOUT, M_LAYOUT, FLAT, WIDE))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rplib import ranks
+from rplib.inputs import valid_only
 from rplib.kernels import passes
 from rplib.kernels.passes import Batch, Record, Statistics, Weights
 from rplib.kernels.rules import Rules, decoded, encoded, rules_of
@@ -23,9 +24,16 @@ from rplib.statistics import ObjectiveStatistics
 from rplib.supervision import Supervision
 
 
-def loss(logits: list[Tensor], features: list[Tensor] | None, options: Options) -> Tensor:
+def loss(
+    logits: list[Tensor],
+    features: list[Tensor] | None,
+    options: Options,
+    mask: Tensor | None = None,
+    sample_weights: Tensor | None = None,
+) -> Tensor:
     """The mutual loss of two networks, a 0-dim float32 tensor, differentiable once with respect to the logits."""
-    value, terms = _run(logits, features, options, rules_of(options))
+    rules = rules_of(options, masked=mask is not None, sample_weighted=sample_weights is not None)
+    value, terms = _run(logits, features, mask, sample_weights, options, rules)
     return ranks.as_one_process(value, ranks.detached_sum(terms[1], options.process_group), options.process_group)
 
 
@@ -36,18 +44,33 @@ def objective(
     supervision: Supervision,
     target: Tensor,
     consistency_weight: float | Tensor,
+    mask: Tensor | None = None,
+    sample_weights: Tensor | None = None,
+    rows: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, ObjectiveStatistics | None]:
-    """The whole objective: total (0-dim float32, differentiable once); its terms Dice and mutual, and statistics, detached."""
+    """The whole objective: total (0-dim float32, differentiable once); its terms Dice and mutual, and statistics, detached.
+
+    Args:
+        rows: the samples that the target belongs to, in its order.
+    """
     group = options.process_group
-    rules = rules_of(options, supervision, logits[0].shape[1])
-    local, terms = _run(logits, features, options, rules, target.detach(), supervision.dice_weight, consistency_weight)
+    order = _labelled_first(rows, logits[0])
+    rules = rules_of(
+        options, supervision, logits[0].shape[1],
+        masked=mask is not None, sample_weighted=sample_weights is not None, reordered=order is not None,
+    )  # fmt: skip
+    local, terms = _run(
+        logits, features, mask, sample_weights, options, rules, target.detach(), supervision.dice_weight, consistency_weight,
+        order,
+    )  # fmt: skip
     terms = terms.detach()
     dice, shared = terms[0], ranks.detached_sum(terms[1:6], group)
     mutual = shared[0]
     statistics = None
     if rules.detailed:  # views of what loss_kernel reports: nothing is launched
         pseudo_labels = terms[9:].view(2, logits[0].shape[1])
-        statistics = ObjectiveStatistics(terms[6:8], shared[1:3], shared[3:5], pseudo_labels, terms[8])
+        pairs = slice(0 if rules.learns_a else 1, 2 if rules.learns_b else 1)  # whose student learns
+        statistics = ObjectiveStatistics(terms[6:8][pairs], shared[1:3][pairs], shared[3:5][pairs], pseudo_labels, terms[8])
     if group is not None:
         local = ranks.as_one_process(local, supervision.dice_weight * dice + consistency_weight * mutual, group)
     return local, dice, mutual, statistics
@@ -56,17 +79,22 @@ def objective(
 def _run(
     logits: list[Tensor],
     features: list[Tensor] | None,
+    mask: Tensor | None,
+    sample_weights: Tensor | None,
     options: Options,
     rules: Rules,
     target: Tensor | None = None,
     dice_weight: float = 0.0,
     consistency_weight: float | Tensor = 1.0,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """This rank's share of the total, and (dice, mutual)."""
     _refuse_forward_mode(*logits, *([consistency_weight] if isinstance(consistency_weight, Tensor) else []))
     fa, fb = _two(features)
     packed = encoded(rules)
-    prototypes_a, prototypes_b, counts, sums = statistics(logits[0].detach(), logits[1].detach(), fa, fb, target, *packed)
+    prototypes_a, prototypes_b, counts, sums = statistics(
+        logits[0].detach(), logits[1].detach(), fa, fb, target, mask, order, *packed
+    )  # fmt: skip
     counts, sums = ranks.detached_sum(counts, options.process_group), ranks.detached_sum(sums, options.process_group)
     factor = 1.0
     weight: Tensor | None = None
@@ -80,31 +108,38 @@ def _run(
     value: Tensor
     terms: Tensor
     value, terms, _, _ = weighting(
-        logits[0], logits[1], weight, fa, fb, target, prototypes_a, prototypes_b, counts, sums,
-        *packed, factor, dice_weight, wanted,
+        logits[0], logits[1], weight, fa, fb, target, mask, order, _float32(sample_weights),
+        prototypes_a, prototypes_b, counts, sums, *packed, factor, dice_weight, wanted,
     )  # fmt: skip
     return value, terms
 
 
-def maps(logits: list[Tensor], features: list[Tensor] | None, options: Options) -> list[Reliability]:
+def maps(
+    logits: list[Tensor],
+    features: list[Tensor] | None,
+    options: Options,
+    mask: Tensor | None = None,
+    sample_weights: Tensor | None = None,
+) -> list[Reliability]:
     """Masks and weights from the loss's own kernels, with what explains them."""
     fa, fb = _two(features)
     spatial = logits[0].shape[2:]
-    packed = encoded(rules_of(options))
-    known = statistics(logits[0], logits[1], fa, fb, None, *packed)
-    weights, masks = weighting_maps(logits[0], logits[1], fa, fb, *known, *packed)
+    packed = encoded(rules_of(options, masked=mask is not None, sample_weighted=sample_weights is not None))
+    known = statistics(logits[0], logits[1], fa, fb, None, mask, None, *packed)
+    weights, masks = weighting_maps(logits[0], logits[1], fa, fb, mask, _float32(sample_weights), *known, *packed)
+    keep = None if mask is None else mask.unsqueeze(1)  # (B, 1, *spatial)
     result = []
-    for i, j in ordered_pairs(2):
+    for i, j in ordered_pairs(2, options.students):
         similar = None
         if features is not None:
-            similar = similarity(features[j].flatten(2).float(), known[j])[0].unflatten(2, spatial)
+            similar = similarity(valid_only(features[j], keep).flatten(2).float(), known[j])[0].unflatten(2, spatial)
         result.append(
             Reliability(
                 student=i,
                 teacher=j,
                 mask=masks[i].bool().unflatten(1, spatial),
                 weight=weights[i].unflatten(1, spatial),
-                pseudo_label=logits[j].argmax(dim=1),
+                pseudo_label=valid_only(logits[j], keep).argmax(dim=1),
                 prototypes=None if features is None else known[j],
                 similarity=similar,
             )
@@ -119,11 +154,13 @@ def statistics(
     features_a: Tensor | None,
     features_b: Tensor | None,
     target: Tensor | None,
+    mask: Tensor | None,
+    order: Tensor | None,
     rules: str,
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Prototypes (B, C, F) of both networks, reliable voxels per student (2,) int64, and sums, see passes.Statistics."""
-    batch = _batch(logits_a, logits_b, features_a, features_b, target)
+    batch = _batch(logits_a, logits_b, features_a, features_b, target, mask, order)
     return tuple(passes.statistics(batch, decoded(rules, numbers)))  # type: ignore[return-value]
 
 
@@ -134,6 +171,8 @@ def _(
     features_a: Tensor | None,
     features_b: Tensor | None,
     target: Tensor | None,
+    mask: Tensor | None,
+    order: Tensor | None,
     rules: str,
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -154,6 +193,9 @@ def weighting(
     features_a: Tensor | None,
     features_b: Tensor | None,
     target: Tensor | None,
+    mask: Tensor | None,
+    order: Tensor | None,
+    sample_weights: Tensor | None,
     prototypes_a: Tensor,
     prototypes_b: Tensor,
     counts: Tensor,
@@ -166,7 +208,7 @@ def weighting(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Total (0-dim float32), (dice, mutual), and the two parts of passes.Record, empty unless wanted."""
     known = Statistics(prototypes_a, prototypes_b, counts, sums)
-    batch = _batch(logits_a, logits_b, features_a, features_b, target)
+    batch = _batch(logits_a, logits_b, features_a, features_b, target, mask, order, sample_weights)
     weights = Weights(dice_weight, mutual_factor, mutual_weight)
     total, terms, record = passes.weighting(batch, known, decoded(rules, numbers), weights, with_record=with_record)
     return total, terms, *record
@@ -180,6 +222,9 @@ def _(
     features_a: Tensor | None,
     features_b: Tensor | None,
     target: Tensor | None,
+    mask: Tensor | None,
+    order: Tensor | None,
+    sample_weights: Tensor | None,
     prototypes_a: Tensor,
     prototypes_b: Tensor,
     counts: Tensor,
@@ -210,12 +255,14 @@ def gradient(
     logits_a: Tensor,
     logits_b: Tensor,
     target: Tensor | None,
+    mask: Tensor | None,
+    order: Tensor | None,
     rules: str,
     numbers: Sequence[float],
     dice_weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of both networks' logits."""
-    batch = _batch(logits_a, logits_b, None, None, target)
+    """Gradients of both networks' logits, empty for a network that does not learn."""
+    batch = _batch(logits_a, logits_b, None, None, target, mask, order)
     return passes.gradient(upstream, sums, Record(record, code), batch, decoded(rules, numbers), dice_weight)
 
 
@@ -228,11 +275,14 @@ def _(
     logits_a: Tensor,
     logits_b: Tensor,
     target: Tensor | None,
+    mask: Tensor | None,
+    order: Tensor | None,
     rules: str,
     numbers: Sequence[float],
     dice_weight: float,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(logits_a), torch.empty_like(logits_b)
+    of = decoded(rules)
+    return passes.new_gradient(logits_a, of.learns_a), passes.new_gradient(logits_b, of.learns_b)
 
 
 @torch.library.custom_op("rplib::mutual_maps", mutates_args=())
@@ -241,6 +291,8 @@ def weighting_maps(
     logits_b: Tensor,
     features_a: Tensor | None,
     features_b: Tensor | None,
+    mask: Tensor | None,
+    sample_weights: Tensor | None,
     prototypes_a: Tensor,
     prototypes_b: Tensor,
     counts: Tensor,
@@ -250,7 +302,9 @@ def weighting_maps(
 ) -> tuple[Tensor, Tensor]:
     """Weights (2, B, V) float32 and masks (2, B, V) int8, student a first."""
     known = Statistics(prototypes_a, prototypes_b, counts, sums)
-    return passes.maps(_batch(logits_a, logits_b, features_a, features_b), known, decoded(rules, numbers))
+    return passes.maps(
+        _batch(logits_a, logits_b, features_a, features_b, None, mask, None, sample_weights), known, decoded(rules, numbers)
+    )
 
 
 @weighting_maps.register_fake
@@ -259,6 +313,8 @@ def _(
     logits_b: Tensor,
     features_a: Tensor | None,
     features_b: Tensor | None,
+    mask: Tensor | None,
+    sample_weights: Tensor | None,
     prototypes_a: Tensor,
     prototypes_b: Tensor,
     counts: Tensor,
@@ -272,17 +328,17 @@ def _(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     (
-        logits_a, logits_b, _, _, _, target, _, _, _, sums,
+        logits_a, logits_b, _, _, _, target, mask, order, _, _, _, _, sums,
         ctx.rules, ctx.numbers, ctx.factor, ctx.dice_weight, ctx.with_record,
     ) = inputs  # fmt: skip
     _, terms, record, code = output
     ctx.set_materialize_grads(False)  # no zeros, as large as the record, for outputs that nobody differentiates
     ctx.mark_non_differentiable(terms, record, code)
-    ctx.save_for_backward(terms, sums, record, code, logits_a, logits_b, target)
+    ctx.save_for_backward(terms, sums, record, code, logits_a, logits_b, target, mask, order)
 
 
 def _weighting_backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = [None] * 12
+    nothing = [None] * 15
     if upstream is None or not ctx.with_record:
         return (None, None, None, *nothing)
     terms, *saved = ctx.saved_tensors
@@ -339,8 +395,27 @@ def _two(features: list[Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if features is None else (features[0].detach(), features[1].detach())
 
 
+def _labelled_first(rows: Sequence[int], z: Tensor) -> Tensor | None:
+    """Indices of all samples, (B,) int32, these first; None where they are the first ones anyway."""
+    if list(rows) == list(range(len(rows))):
+        return None
+    others = [k for k in range(z.shape[0]) if k not in rows]
+    return torch.tensor([*rows, *others], dtype=torch.int32, device=z.device)
+
+
+def _float32(weights: Tensor | None) -> Tensor | None:
+    return None if weights is None else weights.to(torch.float32).contiguous()
+
+
 def _batch(
-    logits_a: Tensor, logits_b: Tensor, features_a: Tensor | None, features_b: Tensor | None, target: Tensor | None = None
+    logits_a: Tensor,
+    logits_b: Tensor,
+    features_a: Tensor | None,
+    features_b: Tensor | None,
+    target: Tensor | None,
+    mask: Tensor | None,
+    order: Tensor | None,
+    sample_weights: Tensor | None = None,
 ) -> Batch:
     features = None if features_a is None or features_b is None else (features_a, features_b)
-    return Batch((logits_a, logits_b), features, target)
+    return Batch((logits_a, logits_b), features, target, mask, sample_weights, order)

@@ -49,12 +49,16 @@ class Batch(NamedTuple):
 
     logits: (B, C, *spatial) of both networks. features: (B, F, *spatial) of both, or None. target: (B_l, *spatial) or
     (B_l, 1, *spatial), classes of the first B_l samples; None: no supervised term. B_l may be 0, since another rank may have
-    labels.
+    labels. mask: (B, *spatial) bool, True where a voxel counts, or None for everywhere. sample_weights: (B,) float32 or None.
+    order: (B,) int32, indices of the samples, those with a target first, or None where they are the first ones.
     """
 
     logits: Sequence[Tensor]
     features: Sequence[Tensor] | None = None
     target: Tensor | None = None
+    mask: Tensor | None = None
+    sample_weights: Tensor | None = None
+    order: Tensor | None = None
 
     @property
     def labels(self) -> Tensor | None:
@@ -65,6 +69,11 @@ class Batch(NamedTuple):
         if target.ndim < self.logits[0].ndim:
             target = target.unsqueeze(1)
         return target.view(torch.uint8) if target.dtype == torch.bool else target
+
+    @property
+    def kept(self) -> Tensor | None:
+        """The mask as (B, 1, *spatial) uint8."""
+        return None if self.mask is None else self.mask.unsqueeze(1).view(torch.uint8)
 
     @property
     def labelled(self) -> int:
@@ -100,12 +109,13 @@ def statistics(batch: Batch, rules: Rules) -> Statistics:
     za, zb = batch.logits
     samples, classes = za.shape[:2]
     voxels, size1, size2 = sizes(za)
-    labels, labelled = batch.labels, batch.labelled
+    labels, labelled, mask = batch.labels, batch.labelled, batch.kept
     f_a, f_b = channels(batch.features)
     fa, fb = batch.features if batch.features else (za, zb)  # not read without features
     g_za, g_zb, g_fa, g_fb = geometries = [geometry(t) for t in (za, zb, fa, fb)]
     g_labels = None if labels is None else geometry(labels)
-    flat, wide = addressing(geometries if g_labels is None else [*geometries, g_labels])
+    g_mask = None if mask is None else geometry(mask)
+    flat, wide = addressing([*geometries, *(g for g in (g_labels, g_mask) if g is not None)])
     z_layout, f_layout = layout_of(geometries[:2]), layout_of(geometries[2:])
     tiles = tiling.statistics_tiles(
         classes, max(f_a, f_b), max(t.element_size() for t in (za, zb, fa, fb)),
@@ -124,14 +134,15 @@ def statistics(batch: Batch, rules: Rules) -> Statistics:
     with current_device(za):
         launch(
             statistics_kernel, (programs * samples, feature_blocks),
-            za, zb, fa, fb, za if labels is None else labels, sums_a, sums_b, members, dice, counts, nonfinite,
-            labelled, voxels, size1, size2, *_label_strides(g_labels, flat),
+            za, zb, fa, fb, za if labels is None else labels, za if mask is None else mask, _order(batch),
+            sums_a, sums_b, members, dice, counts, nonfinite,
+            labelled, voxels, size1, size2, *_strides(g_labels, flat), *_strides(g_mask, flat),
             *g_za.axes(flat), *g_zb.axes(flat), *g_fa.axes(flat), *g_fb.axes(flat), programs, per_program,
             CLASSES=classes, CLASSES_PAD=tiles.classes_pad, CLASSES_DOT=tiles.classes_dot,
             FEATURES_A=f_a, FEATURES_B=f_b, FEATURE_BLOCK=tiles.feature_block, BLOCK=tiles.block,
             VECTOR=tiles.vector, VOXEL_GROUPS=tiles.voxel_groups, FEATURE_GROUPS=tiles.feature_groups,
-            WITH_FEATURES=batch.features is not None, DOT=tiles.dot, IN_REGISTERS=tiles.in_registers,
-            RULES=rules, Z_LAYOUT=z_layout, F_LAYOUT=f_layout, FLAT=flat, WIDE=wide, num_warps=tiles.warps,
+            WITH_FEATURES=batch.features is not None, DOT=tiles.dot, IN_REGISTERS=tiles.in_registers, RULES=rules,
+            Z_LAYOUT=z_layout, F_LAYOUT=f_layout, M_LAYOUT=_mask_layout(g_mask), FLAT=flat, WIDE=wide, num_warps=tiles.warps,
         )  # fmt: skip
         prototypes_a = new((samples, classes, f_a), dtype=torch.float32)
         prototypes_b = new((samples, classes, f_b), dtype=torch.float32)
@@ -222,14 +233,17 @@ def _weight(
     voxels, size1, size2 = sizes(za)
     with_record = record is not None and record.values.numel() > 0
     labels = batch.labels if with_record and classes == 2 else None  # for C > 2 the backward pass reads them
+    mask = batch.kept
     f_a, f_b = channels(batch.features)
     fa, fb = batch.features if batch.features else (za, zb)
     g_za, g_zb, g_fa, g_fb = geometries = [geometry(t) for t in (za, zb, fa, fb)]
     g_labels = None if labels is None else geometry(labels)
-    flat, wide = addressing(geometries if g_labels is None else [*geometries, g_labels])
+    g_mask = None if mask is None else geometry(mask)
+    flat, wide = addressing([*geometries, *(g for g in (g_labels, g_mask) if g is not None)])
     z_layout, f_layout = layout_of(geometries[:2]), layout_of(geometries[2:])
-    if classes > 4 and za.element_size() == 2 and ALIGNED in (z_layout, f_layout):
-        z_layout = f_layout = ANY  # 128-bit loads give a thread 8 voxels, whose logits of many classes do not fit its registers
+    if classes > 4 and (za.element_size() == 2 or rules.masked) and ALIGNED in (z_layout, f_layout):
+        # 128-bit loads give a thread 8 voxels (float32: 4, with a mask), whose logits of many classes do not fit its registers.
+        z_layout = f_layout = ANY
     tiles = tiling.weighting_tiles(
         classes, max(f_a, f_b), max(fa.element_size(), fb.element_size()),
         channels_last=f_layout in (LAST, PACKED), aligned=f_layout != ANY,
@@ -243,18 +257,20 @@ def _weight(
     with current_device(za):
         launch(
             weighting_kernel, (programs * samples,),
-            za, zb, fa, fb, za if labels is None else labels, known.prototypes_a, known.prototypes_b,
+            za, zb, fa, fb, za if labels is None else labels, za if mask is None else mask, _order(batch),
+            known.prototypes_a, known.prototypes_b,
             known.counts, known.sums, _weight_pointer(factors, known),
+            numerators if batch.sample_weights is None else batch.sample_weights,
             numerators, values, code if code.numel() else numerators, weights, masks,
-            factors.mutual_factor, factors.dice_weight, 0 if labels is None else labels.shape[0],
-            voxels, values.shape[1] if with_record else 0, size1, size2, *_label_strides(g_labels, flat),
+            factors.mutual_factor, factors.dice_weight, batch.labelled,
+            voxels, values.shape[1] if with_record else 0, size1, size2, *_strides(g_labels, flat), *_strides(g_mask, flat),
             *g_za.axes(flat), *g_zb.axes(flat), *g_fa.axes(flat), *g_fb.axes(flat), programs, per_program,
             CLASSES=classes, CLASSES_PAD=tiles.classes_pad,
             FEATURES_A=f_a, FEATURES_B=f_b, FEATURE_BLOCK=tiles.feature_block,
             GROUPS=tiles.groups, GROUP=tiles.group, WITH_FEATURES=batch.features is not None,
             WITH_RECORD=with_record, TARGET_IN_RECORD=labels is not None, HAS_WEIGHT=factors.mutual_weight is not None,
             WITH_MAPS=maps is not None, RULES=rules, UNROLL=tiles.unroll,
-            Z_LAYOUT=z_layout, F_LAYOUT=f_layout, FLAT=flat, WIDE=wide, num_warps=tiles.warps,
+            Z_LAYOUT=z_layout, F_LAYOUT=f_layout, M_LAYOUT=_mask_layout(g_mask), FLAT=flat, WIDE=wide, num_warps=tiles.warps,
         )  # fmt: skip
     return numerators
 
@@ -262,15 +278,16 @@ def _weight(
 def gradient(
     upstream: Tensor, sums: Tensor, record: Record, batch: Batch, rules: Rules, dice_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """Run the backward pass, 1 launch: gradients with the shapes and dtypes of the logits."""
+    """Run the backward pass, 1 launch: gradients like the logits, empty for a network that does not learn."""
     za, zb = batch.logits
     samples, classes = za.shape[:2]
     voxels, size1, size2 = sizes(za)
-    labels = batch.labels
-    grads = torch.empty_like(za), torch.empty_like(zb)
-    g_za, g_zb, g_ga, g_gb = geometries = [geometry(t) for t in (za, zb, *grads)]
+    labels, mask = batch.labels, batch.kept
+    grads = new_gradient(za, rules.learns_a), new_gradient(zb, rules.learns_b)
+    g_za, g_zb, g_ga, g_gb = geometries = [geometry(t) for t in (za, zb, *(g if g.numel() else za for g in grads))]
     g_labels = None if labels is None else geometry(labels)
-    flat, wide = addressing(geometries if g_labels is None else [*geometries, g_labels])
+    g_mask = None if mask is None else geometry(mask)
+    flat, wide = addressing([*geometries, *(g for g in (g_labels, g_mask) if g is not None)])
     layout = layout_of(geometries)
     tiles = tiling.gradient_tiles(
         classes, max(za.element_size(), zb.element_size()), aligned=layout != ANY,
@@ -280,22 +297,35 @@ def gradient(
         launch(
             gradient_kernel, (-(-voxels // (tiles.groups * tiles.group)) * samples,),
             upstream, sums, record.values, record.code if record.code.numel() else record.values, za, zb,
-            za if labels is None else labels, *grads,
+            za if labels is None else labels, za if mask is None else mask, _order(batch), *grads,
             dice_weight, batch.labelled,
-            voxels, record.values.shape[1], size1, size2, *_label_strides(g_labels, flat),
+            voxels, record.values.shape[1], size1, size2, *_strides(g_labels, flat), *_strides(g_mask, flat),
             *g_za.axes(flat), *g_zb.axes(flat), *g_ga.axes(flat), *g_gb.axes(flat),
             CLASSES=classes, CLASSES_PAD=tiles.classes_pad, GROUPS=tiles.groups, GROUP=tiles.group,
-            RULES=rules, LAYOUT=layout, FLAT=flat, WIDE=wide, num_warps=tiles.warps,
+            RULES=rules, LAYOUT=layout, M_LAYOUT=_mask_layout(g_mask), FLAT=flat, WIDE=wide, num_warps=tiles.warps,
         )  # fmt: skip
     return grads
 
 
-def _label_strides(labels: Geometry | None, flat: bool) -> tuple[int, ...]:
-    """Batch and spatial strides; zeros without labels."""
-    if labels is None:
+def new_gradient(z: Tensor, learns: bool) -> Tensor:
+    """Memory for the gradient of a network's logits; none where it does not learn."""
+    return torch.empty_like(z) if learns else z.new_empty(0)
+
+
+def _order(batch: Batch) -> Tensor:
+    return batch.logits[0] if batch.order is None else batch.order
+
+
+def _strides(of: Geometry | None, flat: bool) -> tuple[int, ...]:
+    """Batch and spatial strides of labels or a mask; zeros without."""
+    if of is None:
         return 0, 0, 0, 0
-    batch, _, *axes = labels.axes(flat)
+    batch, _, *axes = of.axes(flat)
     return (batch, *axes)
+
+
+def _mask_layout(mask: Geometry | None) -> int:
+    return ALIGNED if mask is not None and mask.kind == ALIGNED else ANY
 
 
 def _weight_pointer(weights: Weights, known: Statistics) -> Any:

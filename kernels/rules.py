@@ -14,7 +14,12 @@ class Rules(NamedTuple):
 
     compare: there is a confidence. by_entropy: it is the entropy, else the largest probability. on_logits: cross-entropy on
     logits. detailed: sums for `rplib.ObjectiveStatistics` are kept. dice: the supervised term has Dice, of the ``chosen`` classes
-    that are set in ``bits``. entropy: it has cross-entropy; with both it is their mean. eps: see the method.
+    that are set in ``bits``. entropy: it has cross-entropy; with both it is their mean. masked: some voxels do not count.
+    ignoring: nor do those with the label ``ignored`` in the supervised term. learns_a, learns_b: which networks are students.
+    unlabelled: samples with a target take no part in the mutual term. summed: it is a sum, not a mean over the voxels taught.
+    sample_weighted: every sample has a weight. reordered: the labelled samples are not the first ones. class_weighted: every
+    class has one of ``class_weights``. eps: see the method. minimum: least probability of a teacher. temperature: of its
+    probabilities in the weight.
     """
 
     compare: bool = True
@@ -25,7 +30,20 @@ class Rules(NamedTuple):
     entropy: bool = False
     chosen: int = 1
     bits: int = 0
+    masked: bool = False
+    ignoring: bool = False
+    learns_a: bool = True
+    learns_b: bool = True
+    unlabelled: bool = False
+    summed: bool = False
+    sample_weighted: bool = False
+    reordered: bool = False
+    class_weighted: bool = False
     eps: float = 1e-6
+    ignored: float = 0.0
+    minimum: float = 0.0
+    temperature: float = 1.0
+    class_weights: tuple[float, ...] = ()
 
     @property
     def supervised(self) -> bool:
@@ -33,17 +51,44 @@ class Rules(NamedTuple):
         return self.dice or self.entropy
 
     @property
+    def partial(self) -> bool:
+        """Some voxels take no part in the mutual term."""
+        return self.masked or self.unlabelled
+
+    @property
     def share(self) -> float:
         """Of Dice and of cross-entropy in the supervised term."""
         return 0.5 if self.dice and self.entropy else 1.0
 
 
-def rules_of(options: Options, supervision: Supervision | None = None, classes: int = 0) -> Rules:
+# The last fields: an operator takes them as numbers.
+_NUMBERS = ("eps", "ignored", "minimum", "temperature", "class_weights")
+
+
+def rules_of(
+    options: Options,
+    supervision: Supervision | None = None,
+    classes: int = 0,
+    *,
+    masked: bool = False,
+    sample_weighted: bool = False,
+    reordered: bool = False,
+) -> Rules:
     """The record of a call with C ``classes``; ``supervision``: of the objective; None: the loss alone."""
     rules = Rules(
         compare=options.confidence is not None,
         by_entropy=options.confidence == "entropy",
         on_logits=options.cross_entropy_on == "logits",
+        masked=masked,
+        learns_a=options.students is None or 0 in options.students,
+        learns_b=options.students is None or 1 in options.students,
+        summed=options.reduction == "sum",
+        sample_weighted=sample_weighted,
+        reordered=reordered,
+        class_weighted=options.class_weights is not None,
+        minimum=float(options.minimum_confidence or 0.0),
+        temperature=float(options.temperature),
+        class_weights=tuple(float(weight) for weight in options.class_weights or ()),
         eps=options.eps,
     )
     if supervision is None:
@@ -55,6 +100,9 @@ def rules_of(options: Options, supervision: Supervision | None = None, classes: 
         entropy=supervision.supervised != "dice",
         chosen=len(chosen),
         bits=sum([1 << c for c in chosen]),
+        unlabelled=supervision.mutual_on == "unlabelled",
+        ignoring=supervision.ignore_index is not None,
+        ignored=0.0 if supervision.ignore_index is None else float(supervision.ignore_index),
     )
 
 
@@ -66,8 +114,9 @@ class Encoded(NamedTuple):
 
 
 def encoded(rules: Rules) -> Encoded:
-    values = [repr(value) for name, value in zip(rules._fields, rules, strict=True) if name != "eps"]
-    return Encoded(",".join(values), [rules.eps])
+    values = [repr(value) for name, value in zip(rules._fields, rules, strict=True) if name not in _NUMBERS]
+    numbers = [rules.eps, rules.ignored, rules.minimum, rules.temperature, *rules.class_weights]
+    return Encoded(",".join(values), numbers)
 
 
 def decoded(literal: str, numbers: Sequence[float] = ()) -> Rules:
@@ -77,4 +126,5 @@ def decoded(literal: str, numbers: Sequence[float] = ()) -> Rules:
 
 @lru_cache(maxsize=256)
 def _decoded(literal: str, numbers: tuple[float, ...]) -> Rules:
-    return Rules(*literal_eval(literal), *numbers)
+    single = len(_NUMBERS) - 1
+    return Rules(*literal_eval(literal), *numbers[:single], *([numbers[single:]] if numbers else []))

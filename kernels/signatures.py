@@ -57,6 +57,8 @@ def iter_specs(
     labelled: int = 0,
     statistics: bool = False,
     supervised: Supervised = "dice",
+    masked: bool = False,
+    ignore_index: int | None = None,
     architecture: int | str = 90,
 ) -> Iterator[KernelSpec]:
     """Every kernel of one forward and backward pass, in the order of the launches.
@@ -66,13 +68,13 @@ def iter_specs(
         batch: B. spatial: sizes of 1 to 3 spatial axes (the paper's Left Atrium patch).
         confidence, weighted, on_logits: the loss's keywords.
         labelled: samples with a target (uint8): 0 is the loss alone, more the whole objective.
-        statistics, supervised: the objective's keywords.
+        statistics, supervised, ignore_index: the objective's keywords. masked: with a mask.
         architecture: whose tiles, see `launch.tiles_for`.
     """
     for recorded in record_launches(
         classes, features, dtype, channels_last,
         batch=batch, spatial=spatial, confidence=confidence, weighted=weighted, on_logits=on_logits, labelled=labelled,
-        statistics=statistics, supervised=supervised, architecture=architecture,
+        statistics=statistics, supervised=supervised, masked=masked, ignore_index=ignore_index, architecture=architecture,
     ):  # fmt: skip
         yield spec(recorded)
 
@@ -91,6 +93,8 @@ def record_launches(
     labelled: int = 0,
     statistics: bool = False,
     supervised: Supervised = "dice",
+    masked: bool = False,
+    ignore_index: int | None = None,
     architecture: int | str = 90,
 ) -> list[launch.Launch]:
     """The launches themselves, arguments on the meta device; keywords as `iter_specs`."""
@@ -108,9 +112,11 @@ def record_launches(
         return made
 
     target = torch.empty((labelled, *spatial), dtype=torch.uint8, device="meta") if labelled else None
-    given = passes.Batch(tensors(classes), tensors(features) if weighted else None, target)
+    mask = torch.empty((batch, *spatial), dtype=torch.bool, device="meta") if masked else None
+    given = passes.Batch(tensors(classes), tensors(features) if weighted else None, target, mask)
     options = Options(confidence=confidence, cross_entropy_on="logits" if on_logits else "probabilities")
-    rules = rules_of(options, Supervision(supervised=supervised, statistics=statistics) if labelled else None, classes)
+    supervision = Supervision(supervised=supervised, statistics=statistics, ignore_index=ignore_index) if labelled else None
+    rules = rules_of(options, supervision, classes, masked=masked)
     with launch.observed(record), launch.tiles_for(architecture):
         known = passes.statistics(given, rules)
         _, _, kept = passes.weighting(given, known, rules, passes.Weights(0.5), with_record=True)

@@ -16,13 +16,16 @@ from rplib.kernels.voxels import (
     SIZES,
     channel_offset,
     cross_entropy,
+    kept,
     load,
     load_logits,
-    more_uncertain,
+    load_mask,
+    member_of,
     opinion,
     probabilities,
     sample_offset,
     strides_of,
+    teaches,
     voxel_offsets,
     voxels_of,
 )
@@ -31,11 +34,11 @@ from rplib.kernels.voxels import (
 class Sums(NamedTuple):
     """What a program adds up. Tiles of one number per row (ROWS,); tuples over classes where there are some.
 
-    seen: voxels. ab, ba: reliable voxels of student a and b. nonfinite: 0 or NaN. members: voxels pseudo-labelled as class 1,
-    2 .. (those of class 0 are the rest), by a in the lower half of the bits, by b in the upper. differing: voxels whose
-    pseudo-labels differ, if asked for. features_a, features_b: sums of features, (FEATURE_BLOCK, ROWS), with DOT one tile
-    (CLASSES_DOT, FEATURE_BLOCK), IN_REGISTERS for every TILE of features and 16 classes (groups, 16, TILE).
-    overlap_a, overlap_b, soft_a, soft_b, truth: of Dice. entropy: of cross-entropy, both networks'.
+    seen: voxels, a number, or one per row where some do not count. ab, ba: reliable voxels of student a and b. nonfinite: 0 or
+    NaN. members: voxels pseudo-labelled as class 1, 2 .. (those of class 0 are the rest), by a in the lower half of the bits, by
+    b in the upper. differing: voxels whose pseudo-labels differ, if asked for. features_a, features_b: sums of features,
+    (FEATURE_BLOCK, ROWS), with DOT one tile (CLASSES_DOT, FEATURE_BLOCK), IN_REGISTERS for every TILE of features and 16 classes
+    (groups, 16, TILE). overlap_a, overlap_b, soft_a, soft_b, truth: of Dice. entropy: of cross-entropy, both networks'.
     """
 
     seen: tl.tensor
@@ -70,11 +73,11 @@ def _rows(tile):
 
 
 @triton.jit
-def _add_members(members, a, b, valid, CLASSES: tl.constexpr, MASKED: tl.constexpr):
+def _add_members(members, a, b, keep, CLASSES: tl.constexpr, SOME: tl.constexpr):
     """Two counts in one register; `launch.split` gives a program too few blocks for 16 bits to overflow."""
-    if MASKED:
-        a = tl.where(valid, a, CLASSES)
-        b = tl.where(valid, b, CLASSES)
+    if SOME:
+        a = tl.where(keep, a, CLASSES)
+        b = tl.where(keep, b, CLASSES)
     added = ()
     for c in tl.static_range(1, CLASSES):
         added = added + (members[c - 1] + _rows(tl.where(a == c, 1, 0) + tl.where(b == c, 65536, 0)),)
@@ -103,9 +106,9 @@ def _add_truth(sums, t, CLASSES: tl.constexpr):
 
 @triton.jit
 def _add_features(
-    sums, base, at, stride, f, label, valid,
-    FEATURES: tl.constexpr, CLASSES: tl.constexpr, CLASSES_DOT: tl.constexpr,
-    DOT: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
+    sums, base, at, stride, f, label, valid, keep,
+    FEATURES: tl.constexpr, CLASSES: tl.constexpr, CLASSES_DOT: tl.constexpr, DOT: tl.constexpr, RULES: tl.constexpr,
+    WIDE: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Add one block of features to the sums per class: running sums, one number per thread for every class and feature.
 
@@ -116,6 +119,8 @@ def _add_features(
     if MASKED:
         inside = inside & valid[None, :, :]
     x = load(pointers, inside, MASKED or RAGGED)  # (FEATURE_BLOCK, ROWS, VECTOR)
+    if RULES.partial:
+        x = tl.where(keep[None, :, :], x, 0.0)
     added = ()
     if DOT:
         VOXELS: tl.constexpr = x.shape[1] * x.shape[2]
@@ -211,7 +216,7 @@ def _feature_of(o):
 
 @triton.jit
 def _add_products(
-    sums, base, at, stride, first_feature, label, valid, o,
+    sums, base, at, stride, first_feature, label, valid, keep, o,
     FEATURES: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Add one block of features to the sums of every class: tiles (groups, 16 classes, TILE features)."""
@@ -225,6 +230,8 @@ def _add_products(
         if MASKED:
             inside = inside & valid
         x = load(base + channel_offset(here, stride, o.WIDE) + at, inside, MASKED or RAGGED)
+        if o.RULES.partial:
+            x = tl.where(keep, x, 0.0)
         bits = x.to(tl.int32, bitcast=True)
         if n == 0:
             for c in tl.static_range(0, o.CLASSES_DOT, 16):
@@ -255,16 +262,20 @@ class Inputs(NamedTuple):
     fa: tl.tensor
     fb: tl.tensor
     target: tl.tensor
+    mask: tl.tensor
     za_strides: tl.tuple
     zb_strides: tl.tuple
     fa_strides: tl.tuple
     fb_strides: tl.tuple
     target_strides: tl.tuple
+    mask_strides: tl.tuple
     labelled: tl.tensor
     voxels: tl.tensor
     size1: tl.tensor
     size2: tl.tensor
     first_feature: tl.tensor
+    sample: tl.tensor
+    labels: tl.tensor  # samples with a target
 
 
 class Options(NamedTuple):
@@ -290,6 +301,7 @@ class Options(NamedTuple):
     RULES: tl.constexpr
     Z_LAYOUT: tl.constexpr
     F_LAYOUT: tl.constexpr
+    M_LAYOUT: tl.constexpr
     FLAT: tl.constexpr
     WIDE: tl.constexpr
 
@@ -299,21 +311,31 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
     """Add the block of voxels that begins at ``start`` to the `Sums` s; i: `Inputs`, o: `Options`."""
     CLASSES: tl.constexpr = o.CLASSES
     LOGITS: tl.constexpr = 1 if o.IN_REGISTERS else o.VECTOR
+    SOME: tl.constexpr = MASKED or o.RULES.partial  # not every voxel of the block counts
     row = tl.arange(0, o.ROWS)[:, None]
     v = start + row * LOGITS + tl.arange(0, LOGITS)[None, :]  # (ROWS, VECTOR)
     valid = v < i.voxels
+    keep = load_mask(i.mask, v, i.size1, i.size2, i.mask_strides, valid, o.RULES, o.M_LAYOUT, o.FLAT, o.WIDE, MASKED)
     za_v = voxel_offsets(v, i.size1, i.size2, i.za_strides, o.Z_LAYOUT, o.FLAT, o.WIDE)
     zb_v = voxel_offsets(v, i.size1, i.size2, i.zb_strides, o.Z_LAYOUT, o.FLAT, o.WIDE)
     za = load_logits(i.za, za_v, i.za_strides.channel, valid, CLASSES, o.CLASSES_PAD, o.Z_LAYOUT, o.WIDE, MASKED)
     zb = load_logits(i.zb, zb_v, i.zb_strides.channel, valid, CLASSES, o.CLASSES_PAD, o.Z_LAYOUT, o.WIDE, MASKED)
+    if o.RULES.masked:
+        za = kept(za, keep, CLASSES)
+        zb = kept(zb, keep, CLASSES)
     a = opinion(za, CLASSES, False)
     b = opinion(zb, CLASSES, False)
-    m_ab, m_ba = more_uncertain(a, b, CLASSES, o.RULES)
-    if MASKED:
-        m_ab = m_ab & valid
-        m_ba = m_ba & valid
+    m_ab, m_ba = teaches(a, b, CLASSES, o.RULES)
+    counted = keep  # by the supervised term
+    if o.RULES.unlabelled:
+        keep = keep & (i.sample >= i.labels)
+    if SOME:
+        m_ab = m_ab & keep
+        m_ba = m_ba & keep
     seen = s.seen
-    if MASKED:
+    if o.RULES.partial:
+        seen += _rows(keep.to(tl.int32))
+    elif MASKED:
         seen += i.voxels % (o.ROWS * LOGITS)
     ab = s.ab + _rows(m_ab.to(tl.int32))
     ba = s.ba + _rows(m_ba.to(tl.int32))
@@ -334,26 +356,33 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
     entropy = s.entropy
     if o.RULES.supervised:
         t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
-        t, known = load_target(i.target, t_v, i.labelled, valid, MASKED)
+        t, known = load_target(i.target, t_v, i.labelled, valid, counted, o.RULES, MASKED)
         if o.RULES.dice:
             p_a = probabilities(a, CLASSES, True, True)
             p_b = probabilities(b, CLASSES, True, True)
-            overlap_a = _add_tiles(overlap_a, p_a, t, known, True, CLASSES)
-            overlap_b = _add_tiles(overlap_b, p_b, t, known, True, CLASSES)
-            soft_a = _add_tiles(soft_a, p_a, t, known, False, CLASSES)
-            soft_b = _add_tiles(soft_b, p_b, t, known, False, CLASSES)
+            if o.RULES.learns_a:
+                overlap_a = _add_tiles(overlap_a, p_a, t, known, True, CLASSES)
+            if o.RULES.learns_b:
+                overlap_b = _add_tiles(overlap_b, p_b, t, known, True, CLASSES)
+            if o.RULES.learns_a:
+                soft_a = _add_tiles(soft_a, p_a, t, known, False, CLASSES)
+            if o.RULES.learns_b:
+                soft_b = _add_tiles(soft_b, p_b, t, known, False, CLASSES)
         if o.RULES.entropy:
-            entropy = (
-                entropy[0] + _rows(tl.where(known, cross_entropy(a, t, True, CLASSES), 0.0)),
-                entropy[1] + _rows(tl.where(known, cross_entropy(b, t, True, CLASSES), 0.0)),
-            )
+            entropy_a = entropy[0]
+            entropy_b = entropy[1]
+            if o.RULES.learns_a:
+                entropy_a += _rows(tl.where(known, cross_entropy(a, t, True, CLASSES), 0.0))
+            if o.RULES.learns_b:
+                entropy_b += _rows(tl.where(known, cross_entropy(b, t, True, CLASSES), 0.0))
+            entropy = (entropy_a, entropy_b)
         truth = _add_truth(truth, t, CLASSES)
     if o.WITH_FEATURES or o.RULES.detailed:
-        members = _add_members(members, a.label, b.label, valid, CLASSES, MASKED)
+        members = _add_members(members, a.label, b.label, keep, CLASSES, SOME)
     if o.RULES.detailed:
         different = a.label != b.label
-        if MASKED:
-            different = different & valid
+        if SOME:
+            different = different & keep
         differing = (differing[0] + _rows(different.to(tl.int32)),)
     if o.WITH_FEATURES:
         RAGGED_A: tl.constexpr = o.FEATURES_A % o.FEATURE_BLOCK != 0 or o.FEATURES_A != o.FEATURES_B
@@ -364,24 +393,31 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
         fa_v = voxel_offsets(v, i.size1, i.size2, i.fa_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
         fb_v = voxel_offsets(v, i.size1, i.size2, i.fb_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
         if o.IN_REGISTERS:
-            both = _labels_of_product(tl.sum(tl.join(a.label, b.label << 8), axis=2), o)
+            upper = b.label << 8
+            if o.RULES.partial:
+                upper = upper | keep.to(tl.int32) << 16
+            both = _labels_of_product(tl.sum(tl.join(a.label, upper), axis=2), o)
+            of_b = both >> 8
+            if o.RULES.partial:
+                keep = of_b >= 256
+                of_b = of_b & 255
             features_a = _add_products(
-                features_a, i.fa, fa_v, i.fa_strides.channel, i.first_feature, both & 255, valid, o,
+                features_a, i.fa, fa_v, i.fa_strides.channel, i.first_feature, both & 255, valid, keep, o,
                 o.FEATURES_A, MASKED, RAGGED_A,
             )  # fmt: skip
             features_b = _add_products(
-                features_b, i.fb, fb_v, i.fb_strides.channel, i.first_feature, both >> 8, valid, o,
+                features_b, i.fb, fb_v, i.fb_strides.channel, i.first_feature, of_b, valid, keep, o,
                 o.FEATURES_B, MASKED, RAGGED_B,
             )  # fmt: skip
         else:
             f = i.first_feature + tl.arange(0, o.FEATURE_BLOCK)
             features_a = _add_features(
-                features_a, i.fa, fa_v, i.fa_strides.channel, f, a.label, valid, o.FEATURES_A, CLASSES, o.CLASSES_DOT,
-                o.DOT, o.WIDE, MASKED, RAGGED_A,
+                features_a, i.fa, fa_v, i.fa_strides.channel, f, a.label, valid, keep, o.FEATURES_A, CLASSES, o.CLASSES_DOT,
+                o.DOT, o.RULES, o.WIDE, MASKED, RAGGED_A,
             )  # fmt: skip
             features_b = _add_features(
-                features_b, i.fb, fb_v, i.fb_strides.channel, f, b.label, valid, o.FEATURES_B, CLASSES, o.CLASSES_DOT,
-                o.DOT, o.WIDE, MASKED, RAGGED_B,
+                features_b, i.fb, fb_v, i.fb_strides.channel, f, b.label, valid, keep, o.FEATURES_B, CLASSES, o.CLASSES_DOT,
+                o.DOT, o.RULES, o.WIDE, MASKED, RAGGED_B,
             )  # fmt: skip
     return Sums(
         seen, ab, ba, nonfinite, members, differing, features_a, features_b,
@@ -408,8 +444,12 @@ def _walk(i, program, programs, blocks_per_program, o):
     differing = _zeros((o.ROWS,), tl.int32, 1 if o.RULES.detailed else 0)
     first = program * blocks_per_program
     whole = tl.minimum(first + blocks_per_program, i.voxels // BLOCK)
+    if o.RULES.partial:
+        seen = zero
+    else:
+        seen = tl.maximum(whole - first, 0) * BLOCK
     sums = Sums(
-        tl.maximum(whole - first, 0) * BLOCK, zero, zero, tl.zeros((o.ROWS,), tl.float32), members, differing,
+        seen, zero, zero, tl.zeros((o.ROWS,), tl.float32), members, differing,
         features, features, per_class, per_class, per_class, per_class,
         _zeros((o.ROWS,), tl.int32, o.CLASSES if o.RULES.supervised else 0),
         _zeros((o.ROWS,), tl.float32, 2 if o.RULES.entropy else 0),
@@ -501,12 +541,14 @@ def _store_per_class(out, sums, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr
 def statistics_kernel(
     za, zb, fa, fb,  # logits and features of networks a and b
     target,  # classes of the first `labelled` samples
+    mask,  # with RULES.masked (B, *spatial) uint8, 0 where a voxel does not count
+    order,  # with RULES.reordered (B,) int32, indices of the samples, the labelled ones first; all other rows are in this order
     sums_a, sums_b,  # out: (B, programs, C, F) float32
     members,  # out: (3, B, programs, C) int32, voxels per class: a, b, target
     dice,  # out: (labelled, programs, 4 C or with cross-entropy 4 C + 2) float32, its sums but ``truth`` (see dice.py)
     counts,  # out: (2 or detailed 3, B, programs) int32, reliable voxels: student a, student b; voxels whose labels differ
     nonfinite,  # out: (B, programs, feature blocks) float32, 0 or NaN
-    labelled, voxels, size1, size2, t_b, t_0, t_1, t_2,
+    labelled, voxels, size1, size2, t_b, t_0, t_1, t_2, m_b, m_0, m_1, m_2,
     za_b, za_c, za_0, za_1, za_2, zb_b, zb_c, zb_0, zb_1, zb_2,
     fa_b, fa_c, fa_0, fa_1, fa_2, fb_b, fb_c, fb_0, fb_1, fb_2,
     programs, blocks_per_program,
@@ -514,7 +556,7 @@ def statistics_kernel(
     FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr, FEATURE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
     VECTOR: tl.constexpr, VOXEL_GROUPS: tl.constexpr, FEATURE_GROUPS: tl.constexpr,
     WITH_FEATURES: tl.constexpr, DOT: tl.constexpr, IN_REGISTERS: tl.constexpr, RULES: tl.constexpr,
-    Z_LAYOUT: tl.constexpr, F_LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    Z_LAYOUT: tl.constexpr, F_LAYOUT: tl.constexpr, M_LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs * B, feature blocks)."""
     here = tl.program_id(0)
@@ -523,19 +565,23 @@ def statistics_kernel(
     feature_block = tl.program_id(1)
     all_programs = tl.num_programs(0)
     first_feature = feature_block * FEATURE_BLOCK
-    za += sample_offset(sample, za_b, CLASSES, Z_LAYOUT)
-    zb += sample_offset(sample, zb_b, CLASSES, Z_LAYOUT)
+    member = member_of(order, sample, RULES)
+    za += sample_offset(member, za_b, CLASSES, Z_LAYOUT)
+    zb += sample_offset(member, zb_b, CLASSES, Z_LAYOUT)
     if WITH_FEATURES:
-        fa += sample_offset(sample, fa_b, FEATURES_A, F_LAYOUT)
-        fb += sample_offset(sample, fb_b, FEATURES_B, F_LAYOUT)
+        fa += sample_offset(member, fa_b, FEATURES_A, F_LAYOUT)
+        fb += sample_offset(member, fb_b, FEATURES_B, F_LAYOUT)
     if RULES.supervised:
         target += sample_offset(sample, t_b, 1, 0)
+    if RULES.masked:
+        mask += sample_offset(member, m_b, 1, M_LAYOUT)
     inputs = Inputs(
-        za, zb, fa, fb, target,
+        za, zb, fa, fb, target, mask,
         strides_of(za_c, za_0, za_1, za_2, CLASSES, Z_LAYOUT), strides_of(zb_c, zb_0, zb_1, zb_2, CLASSES, Z_LAYOUT),
         strides_of(fa_c, fa_0, fa_1, fa_2, FEATURES_A, F_LAYOUT), strides_of(fb_c, fb_0, fb_1, fb_2, FEATURES_B, F_LAYOUT),
-        strides_of(0, t_0, t_1, t_2, 1, 0),
+        strides_of(0, t_0, t_1, t_2, 1, 0), strides_of(0, m_0, m_1, m_2, 1, M_LAYOUT),
         (sample < labelled) & (feature_block == 0), voxels_of(voxels, Z_LAYOUT), size1, size2, first_feature,
+        sample, labelled,
     )  # fmt: skip
     SIDE_BY_SIDE: tl.constexpr = F_LAYOUT == LAST or F_LAYOUT == PACKED
     K: tl.constexpr = BLOCK // VOXEL_GROUPS
@@ -547,8 +593,8 @@ def statistics_kernel(
         inputs, program, programs, blocks_per_program, sums_a + row * FEATURES_A, sums_b + row * FEATURES_B,
         Options(
             CLASSES, CLASSES_PAD, CLASSES_DOT, FEATURES_A, FEATURES_B, FEATURE_BLOCK, VOXEL_GROUPS, FEATURE_GROUPS,
-            RUNS, K, TILE, ROWS, VECTOR, SIDE_BY_SIDE, WITH_FEATURES, DOT, IN_REGISTERS, RULES, Z_LAYOUT, F_LAYOUT, FLAT,
-            WIDE,
+            RUNS, K, TILE, ROWS, VECTOR, SIDE_BY_SIDE, WITH_FEATURES, DOT, IN_REGISTERS, RULES, Z_LAYOUT, F_LAYOUT, M_LAYOUT,
+            FLAT, WIDE,
         ),
     )  # fmt: skip
     tl.store(nonfinite + here * tl.num_programs(1) + feature_block, bad)
@@ -560,8 +606,11 @@ def statistics_kernel(
         if RULES.detailed:
             tl.store(counts + 2 * all_programs + here, tl.sum(sums.differing[0], axis=0))
         if WITH_FEATURES or RULES.detailed:
-            _store_members(members + mine, sums.members, sums.seen, 0, CLASSES, CLASSES_PAD)
-            _store_members(members + plane + mine, sums.members, sums.seen, 16, CLASSES, CLASSES_PAD)
+            seen = sums.seen
+            if RULES.partial:
+                seen = tl.sum(seen, axis=0)
+            _store_members(members + mine, sums.members, seen, 0, CLASSES, CLASSES_PAD)
+            _store_members(members + plane + mine, sums.members, seen, 16, CLASSES, CLASSES_PAD)
         if RULES.supervised:
             if sample < labelled:
                 _store_per_class(members + 2 * plane + mine, sums.truth, CLASSES, CLASSES_PAD)

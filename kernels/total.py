@@ -17,6 +17,15 @@ def mutual_weight_of(factor, weight, HAS_WEIGHT: tl.constexpr):
 
 
 @triton.jit
+def normaliser(counts, student, RULES: tl.constexpr):
+    """n_ij of a student (0 or 1); 1 for a sum."""
+    if RULES.summed:
+        return 1.0
+    else:
+        return tl.load(counts + student).to(tl.float32) + RULES.eps
+
+
+@triton.jit
 def _sums(values, n, BLOCK: tl.constexpr):
     """Sums of n numbers and of the n that follow, in a fixed order."""
     i = tl.arange(0, BLOCK)
@@ -62,14 +71,16 @@ def loss_kernel(
     """Grid: (1,). mutual = sum of L_ij = numerator_ij / (count_ij + eps), in a fixed order."""
     nonfinite = tl.load(sums)
     loss_ab, loss_ba = _sums(numerators, n, BLOCK)
-    mutual_ab = loss_ab / (tl.load(counts).to(tl.float32) + RULES.eps)
-    mutual_ba = loss_ba / (tl.load(counts + 1).to(tl.float32) + RULES.eps)
+    mutual_ab = loss_ab / normaliser(counts, 0, RULES)
+    mutual_ba = loss_ba / normaliser(counts, 1, RULES)
     mutual = mutual_ab + mutual_ba + nonfinite
     value = mutual * mutual_weight_of(mutual_factor, mutual_weight, HAS_WEIGHT)
     dice = 0.0
     if RULES.supervised:
-        dice = supervised_value(sums, 0, CLASSES, RULES)
-        dice += supervised_value(sums, 1, CLASSES, RULES)
+        if RULES.learns_a:
+            dice = supervised_value(sums, 0, CLASSES, RULES)
+        if RULES.learns_b:
+            dice += supervised_value(sums, 1, CLASSES, RULES)
         value += dice_weight * dice
     tl.store(total, value)
     tl.store(terms, dice)

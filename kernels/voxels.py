@@ -26,7 +26,7 @@ PACKED = tl.constexpr(3)  # and voxel after voxel, sample by sample: channels la
 # compile for every shape of patches, and one that is 1 no tensor in the kernel. What matters of them is in the layouts.
 SIZES = [
     *("labelled", "voxels", "size1", "size2", "record_stride", "batch", "programs", "blocks_per_program", "flags", "n"),
-    *(f"{tensor}_{axis}" for tensor in ("za", "zb", "fa", "fb", "ga", "gb", "t") for axis in "bc012"),
+    *(f"{tensor}_{axis}" for tensor in ("za", "zb", "fa", "fb", "ga", "gb", "t", "m") for axis in "bc012"),
 ]
 
 
@@ -76,6 +76,15 @@ def voxels_of(voxels, LAYOUT: tl.constexpr):
         return voxels // 16 * 16
     else:
         return voxels
+
+
+@triton.jit
+def member_of(order, sample, RULES: tl.constexpr):
+    """Index in the batch of a sample, counted with the labelled ones first."""
+    if RULES.reordered:
+        return tl.load(order + sample)
+    else:
+        return sample
 
 
 @triton.jit
@@ -158,6 +167,31 @@ def load_logits(
         for c in tl.static_range(CLASSES):
             z = z + (load(base + channel_offset(c, stride, WIDE) + at, wanted, MASKED),)
     return z
+
+
+@triton.jit
+def load_mask(
+    mask, v, size1, size2, strides, valid,
+    RULES: tl.constexpr, LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Which voxels of a block count: those of the sample (``valid``), and where the call has a mask those it keeps."""
+    if RULES.masked:
+        at = mask + voxel_offsets(v, size1, size2, strides, LAYOUT, FLAT, WIDE)
+        if MASKED:
+            return tl.load(at, mask=valid, other=0) != 0
+        else:
+            return tl.load(at) != 0
+    else:
+        return valid
+
+
+@triton.jit
+def kept(z, keep, CLASSES: tl.constexpr):
+    """A tuple of tiles with 0 where a voxel does not count, so that not even a NaN there matters."""
+    result = ()
+    for c in tl.static_range(CLASSES):
+        result = result + (tl.where(keep, z[c], 0.0),)
+    return result
 
 
 @triton.jit
@@ -291,6 +325,15 @@ def pick(tiles, label, CLASSES: tl.constexpr):
 
 
 @triton.jit
+def pick_constant(values: tl.constexpr, label, CLASSES: tl.constexpr):
+    """The constant of a tuple that each voxel wants, a tile of float32."""
+    picked = tl.full(label.shape, values[0], tl.float32)
+    for c in tl.static_range(1, CLASSES):
+        picked = tl.where(label == c, values[c], picked)
+    return picked
+
+
+@triton.jit
 def _margin_error(z):
     """Rounding error of z_1 - z_0 (Knuth's two-sum), with the sign that makes it an error of |z_1 - z_0|."""
     total = z[1] - z[0]
@@ -300,8 +343,22 @@ def _margin_error(z):
 
 
 @triton.jit
-def more_uncertain(a, b, CLASSES: tl.constexpr, RULES: tl.constexpr):
-    """(m_ab, m_ba): where network a is strictly less confident, so that b teaches a, and the reverse.
+def teaches(a, b, CLASSES: tl.constexpr, RULES: tl.constexpr):
+    """(m_ab, m_ba): where network b teaches a, and the reverse."""
+    m_ab, m_ba = _more_uncertain(a, b, CLASSES, RULES)
+    if RULES.minimum > 0:
+        m_ab = m_ab & (1.0 / (1.0 + b.rest) >= RULES.minimum)
+        m_ba = m_ba & (1.0 / (1.0 + a.rest) >= RULES.minimum)
+    if not RULES.learns_a:
+        m_ab = tl.zeros(m_ab.shape, tl.int1)
+    if not RULES.learns_b:
+        m_ba = tl.zeros(m_ba.shape, tl.int1)
+    return m_ab, m_ba
+
+
+@triton.jit
+def _more_uncertain(a, b, CLASSES: tl.constexpr, RULES: tl.constexpr):
+    """Where network a is strictly less confident than b, and the reverse.
 
     For two classes entropy and largest probability order voxels alike, for every eps: both fall or rise strictly with the
     margin between the logits, which is compared without rounding.

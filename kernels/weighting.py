@@ -24,7 +24,7 @@ import triton.language as tl
 
 from rplib.kernels.dice import Coefficients, load_target, supervised_coefficients, supervised_slope
 from rplib.kernels.similarity import products, reliability, taken_products, where_products
-from rplib.kernels.total import mutual_weight_of
+from rplib.kernels.total import mutual_weight_of, normaliser
 from rplib.kernels.voxels import (
     ALIGNED,
     ANY,
@@ -33,13 +33,17 @@ from rplib.kernels.voxels import (
     SIZES,
     cross_entropy,
     first_slope,
+    kept,
     load_logits,
-    more_uncertain,
+    load_mask,
+    member_of,
     opinion,
+    pick_constant,
     probabilities,
     sample_offset,
     sectors,
     strides_of,
+    teaches,
     voxel_offsets,
     voxels_of,
     where,
@@ -54,6 +58,7 @@ class Inputs(NamedTuple):
     fa: tl.tensor
     fb: tl.tensor
     target: tl.tensor
+    mask: tl.tensor
     prototypes_a: tl.tensor
     prototypes_b: tl.tensor
     za_strides: tl.tuple
@@ -61,6 +66,7 @@ class Inputs(NamedTuple):
     fa_strides: tl.tuple
     fb_strides: tl.tuple
     target_strides: tl.tuple
+    mask_strides: tl.tuple
     labelled: tl.tensor
     voxels: tl.tensor
     size1: tl.tensor
@@ -69,6 +75,7 @@ class Inputs(NamedTuple):
     scale_ba: tl.tensor
     supervised_a: Coefficients
     supervised_b: Coefficients
+    sample_weight: tl.tensor
 
 
 class Outputs(NamedTuple):
@@ -109,6 +116,7 @@ class Options(NamedTuple):
     UNROLL: tl.constexpr
     Z_LAYOUT: tl.constexpr
     F_LAYOUT: tl.constexpr
+    M_LAYOUT: tl.constexpr
     FLAT: tl.constexpr
     WIDE: tl.constexpr
 
@@ -166,6 +174,28 @@ def _lesson(student, label, ON_LOGITS: tl.constexpr, CLASSES: tl.constexpr):
 
 
 @triton.jit
+def _teachers_probabilities(of, CLASSES: tl.constexpr, RULES: tl.constexpr):
+    """softmax(z / T)."""
+    if RULES.temperature == 1.0:
+        return probabilities(of, CLASSES, False, False)
+    else:
+        z = ()
+        for c in tl.static_range(CLASSES):
+            z = z + (of.z[c] / RULES.temperature,)
+        return probabilities(opinion(z, CLASSES, False), CLASSES, False, False)
+
+
+@triton.jit
+def _with_factors(weight, label, i, o):
+    """The weight, times that of the pseudo-label's class and that of the sample."""
+    if o.RULES.class_weighted:
+        weight = weight * pick_constant(o.RULES.class_weights, label, o.CLASSES)
+    if o.RULES.sample_weighted:
+        weight = weight * i.sample_weight
+    return weight
+
+
+@triton.jit
 def _store_plane(record, v, value, record_stride, MASKED: tl.constexpr):
     if MASKED:
         tl.store(record + v, value, mask=v < record_stride)  # the padding gets zeros
@@ -179,23 +209,32 @@ def _block(start, s, i, out, o, MASKED: tl.constexpr):
     CLASSES: tl.constexpr = o.CLASSES
     v = start + tl.arange(0, o.GROUPS)[:, None] * o.GROUP + tl.arange(0, o.GROUP)[None, :]  # (GROUPS, GROUP)
     valid = v < i.voxels
+    keep = load_mask(i.mask, v, i.size1, i.size2, i.mask_strides, valid, o.RULES, o.M_LAYOUT, o.FLAT, o.WIDE, MASKED)
     za_v = voxel_offsets(v, i.size1, i.size2, i.za_strides, o.Z_LAYOUT, o.FLAT, o.WIDE)
     zb_v = voxel_offsets(v, i.size1, i.size2, i.zb_strides, o.Z_LAYOUT, o.FLAT, o.WIDE)
     za = load_logits(i.za, za_v, i.za_strides.channel, valid, CLASSES, o.CLASSES_PAD, o.Z_LAYOUT, o.WIDE, MASKED)
     zb = load_logits(i.zb, zb_v, i.zb_strides.channel, valid, CLASSES, o.CLASSES_PAD, o.Z_LAYOUT, o.WIDE, MASKED)
+    if o.RULES.masked:
+        za = kept(za, keep, CLASSES)
+        zb = kept(zb, keep, CLASSES)
     a = opinion(za, CLASSES, False)
     b = opinion(zb, CLASSES, False)
-    m_ab, m_ba = more_uncertain(a, b, CLASSES, o.RULES)
-    if MASKED:
-        m_ab = m_ab & valid
-        m_ba = m_ba & valid
+    m_ab, m_ba = teaches(a, b, CLASSES, o.RULES)
+    if MASKED or o.RULES.masked:
+        m_ab = m_ab & keep
+        m_ba = m_ba & keep
+    if o.RULES.unlabelled:
+        m_ab = m_ab & (i.labelled == 0)
+        m_ba = m_ba & (i.labelled == 0)
     if not o.RULES.compare:
         w_ab = m_ab.to(tl.float32)
         w_ba = m_ba.to(tl.float32)
         if o.WITH_FEATURES:
             of_a, of_b = _products(v, m_ba, m_ab, valid, i, o, MASKED)
-            w_ab = tl.where(m_ab, reliability(of_b, probabilities(b, CLASSES, False, False), CLASSES), 0.0)
-            w_ba = tl.where(m_ba, reliability(of_a, probabilities(a, CLASSES, False, False), CLASSES), 0.0)
+            w_ab = tl.where(m_ab, reliability(of_b, _teachers_probabilities(b, CLASSES, o.RULES), CLASSES), 0.0)
+            w_ba = tl.where(m_ba, reliability(of_a, _teachers_probabilities(a, CLASSES, o.RULES), CLASSES), 0.0)
+        w_ab = _with_factors(w_ab, b.label, i, o)
+        w_ba = _with_factors(w_ba, a.label, i, o)
         ce_ab, entry_a = _lesson(a, b.label, o.RULES.on_logits, CLASSES)
         ce_ba, entry_b = _lesson(b, a.label, o.RULES.on_logits, CLASSES)
         loss_ab = s.loss_ab + tl.sum(tl.where(m_ab, w_ab * ce_ab, 0.0), axis=1)
@@ -209,8 +248,9 @@ def _block(start, s, i, out, o, MASKED: tl.constexpr):
         ce, entry = _lesson(student, teacher.label, o.RULES.on_logits, CLASSES)
         weight = learns.to(tl.float32)
         if o.WITH_FEATURES:
-            p = probabilities(teacher, CLASSES, False, False)
+            p = _teachers_probabilities(teacher, CLASSES, o.RULES)
             weight = tl.where(learns, reliability(_teachers_products(v, m_ab, m_ba, valid, i, o, MASKED), p, CLASSES), 0.0)
+        weight = _with_factors(weight, teacher.label, i, o)
         part = tl.where(learns, weight * ce, 0.0)
         entry = tl.where(learns, weight * entry * tl.where(m_ab, i.scale_ab, i.scale_ba), 0.0)
         loss_ab = s.loss_ab + tl.sum(tl.where(m_ab, part, 0.0), axis=1)
@@ -225,9 +265,11 @@ def _block(start, s, i, out, o, MASKED: tl.constexpr):
     if o.WITH_RECORD:
         if o.TARGET_IN_RECORD:
             t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
-            t, known = load_target(i.target, t_v, i.labelled, valid, MASKED)
-            entry_a += tl.where(known, supervised_slope(a, i.supervised_a, t, CLASSES, o.RULES)[0], 0.0)
-            entry_b += tl.where(known, supervised_slope(b, i.supervised_b, t, CLASSES, o.RULES)[0], 0.0)
+            t, known = load_target(i.target, t_v, i.labelled, valid, keep, o.RULES, MASKED)
+            if o.RULES.learns_a:
+                entry_a += tl.where(known, supervised_slope(a, i.supervised_a, t, CLASSES, o.RULES)[0], 0.0)
+            if o.RULES.learns_b:
+                entry_b += tl.where(known, supervised_slope(b, i.supervised_b, t, CLASSES, o.RULES)[0], 0.0)
         if not o.RULES.compare:
             _store_plane(out.record, v, entry_a, out.record_stride, MASKED)
             _store_plane(out.record + out.second_plane, v, entry_b, out.record_stride, MASKED)
@@ -270,15 +312,16 @@ def _walk(i, out, program, programs, blocks_per_program, o):
 
 @triton.jit(do_not_specialize=SIZES)
 def weighting_kernel(
-    za, zb, fa, fb, target, prototypes_a, prototypes_b,
+    za, zb, fa, fb, target, mask, order, prototypes_a, prototypes_b,
     counts, sums,  # of prototypes_kernel
     mutual_weight,  # with HAS_WEIGHT a 0-dim tensor that multiplies mutual_factor
+    sample_weights,  # with RULES.sample_weighted (B,) float32
     numerators,  # out: (2 or detailed 4, B, programs) float32: losses of students a and b, their weights
     record,  # out: (B + samples with two planes, record_stride) float32, rows padded to whole sectors
     code,  # out for C > 2: (B, record_stride) uint8
     weights,  # out with WITH_MAPS: (2, B, V) float32
     masks,  # out with WITH_MAPS: (2, B, V) int8
-    mutual_factor, dice_weight, labelled, voxels, record_stride, size1, size2, t_b, t_0, t_1, t_2,
+    mutual_factor, dice_weight, labelled, voxels, record_stride, size1, size2, t_b, t_0, t_1, t_2, m_b, m_0, m_1, m_2,
     za_b, za_c, za_0, za_1, za_2, zb_b, zb_c, zb_0, zb_1, zb_2,
     fa_b, fa_c, fa_0, fa_1, fa_2, fb_b, fb_c, fb_0, fb_1, fb_2,
     programs, blocks_per_program,
@@ -287,20 +330,23 @@ def weighting_kernel(
     GROUPS: tl.constexpr, GROUP: tl.constexpr, WITH_FEATURES: tl.constexpr,
     WITH_RECORD: tl.constexpr, TARGET_IN_RECORD: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     WITH_MAPS: tl.constexpr, RULES: tl.constexpr, UNROLL: tl.constexpr,
-    Z_LAYOUT: tl.constexpr, F_LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    Z_LAYOUT: tl.constexpr, F_LAYOUT: tl.constexpr, M_LAYOUT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs * B,)."""
     all_programs = tl.num_programs(0)
     here = all_programs - 1 - tl.program_id(0)
     sample = here // programs
     program = here % programs
-    za += sample_offset(sample, za_b, CLASSES, Z_LAYOUT)
-    zb += sample_offset(sample, zb_b, CLASSES, Z_LAYOUT)
+    member = member_of(order, sample, RULES)
+    za += sample_offset(member, za_b, CLASSES, Z_LAYOUT)
+    zb += sample_offset(member, zb_b, CLASSES, Z_LAYOUT)
     if WITH_FEATURES:
-        fa += sample_offset(sample, fa_b, FEATURES_A, F_LAYOUT)
-        fb += sample_offset(sample, fb_b, FEATURES_B, F_LAYOUT)
+        fa += sample_offset(member, fa_b, FEATURES_A, F_LAYOUT)
+        fb += sample_offset(member, fb_b, FEATURES_B, F_LAYOUT)
         prototypes_a += sample.to(tl.int64) * (CLASSES * FEATURES_A)
         prototypes_b += sample.to(tl.int64) * (CLASSES * FEATURES_B)
+    if RULES.masked:
+        mask += sample_offset(member, m_b, 1, M_LAYOUT)
     row = sample_offset(sample, record_stride, 1, 1)
     samples = all_programs // programs
     map_row = sample.to(tl.int64) * voxels
@@ -310,18 +356,21 @@ def weighting_kernel(
     supervised_b = Coefficients((), (), ())
     if WITH_RECORD:
         cw = mutual_weight_of(mutual_factor, mutual_weight, HAS_WEIGHT)
-        scale_ab = cw / (tl.load(counts).to(tl.float32) + RULES.eps)
-        scale_ba = cw / (tl.load(counts + 1).to(tl.float32) + RULES.eps)
+        scale_ab = cw / normaliser(counts, 0, RULES)
+        scale_ba = cw / normaliser(counts, 1, RULES)
         if TARGET_IN_RECORD:
             target += sample_offset(sample, t_b, 1, 0)
             supervised_a = supervised_coefficients(sums, 0, dice_weight, CLASSES, RULES)
             supervised_b = supervised_coefficients(sums, 1, dice_weight, CLASSES, RULES)
+    sample_weight = 1.0
+    if RULES.sample_weighted:
+        sample_weight = tl.load(sample_weights + member)
     inputs = Inputs(
-        za, zb, fa, fb, target, prototypes_a, prototypes_b,
+        za, zb, fa, fb, target, mask, prototypes_a, prototypes_b,
         strides_of(za_c, za_0, za_1, za_2, CLASSES, Z_LAYOUT), strides_of(zb_c, zb_0, zb_1, zb_2, CLASSES, Z_LAYOUT),
         strides_of(fa_c, fa_0, fa_1, fa_2, FEATURES_A, F_LAYOUT), strides_of(fb_c, fb_0, fb_1, fb_2, FEATURES_B, F_LAYOUT),
-        strides_of(0, t_0, t_1, t_2, 1, 0), sample < labelled,
-        voxels_of(voxels, Z_LAYOUT), size1, size2, scale_ab, scale_ba, supervised_a, supervised_b,
+        strides_of(0, t_0, t_1, t_2, 1, 0), strides_of(0, m_0, m_1, m_2, 1, M_LAYOUT), sample < labelled,
+        voxels_of(voxels, Z_LAYOUT), size1, size2, scale_ab, scale_ba, supervised_a, supervised_b, sample_weight,
     )  # fmt: skip
     outputs = Outputs(
         record + row, record_stride, sample_offset(samples, record_stride, 1, 1), code + row,
@@ -331,7 +380,7 @@ def weighting_kernel(
         inputs, outputs, program, programs, blocks_per_program,
         Options(
             CLASSES, CLASSES_PAD, FEATURES_A, FEATURES_B, FEATURE_BLOCK, GROUPS, GROUP, WITH_FEATURES,
-            WITH_RECORD, TARGET_IN_RECORD, WITH_MAPS, RULES, UNROLL, Z_LAYOUT, F_LAYOUT, FLAT, WIDE,
+            WITH_RECORD, TARGET_IN_RECORD, WITH_MAPS, RULES, UNROLL, Z_LAYOUT, F_LAYOUT, M_LAYOUT, FLAT, WIDE,
         ),
     )  # fmt: skip
     tl.store(numerators + here, tl.sum(found.loss_ab, axis=0))

@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rplib.averages import NOTHING, Extras
 from rplib.options import Implementation, Options
 
 
@@ -33,16 +32,8 @@ MOST_FEATURES = 1024
 
 # Options that the kernels do not support: under ``impl="auto"`` a call with one of these uses the lean form on a GPU too.
 BEYOND_KERNELS = {
-    "mask": "the kernels take no mask",
-    "sample_weights": "the kernels take no sample_weights",
-    "students": "the kernels teach every network, and students= names some",
-    "ignore_index": "the kernels know no ignore_index",
-    "labelled": "the kernels take the first samples of the batch as the labelled ones",
-    "minimum_confidence": "the kernels know no minimum_confidence",
-    "temperature": "the kernels know no temperature but 1",
-    "class_weights": "the kernels know no class_weights",
     "prototypes": 'the kernels make prototypes per "sample"',
-    "reduction": 'the kernels compute reduction="mean"',
+    "reduction": 'the kernels add up, and reduction="none" does not',
 }
 
 
@@ -68,17 +59,11 @@ def choose(
     return "torch" if obstacle else "triton"
 
 
-def asked_of(options: Options, mask: Tensor | None, extras: Extras = NOTHING) -> list[str]:
+def asked_of(options: Options) -> list[str]:
     """Names in `BEYOND_KERNELS` of the options that a call of the loss uses."""
     used = {
-        "mask": mask is not None,
-        "sample_weights": extras.sample_weights is not None,
-        "students": options.students is not None,
-        "minimum_confidence": options.minimum_confidence is not None,
-        "temperature": options.temperature != 1,
-        "class_weights": options.class_weights is not None,
         "prototypes": options.prototypes != "sample" and options.weighting is not None,
-        "reduction": options.reduction != "mean",
+        "reduction": options.reduction == "none",
     }
     return [name for name, asked in used.items() if asked]
 

@@ -109,11 +109,11 @@ def loss_with(
 ) -> Tensor:
     """`reliable_mutual_loss` with keywords that are already checked, for modules that keep them and the averages."""
     logits, features, mask, extras = prepared(logits, features, mask, options, sample_weights, averages)
-    form = dispatch.choose(options.impl, logits, features, dispatch.asked_of(options, mask, extras))
+    form = dispatch.choose(options.impl, logits, features, dispatch.asked_of(options))
     if form == "triton":
         from rplib.kernels.operators import loss as triton_loss  # here: Triton need not be installed
 
-        return triton_loss(usable_in_autograd(logits), features, options)
+        return triton_loss(usable_in_autograd(logits), features, options, mask, extras.sample_weights)
     if options.reduction == "none":
         found = (naive if form == "naive" else lean).maps([z.detach() for z in logits], features, options, mask, extras)
         return per_voxel.loss(logits, found, options, mask)
@@ -186,14 +186,14 @@ def reliability_with(
     """`reliability` with keywords that are already checked."""
     logits, features, mask, extras = prepared(logits, features, mask, options, sample_weights, averages)
     logits = [z.detach() for z in logits]
-    form = dispatch.choose(options.impl, logits, features, dispatch.asked_of(options, mask, extras))
+    form = dispatch.choose(options.impl, logits, features, dispatch.asked_of(options))
     if form == "naive":
         return naive.maps(logits, features, options, mask, extras)
     if form == "torch":
         return lean.maps(logits, features, options, mask, extras)
     from rplib.kernels.operators import maps as triton_maps
 
-    return triton_maps(logits, features, options)
+    return triton_maps(logits, features, options, mask, extras.sample_weights)
 
 
 class Prepared(NamedTuple):

@@ -38,16 +38,13 @@ def objective_with(
     spoilt = check_labels(known, bad, classes, supervision.ignore_index, look=options.check_finite)
     weight = check_weight(consistency_weight, z[0])
     taught = mask if supervision.mutual_on == "all" else _unlabelled(known, z[0], mask)
-    asked = dispatch.asked_of(options, taught, extras)
-    used = {
-        "ignore_index": supervision.ignore_index is not None,
-        "labelled": not known.first,
-    }
-    form = dispatch.choose(options.impl, z, f, [*asked, *(name for name, so in used.items() if so)])
+    form = dispatch.choose(options.impl, z, f, dispatch.asked_of(options))
     if form == "triton":  # Dice inside the kernels' own passes
         from rplib.kernels.operators import objective
 
-        total, supervised, mutual, statistics = objective(usable_in_autograd(z), f, options, supervision, known.classes, weight)
+        total, supervised, mutual, statistics = objective(
+            usable_in_autograd(z), f, options, supervision, known.classes, weight, mask, extras.sample_weights, known.rows
+        )  # fmt: skip
         if spoilt is not None:
             total, supervised = total + spoilt, supervised + spoilt
         return total, supervised, mutual, statistics

@@ -17,11 +17,6 @@ class Target(NamedTuple):
     classes: Tensor
     rows: list[int]
 
-    @property
-    def first(self) -> bool:
-        """Whether the labelled samples are the first ones, as the kernels require."""
-        return self.rows == list(range(len(self.rows)))
-
     def samples(self, tensor: Tensor) -> Tensor:
         """The labelled samples of (B, ...): a slice if they are contiguous, else a copy."""
         runs: list[list[int]] = []

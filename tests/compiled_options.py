@@ -27,6 +27,16 @@ OPTIONS = {
     "target": ("uint8", "int64", "bool", "int32", "float32"),
     "supervised": ("dice", "cross_entropy", "dice+cross_entropy"),
     "statistics": (False, True),
+    "mask": (None, "contiguous", "slice"),
+    "ignore_index": (None, 255),
+    "mutual_on": ("all", "unlabelled"),
+    "students": (None, (0,), (1,)),
+    "minimum": (None, 0.7),
+    "temperature": (1.0, 0.4),
+    "class_weights": (False, True),
+    "sample_weights": (False, True),
+    "order": (False, True),
+    "reduction": ("mean", "sum"),
     "call": ("training", "loss alone", "maps"),
 }
 
@@ -61,10 +71,34 @@ def launches(row):
     logits = [_tensor(classes, spatial, dtype, row["layout"]) for _ in range(2)]
     read = [_tensor(features, spatial, dtype, row["layout"]) for _ in range(2)] if row["weighted"] else None
     target = None if labelled is None else torch.empty((labelled, *spatial), dtype=getattr(torch, row["target"]), device="meta")
-    options = Options(confidence=row["confidence"], cross_entropy_on="logits" if row["on_logits"] else "probabilities")
+    options = Options(
+        confidence=row["confidence"],
+        cross_entropy_on="logits" if row["on_logits"] else "probabilities",
+        students=row["students"],
+        minimum_confidence=row["minimum"],
+        temperature=row["temperature"],
+        class_weights=tuple(0.5 + c for c in range(classes)) if row["class_weights"] else None,
+        reduction=row["reduction"],
+    )
     plain = row["call"] == "maps" or target is None
-    batch = passes.Batch(logits, read, None if plain else target)
-    rules = rules_of(options, None if plain else Supervision(supervised=row["supervised"], statistics=row["statistics"]), classes)
+    mask = _mask(spatial, row["mask"])
+    sample_weights = torch.empty(4, device="meta") if row["sample_weights"] else None
+    order = torch.empty(4, dtype=torch.int32, device="meta") if row["order"] and not plain else None
+    batch = passes.Batch(logits, read, None if plain else target, mask, sample_weights, order)
+    supervision = (
+        None
+        if plain
+        else Supervision(
+            supervised=row["supervised"],
+            statistics=row["statistics"],
+            ignore_index=row["ignore_index"],
+            mutual_on=row["mutual_on"],
+        )
+    )
+    rules = rules_of(
+        options, supervision, classes,
+        masked=mask is not None, sample_weighted=sample_weights is not None, reordered=order is not None,
+    )  # fmt: skip
     weights = passes.Weights(0.5, 1.0, torch.empty((), device="meta") if row["weight"] else None)
     found = []
     with launch.observed(lambda one: found.append(one) is not None):  # False: not run
@@ -84,6 +118,13 @@ def _tensor(channels, spatial, dtype, layout):
     if layout == "slice":
         return torch.empty((4, channels, *(size + 2 for size in spatial)), dtype=dtype, device="meta")[:, :, 1:-1, 1:-1, 1:-1]
     return torch.empty((4, channels, *spatial), dtype=dtype, device="meta")
+
+
+def _mask(spatial, layout):
+    if layout is None:
+        return None
+    mask = torch.empty((4, *(size + 1 for size in spatial)), dtype=torch.bool, device="meta")
+    return mask[:, 1:, 1:, 1:] if layout == "slice" else torch.empty((4, *spatial), dtype=torch.bool, device="meta")
 
 
 def main():

@@ -21,7 +21,7 @@ LOSS = (
     Fault(
         "swapped teacher: the student's own probabilities in the weight",
         "kernels/weighting.py",
-        (("p = probabilities(teacher, CLASSES, False, False)", "p = probabilities(student, CLASSES, False, False)"),),
+        (("p = _teachers_probabilities(teacher,", "p = _teachers_probabilities(student,"),),
         VALUES + "test_options[triton-4-entropy-similarity-logits]",
     ),
     Fault(
@@ -39,7 +39,7 @@ LOSS = (
     Fault(
         "tail mask missing: voxels beyond the end are counted",
         "kernels/statistics.py",
-        (("        m_ab = m_ab & valid\n", ""),),
+        (("        m_ab = m_ab & keep\n", ""),),
         VALUES + "test_options[triton-2-None-similarity-logits]",
     ),
     Fault(
@@ -92,7 +92,7 @@ LOSS = (
     Fault(
         "wrong normaliser: the other student's count",
         "kernels/total.py",
-        (("loss_ba / (tl.load(counts + 1)", "loss_ba / (tl.load(counts)"),),
+        (("loss_ba / normaliser(counts, 1, RULES)", "loss_ba / normaliser(counts, 0, RULES)"),),
         VALUES + "test_options[triton-2-entropy-similarity-logits]",
     ),
     Fault(
@@ -100,8 +100,8 @@ LOSS = (
         "kernels/weighting.py",
         (
             (
-                "scale_ba = cw / (tl.load(counts + 1).to(tl.float32) + RULES.eps)",
-                "scale_ba = cw / (tl.load(counts).to(tl.float32) + RULES.eps)",
+                "scale_ba = cw / normaliser(counts, 1, RULES)",
+                "scale_ba = cw / normaliser(counts, 0, RULES)",
             ),
         ),
         VALUES + "test_options[triton-2-entropy-similarity-logits]",
@@ -109,7 +109,7 @@ LOSS = (
     Fault(
         "eps missing in the normaliser",
         "kernels/total.py",
-        (("loss_ab / (tl.load(counts).to(tl.float32) + RULES.eps)", "loss_ab / (tl.load(counts).to(tl.float32))"),),
+        (("tl.load(counts + student).to(tl.float32) + RULES.eps", "tl.load(counts + student).to(tl.float32)"),),
         VALUES + "test_no_reliable_voxel_is_zero_and_connected_to_the_graph[triton]",
     ),
     Fault(
@@ -181,8 +181,8 @@ LOSS = (
         "kernels/passes.py",
         (
             (
-                "    grads = torch.empty_like(za), torch.empty_like(zb)\n",
-                "    grads = torch.empty_like(za), torch.empty_like(zb)\n    assert sums[0].item() == 0\n",
+                "    grads = new_gradient(za, rules.learns_a), ",
+                "    assert sums[0].item() == 0\n    grads = new_gradient(za, rules.learns_a), ",
             ),
         ),
         "tests/test_loss_compile.py::test_operator_bodies_never_look_at_values",
@@ -255,6 +255,30 @@ LOSS = (
         "rplib/lean_voxels.py",
         (("    return mask if valid is None else mask & valid\n", "    return mask\n"),),
         "tests/test_loss_mask.py::test_loss_gradient_and_maps_are_those_of_the_cropped_problem[torch-2-2-None0]",
+    ),
+    Fault(
+        "mask in the kernels: logits outside are not replaced in the backward pass",
+        "kernels/gradient.py",
+        (("        za = kept(za, keep, o.CLASSES)\n", ""),),
+        "tests/test_loss_mask.py::test_objective_is_that_of_the_cropped_problem[triton-4-dice]",
+    ),
+    Fault(
+        "mask in the kernels: class 0 counts voxels outside",
+        "kernels/statistics.py",
+        (("        seen += _rows(keep.to(tl.int32))\n", "        seen += o.VECTOR\n"),),
+        "tests/test_loss_mask.py::test_objective_is_that_of_the_cropped_problem[triton-2-dice]",
+    ),
+    Fault(
+        "ignore_index in the kernels: ignored voxels count in Dice",
+        "kernels/dice.py",
+        (("        known = known & (t != RULES.ignored)\n", "        known = known\n"),),
+        "tests/test_loss_targets.py::test_ignore_index[triton-dice-dtype1]",
+    ),
+    Fault(
+        "labelled: features of another sample",
+        "kernels/weighting.py",
+        (("fb += sample_offset(member,", "fb += sample_offset(sample,"),),
+        "tests/test_loss_targets.py::test_labelled_by_index[triton-False-list]",
     ),
     Fault(
         "mask: Dice counts voxels outside",

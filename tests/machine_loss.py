@@ -50,19 +50,28 @@ def golden_objective(name):
     return run
 
 
-def reported(classes, dtype, layout=None):
-    """Both supervised terms and the statistics, against the naive form in float64."""
+def reported(classes, dtype, layout=None, *, spatial=(5, 7, 9), masked=False):
+    """Both supervised terms and the statistics, against the naive form in float64.
+
+    masked: with a mask, NaN where it is False, and an ignore label.
+    """
 
     def run():
-        z, f = networks((5, 7, 9), classes, 16, batch=3, dtype=dtype, seed=1)
+        generator = torch.Generator().manual_seed(1)
+        z, f = networks(spatial, classes, 16, batch=3, dtype=dtype, seed=1)
+        target = torch.randint(0, classes, (2, *spatial), generator=generator)
+        mask = None
+        if masked:
+            mask = torch.rand(3, *spatial, generator=generator) < 0.7
+            z, f = [[t.masked_fill(~mask[:, None], float("nan")) for t in ts] for ts in (z, f)]
+            target[torch.rand(target.shape, generator=generator) < 0.4] = 255
         if layout is not None:
             z, f = [layout(t) for t in z], [layout(t) for t in f]
-        target = torch.randint(0, classes, (2, 5, 7, 9), generator=torch.Generator().manual_seed(1))
+        keywords = {"supervised": "dice+cross_entropy", "statistics": True, "ignore_index": 255 if masked else None}
         found = []
         for impl, tensors in (("triton", (z, f)), ("naive", ([t.double() for t in z], [t.double() for t in f]))):
             leaves = [t.detach().requires_grad_() for t in tensors[0]]
-            objective = rplib.MutualObjective(impl=impl, supervised="dice+cross_entropy", statistics=True)
-            terms = objective(leaves, tensors[1], target, 0.3)
+            terms = rplib.MutualObjective(impl=impl, **keywords)(leaves, tensors[1], target, 0.3, mask=mask)
             terms.total.backward()
             found.append(([*terms[:3], *terms.statistics], [t.grad for t in leaves]))
         (ours, gradients), (exact, expected) = found
@@ -70,6 +79,7 @@ def reported(classes, dtype, layout=None):
             assert (a.double() - b).norm() <= 5e-6 * max(b.norm(), 0.1), (a, b)
         for g, h in zip(gradients, expected, strict=True):
             assert relative(g, h) <= 3 * TOLERANCE[dtype], relative(g, h)
+            assert mask is None or (g.movedim(1, -1)[~mask] == 0).all()
 
     return run
 
@@ -138,7 +148,14 @@ REPORTED = {
     "four classes": reported(4, F32, channels_last),
     "two classes, bfloat16": reported(2, BF16),
 }
+MASKED = {
+    "two classes": reported(2, F32, spatial=(4, 8, 16), masked=True),
+    "two classes, channels last": reported(2, BF16, channels_last, masked=True),
+    "four classes": reported(4, F32, masked=True),
+    "four classes, channels last": reported(4, F32, channels_last, spatial=(4, 8, 8), masked=True),
+}
 GROUPS = {
+    "masked": MASKED,
     "reported": REPORTED,
     "golden": {name: golden(name) for name in COMPARABLE},
     "objective": {name: golden_objective(name) for name in ("binary_f16", "odd_shape", "four_classes")},

@@ -161,6 +161,24 @@ def test_dice_reads_no_more(classes):
 
 
 @INTERPRETED
+@pytest.mark.parametrize("classes", [2, 4])
+def test_a_mask_is_read_once_in_each_pass_and_nothing_else_is_read_again(classes):
+    """C > 2: a third time at labelled voxels, where the backward pass reads both networks' logits."""
+    target = torch.randint(0, classes, (1, *SMALL), dtype=torch.uint8)
+    mask = torch.ones(2, *SMALL, dtype=torch.bool)
+    read, voxels = {}, mask.numel()
+    for name, given in (("without", None), ("with", mask)):
+        logits, feats = batch_of_two(classes, 16)
+        with kernel_traffic(tensors={"logits": logits, "features": feats, "target": target, "mask": mask}) as traffic:
+            rplib.MutualObjective(impl="triton", ignore_index=255)(logits, feats, target, 0.1, mask=given).total.backward()
+        assert traffic.launches <= LAUNCHES
+        read[name] = {tensor: figures.load_sector_bytes / voxels for tensor, figures in traffic.by_tensor.items()}
+    assert read["without"].pop("mask") == 0
+    assert read["with"].pop("mask") == (2 if classes == 2 else 2.5)
+    assert read["with"] == read["without"]
+
+
+@INTERPRETED
 @pytest.mark.parametrize("objective", [False, True])
 def test_nothing_beside_the_kernels(objective):
     """PyTorch itself touches scalars at most, and the labels, which it checks: bytes and bools, two a step."""

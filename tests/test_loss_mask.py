@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from loss_cases import ANY_K_IMPLS, DEVICE, HAS_TRITON, networks
+from loss_cases import DEVICE, FAST_IMPLS, IMPLS, TRITON, networks
 from test_loss_objective import expected
-from truth import compare, evaluate, leaves, own_masks, truth
+from truth import evaluate, leaves, own_masks, truth
 
 import rplib
-from rplib import dispatch, lean_voxels
+from rplib import lean_voxels
 
 BOX = (slice(None), slice(None), slice(1, 4), slice(0, 5), slice(2, 6))  # of (B, C, 5, 6, 7)
 OPTIONS = [
@@ -17,7 +17,8 @@ OPTIONS = [
     {"weighting": None},
     {"confidence": None, "weighting": None},
 ]
-EVERY_IMPL = pytest.mark.parametrize("impl", ANY_K_IMPLS)
+EVERY_IMPL = pytest.mark.parametrize("impl", IMPLS)
+INSIDE = BOX[:1] + BOX[2:]
 EVERY_OPTION = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())) or "default")
 
 
@@ -36,44 +37,62 @@ def cropped(tensors):
     return [t[BOX].contiguous() for t in tensors]
 
 
+def precision(impl):
+    """Of the inputs, and of the results."""
+    return (torch.float32, 2e-6) if impl == "triton" else (torch.float64, 1e-12)
+
+
 @EVERY_OPTION
-@pytest.mark.parametrize(("count", "classes"), [(2, 2), (2, 4), (3, 3)])
+@pytest.mark.parametrize(("count", "classes"), [(2, 2), (2, 4), (3, 3), (2, 5)])
 @EVERY_IMPL
 def test_loss_gradient_and_maps_are_those_of_the_cropped_problem(impl, count, classes, options):
-    logits, features = networks((5, 6, 7), classes, [6, 3, 5][:count], count=count, batch=3, dtype=torch.float64)
+    if impl == "triton" and count != 2:
+        pytest.skip("the kernels take two networks")
+    dtype, tolerance = precision(impl)
+    logits, features = networks((5, 6, 7), classes, [6, 3, 5][:count], count=count, batch=3, dtype=dtype)
     mask = box_mask(3)
     z, f = spoiled(logits, mask), spoiled(features, mask)
-    exact = truth(cropped(logits), cropped(features), **options)
+    maps = rplib.reliability(z, f, mask=mask, impl=impl, **options)
+    near_ties = {pair: m[INSIDE] for pair, m in own_masks(maps).items()} if impl == "triton" else None
+    exact = truth(cropped(logits), cropped(features), masks=near_ties, **options)
     ours = leaves(z)
     loss = rplib.functional.reliable_mutual_loss(ours, f, mask=mask, impl=impl, **options)
     loss.backward()
-    assert abs(loss.item() - exact.loss.item()) <= 1e-12 * exact.magnitude.item()
+    assert abs(loss.item() - exact.loss.item()) <= tolerance * exact.magnitude.item()
     for t, expected_gradient in zip(ours, exact.gradients, strict=True):
-        assert (t.grad[BOX] - expected_gradient).norm() <= 1e-12 * expected_gradient.norm()
+        assert (t.grad[BOX].double() - expected_gradient).norm() <= tolerance * expected_gradient.norm()
         assert (t.grad[~mask[:, None].expand_as(t)] == 0).all()
-    for m, pair in zip(rplib.reliability(z, f, mask=mask, impl=impl, **options), exact.pairs, strict=True):
-        inside = BOX[:1] + BOX[2:]
-        assert torch.equal(m.mask[inside], pair.mask) and torch.equal(m.pseudo_label[inside], pair.pseudo_label)
-        torch.testing.assert_close(m.weight[inside], pair.weight, rtol=0, atol=1e-12)
+    for m, pair in zip(maps, exact.pairs, strict=True):
+        assert torch.equal(m.mask[INSIDE], pair.mask) and torch.equal(m.pseudo_label[INSIDE], pair.pseudo_label)
+        torch.testing.assert_close(m.weight[INSIDE].double(), pair.weight, rtol=0, atol=tolerance)
         assert not m.mask[~mask].any() and not m.weight[~mask].any()
         if pair.prototypes is not None:
-            torch.testing.assert_close(m.prototypes, pair.prototypes, rtol=0, atol=1e-12)
-            torch.testing.assert_close(m.similarity[BOX], pair.similarity, rtol=0, atol=1e-12)
+            torch.testing.assert_close(m.prototypes.double(), pair.prototypes, rtol=0, atol=tolerance)
+            torch.testing.assert_close(m.similarity[BOX].double(), pair.similarity, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("piece", [7, 1 << 16])
-def test_scattered_voxels_in_low_precision_and_in_pieces(dtype, piece, monkeypatch):
+@pytest.mark.parametrize(
+    ("impl", "piece", "classes"),
+    [
+        ("torch", 7, 3),
+        ("torch", 1 << 16, 3),
+        pytest.param("triton", None, 3, marks=TRITON.marks),
+        pytest.param("triton", None, 18, marks=TRITON.marks),
+    ],
+)
+def test_scattered_voxels_in_low_precision_and_in_pieces(dtype, impl, piece, classes, monkeypatch):
     """One sample, so that the voxels left over are again a problem; pieces of a few voxels, as of a large volume."""
-    monkeypatch.setattr(lean_voxels, "_PIECE_CPU", piece)
-    logits, features = networks((101,), 3, 5, batch=1, dtype=dtype)
+    if piece:
+        monkeypatch.setattr(lean_voxels, "_PIECE_CPU", piece)
+    logits, features = networks((101,), classes, 5, batch=1, dtype=dtype)
     mask = torch.rand(1, 101, device=DEVICE) < 0.6
     keep = mask[0]
     z = leaves(spoiled(logits, mask))
-    loss = rplib.functional.reliable_mutual_loss(z, spoiled(features, mask), mask, impl="torch")
+    loss = rplib.functional.reliable_mutual_loss(z, spoiled(features, mask), mask, impl=impl)
     loss.backward()
     left = [t[..., keep] for t in logits], [f[..., keep] for f in features]
-    maps = rplib.reliability(*left, impl="torch")
+    maps = rplib.reliability(*left, impl=impl)
     exact = truth(*left, masks=own_masks(maps))
     assert abs(loss.item() - exact.loss.item()) <= 2e-6 * exact.magnitude.item()
     for t, g in zip(z, exact.gradients, strict=True):
@@ -111,27 +130,29 @@ def test_a_mask_of_nothing_is_zero_and_connected(impl):
 @EVERY_IMPL
 def test_objective_is_that_of_the_cropped_problem(impl, classes, supervised):
     """Labels at masked voxels are ignored: 255 is allowed there."""
-    logits, features = networks((5, 6, 7), classes, 6, batch=3, dtype=torch.float64)
+    dtype, tolerance = precision(impl)
+    logits, features = networks((5, 6, 7), classes, 6, batch=3, dtype=dtype)
     target = torch.randint(0, classes, (2, 5, 6, 7), device=DEVICE)
     mask = box_mask(3)
-    objective = rplib.MutualObjective(impl=impl, supervised=supervised)
+    objective = rplib.MutualObjective(impl=impl, supervised=supervised, statistics=True)
     z, small = leaves(spoiled(logits, mask)), leaves(cropped(logits))
     terms = objective(z, spoiled(features, mask), torch.where(mask[:2], target, 255), 0.3, mask=mask)
-    same = objective(small, cropped(features), target[BOX[:1] + BOX[2:]], 0.3)
-    for ours, theirs in zip(terms, same, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    same = objective(small, cropped(features), target[INSIDE], 0.3)
+    for ours, theirs in zip(terms[:3], same[:3], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0)
+    for ours, theirs in zip(terms.statistics, same.statistics, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0)
     terms.total.backward()
     same.total.backward()
     for t, u in zip(z, small, strict=True):
-        torch.testing.assert_close(t.grad[BOX], u.grad, rtol=0, atol=1e-15)
+        assert (t.grad[BOX] - u.grad).norm() <= tolerance * u.grad.norm()
         assert (t.grad[~mask[:, None].expand_as(t)] == 0).all()
     if supervised == "dice":
-        inside = target[BOX[:1] + BOX[2:]]
-        total = expected(cropped(logits), cropped(features), inside, 0.3, range(1, classes))[0]
-        torch.testing.assert_close(terms.total.detach(), total, rtol=1e-12, atol=0)
+        total = expected(cropped(logits), cropped(features), target[INSIDE], 0.3, range(1, classes))[0]
+        torch.testing.assert_close(terms.total.detach().double(), total, rtol=tolerance, atol=0)
 
 
-@pytest.mark.parametrize("impl", [pytest.param("naive", marks=pytest.mark.slow), "torch"])
+@pytest.mark.parametrize("impl", [pytest.param("naive", marks=pytest.mark.slow), *FAST_IMPLS])
 def test_compiled_together(impl):
     torch._dynamo.reset()
     logits, features = networks((5, 6, 7), 3, 6)
@@ -178,18 +199,3 @@ def test_mistakes(mask, error, text):
         rplib.reliability(logits, features, mask=mask)
     with pytest.raises(error, match=text):
         rplib.MutualObjective()(logits, features, target, 0.1, mask=mask)
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
-def test_triton_by_name_says_what_to_use_and_auto_falls_back(monkeypatch):
-    if "mask" not in dispatch.BEYOND_KERNELS:
-        pytest.skip("the kernels take a mask")
-    logits, features = networks((5, 6, 7), 3, 6)
-    with pytest.raises(ValueError, match=r"(?s)triton.*mask.*torch"):
-        rplib.functional.reliable_mutual_loss(logits, features, mask=box_mask(2), impl="triton")
-    monkeypatch.setattr(dispatch, "device_obstacle", lambda *_, **__: None)  # a GPU that the kernels support
-    assert dispatch.choose("auto", logits, features) == "triton"
-    assert dispatch.choose("auto", logits, features, ["mask"]) == "torch"
-    assert compare("torch", logits, features).truth.pairs
-    auto = rplib.functional.reliable_mutual_loss(logits, features, mask=box_mask(2))
-    assert torch.equal(auto, rplib.functional.reliable_mutual_loss(logits, features, mask=box_mask(2), impl="torch"))

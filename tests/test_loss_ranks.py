@@ -27,10 +27,10 @@ CASES = {
     "probabilities": {"cross_entropy_on": "probabilities"},
 }
 IMPLS = ["naive", "torch", *(["triton"] if HAS_TRITON else [])]
-# What the objective alone takes; the kernels take the last one.
+# What the objective alone takes.
 OBJECTIVES = {
-    "cross_entropy": {"supervised": "cross_entropy", "ignore_index": 1},
     "both terms": {"supervised": "dice+cross_entropy", "students": (0,)},
+    "cross_entropy": {"supervised": "cross_entropy", "ignore_index": 1},
     "masked": {"statistics": True},
     "reported": {"statistics": True, "supervised": "dice+cross_entropy"},
 }
@@ -133,9 +133,8 @@ def _work(rank: int, port: int, folder: str):
         for classes in (2, 4):
             results[classes, impl, "with_nan"] = _local(rank, classes, impl, {}, LABELLED["both"], with_nan=True)
         for name in OBJECTIVES:
-            if impl != "triton" or name == "reported":
-                labels = _batch(3)[2][PARTS[rank]][: LABELLED["both"][rank]]
-                results[impl, name] = _objective(impl, name, PARTS[rank], labels, "world")
+            labels = _batch(3)[2][PARTS[rank]][: LABELLED["both"][rank]]
+            results[impl, name] = _objective(impl, name, PARTS[rank], labels, "world")
     results["copies"] = _copies(rank)
     results["alone"] = _alone(rank, folder)  # the last: its group is broken afterwards
     torch.save(results, Path(folder) / f"{rank}.pt")
@@ -191,8 +190,6 @@ def test_a_bad_value_on_one_rank_shows_on_all(ranks, classes, impl):
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_objectives_own_options_over_two_ranks(ranks, impl, name):
-    if impl == "triton" and name != "reported":
-        pytest.skip("the kernels do not take it")
     order = [0, 1, 2, 3, 4]  # rank 0 labels sample 0, rank 1 sample 1
     values, gradients = _objective(impl, name, order, _batch(3)[2][:2], None)
     for rank in (0, 1):

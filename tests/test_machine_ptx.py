@@ -376,6 +376,13 @@ def test_pairs_are_compared_half_by_half():
     assert run(body, out).findings == [] and out.tolist() == [2] * 64
 
 
+def test_pairs_are_added_half_by_half():
+    """0xFFFF + 1 carries nothing into the upper half."""
+    body = "mov.b32 %r9, 0x0001FFFF; add.s16x2 %r10, %r9, 0x00010001; st.global.b32 [%rd9], %r10;"
+    out = torch.zeros(64, dtype=torch.int32)
+    assert run(body, out).findings == [] and out.tolist() == [0x00020000] * 64
+
+
 def test_findings_say_where():
     ran = run(".loc 1 7 3 // source.py:7:3\nst.global.b32 [%rd9+4], %r1;", torch.zeros(64))
     (finding,) = ran.findings

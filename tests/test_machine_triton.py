@@ -40,7 +40,7 @@ def test_small_kernels(architecture):
 
 
 QUICK = ["ones", "quick", "reported"]
-SLOW = ["golden", "objective", "maps", "odd", "many"]
+SLOW = ["masked", "golden", "objective", "maps", "odd", "many"]
 
 
 @pytest.mark.parametrize("group", [*QUICK, *(pytest.param(group, marks=pytest.mark.slow) for group in SLOW)])

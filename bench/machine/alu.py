@@ -67,6 +67,7 @@ def _mixed_arithmetic(name: str, short: str) -> Rule:
 
 
 @_rule(rf"(?P<name>add|sub)\.(?P<type>{INTEGER})")
+@_rule(r"(?P<name>add)\.(?P<type>[us]16x2)")
 @_rule(rf"(?P<name>mul)\.lo\.(?P<type>{INTEGER})")
 def _integer_arithmetic(name: str, type: str) -> Rule:
     return Rule((type, type), type, _ARITHMETIC[name])

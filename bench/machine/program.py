@@ -109,8 +109,8 @@ class Program:
 
 
 def _digits(type: str) -> str:
-    """Bits of a constant of a float type or a packed one: f32x2 -> 64."""
-    bits, _, packed = type.lstrip("bf").partition("x")
+    """Bits of a constant of a type or a packed one: f32x2 -> 64."""
+    bits, _, packed = type.lstrip("bfsu").partition("x")
     return str(int(bits) * (2 if packed else 1))
 
 
