@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     phantom.add_argument(
         "--kind", choices=("texture", "contrast"), default="texture",
-        help="texture: an organ known by its texture; contrast: an organ that is bright in the first cases of the lists and "
-        "dim in the last (default: %(default)s)",
+        help="texture: an organ known by its texture; contrast: brightness tells the organ in the first cases of the lists, "
+        "texture in the last (default: %(default)s)",
     )  # fmt: skip
     phantom.add_argument(
         "--classes", type=int, default=2, help="with background; from 3 on NIfTI files for the recipe generic (default: 2)"

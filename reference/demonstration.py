@@ -45,13 +45,13 @@ SETTINGS = (
     "learning_rate=0.05",
     "schedule=polynomial",
     "supervised=dice+cross_entropy",
-    "dropout=0.3",
+    "dropout=0.5",
     "amp=off",
     "channels_last=true",
     "checkpoint_every=1000000",  # a one-minute run needs no resumption
     "window_batch=10",
 )
-CONSISTENCY = 1.0
+CONSISTENCY = 0.5
 LABELLED_ONLY, MUTUAL, THRESHOLD = "labelled-only", "mutual", "best threshold"
 MARK = ".rplib-demo"  # marks a folder that a demo may overwrite
 PICTURE, TABLE = "demo.png", "demo.txt"
@@ -200,7 +200,7 @@ def _table(
     mutual, alone = (reports[name].mean(DECODER_1, "dice").mean for name in (MUTUAL, LABELLED_ONLY))
     console.print(_verdict(mutual, alone))
     for note in (
-        "The organ is bright in the first cases, the labelled ones, and dim in the last; labels show a part of that range.",
+        "The labelled cases show one end of a range of contrast; the unlabelled and the test cases show all of it.",
         f"Same network, seed, labelled crops and {configs[MUTUAL].iterations} iterations; decoder 1, last weights.",
         "Fixed box: fitted to the labelled training cases. Best threshold: chosen per case using the ground truth.",
         f"{total:.0f} s in total.",
@@ -224,7 +224,7 @@ def _verdict(mutual: float, alone: float) -> str:
 
 
 def _draw(path: Path, reports: dict[str, Report], cases: Sequence[Case]) -> None:
-    """Both methods side by side on test cases from the brightest to the dimmest organ, in two slices each."""
+    """Both methods side by side on test cases over the whole range of contrast, in two slices each."""
     scores: dict[tuple[str, str], Scores] = {}
     for method, report in reports.items():
         scores |= {(method, row.case): row.scores for row in report.rows if row.method == DECODER_1}
@@ -242,5 +242,5 @@ def _draw(path: Path, reports: dict[str, Report], cases: Sequence[Case]) -> None
                 panels.append(Panel(case.image, outlines, 2, position, f"{method}, z = {position}"))
         dice = "\n".join(f"{method:13} {shown(scores[method, name].dice, 'dice'):>5}" for method in reports)
         rows.append((f"{name}\n\nDice %\n{dice}", panels))
-    title = f"rplib demo: {len(rows)} of {len(any_report.predictions)} test cases, from bright to dim, decoder 1"
+    title = f"rplib demo: {len(rows)} of {len(any_report.predictions)} test cases, over the range of contrast, decoder 1"
     write_sheet(path, rows, title, {"truth": TRUTH, "prediction": PREDICTION})

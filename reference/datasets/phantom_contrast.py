@@ -1,9 +1,10 @@
 """Generated scans whose contrast differs from case to case: a task in which unlabelled cases know what labelled ones do not.
 
-The organ takes up a contrast agent. It is bright in the first training case and, case by case, darker up to the last, where it
-is still brighter than its surroundings. A recipe labels the first cases of the list: labels show the bright end alone, the
-unlabelled and the test cases the whole range. Bones, brighter than any organ, keep a single threshold from solving a case.
-Volumes are slices of a scan with thick slices: voxels are three times as long along the last axis.
+The organ is known by two cues. In the first training cases its neighbours are dark and its own stripes are blurred: brightness
+tells. Case by case the neighbours take up more contrast agent and the stripes get sharper; in the last cases the neighbours are
+as bright as the organ, and the stripes tell. In between both cues agree. A recipe labels the first cases of the list: labels
+show one end, the unlabelled and the test cases the whole range. Bones, brighter than any organ, keep a single threshold from
+solving a case. Slices are thick: voxels are three times as long along the last axis.
 """
 
 from pathlib import Path
@@ -21,11 +22,13 @@ from rplib.reference.datasets.phantom import (
     best_threshold_dice,
     body,
     smooth_noise,
+    stripes,
     write_cases,
 )
 
 SIZE = (48, 48, 10)
-BRIGHT, DIM = 1.0, 0.3  # the organ in the first and in the last case, above a background of 0
+_NEIGHBOURS = (0.1, 1.0)  # brightness in the first and in the last case; background 0, organ 1
+_STRIPES = 0.6  # amplitude in the last case; 0 in the first
 _BONE = 1.7
 _THICKNESS = 3  # voxels of the first two axes per slice
 _LEAST_SLICES = 4
@@ -37,7 +40,7 @@ def contrast_case(name: str, size: tuple[int, int, int], seed: int, index: int, 
 
     Args:
         size: (X, Y, Z) voxels, Z slices.
-        phase: from 0, where the organ is bright, to 1, where it is dim.
+        phase: from 0, where only brightness tells the organ, to 1, where only its stripes do.
 
     Raises:
         UserError: no attempt hid the organ from a threshold.
@@ -56,7 +59,7 @@ def contrast_case(name: str, size: tuple[int, int, int], seed: int, index: int, 
 
 
 def write_contrasts(dest: Path, cases: int, test_cases: int, size: tuple[int, int, int], seed: int) -> Phantoms:
-    """Generate a data set in the Left Atrium layout; both lists go from bright to dim in even steps.
+    """Generate a data set in the Left Atrium layout; both lists go from phase 0 to 1 in even steps.
 
     Raises:
         UserError: the folder is not empty, or a number is too small.
@@ -79,12 +82,14 @@ def _draw(size: tuple[int, int, int], phase: float, random: np.random.Generator)
     scale, taken = float(min(size[:2])), np.zeros(size, bool)
     organ = body(grid, scale * random.uniform(0.2, 0.26), random, taken, margin=0.3)
     bones = [body(grid, scale * random.uniform(0.2, 0.24), random, taken) for _ in range(2)]
-    vessels = [body(grid, scale * random.uniform(0.15, 0.22), random, taken) for _ in range(2)]
+    neighbours = [body(grid, scale * random.uniform(0.15, 0.22), random, taken) for _ in range(4)]
 
     image = np.zeros(size, np.float32)
-    image[organ] = BRIGHT + (DIM - BRIGHT) * phase
+    image[organ] = (1 + _STRIPES * phase * stripes(grid[:2], random, (4.0, 5.5)))[organ]
     image[np.any(bones, axis=0)] = _BONE
-    image[np.any(vessels, axis=0) & ~organ] = 0.12
+    first, last = _NEIGHBOURS
+    for neighbour in neighbours:
+        image[neighbour] = (first + (last - first) * phase) * random.uniform(0.9, 1.1)
 
     def in_slices(sigma: float) -> tuple[float, ...]:
         return tuple(sigma / step for step in spacing)
