@@ -1,7 +1,8 @@
 """Demo on generated data: train labelled-only and mutual side by side with one budget, evaluate, draw.
 
-The contrast differs from case to case; the labelled cases show one end of its range, the unlabelled ones all of it. No threshold reaches a Dice of 0.6. Both trainings run the code of `rplib train`, with the same number of iterations,
-labelled crops and seed.
+The contrast differs from case to case; the labelled cases show one end of its range, the unlabelled ones all of it. No
+threshold reaches a Dice of 0.6. Both trainings run the code of `rplib train`, with the same number of iterations, labelled
+crops and seed.
 """
 
 import argparse
