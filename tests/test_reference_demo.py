@@ -1,5 +1,6 @@
 """`rplib demo`: one table and one picture that report what was measured, on data that no threshold solves."""
 
+import csv
 import io
 import subprocess
 import sys
@@ -73,6 +74,7 @@ def test_the_best_threshold_is_in_the_table_and_below_the_bound(out):
 def test_both_trainings_have_the_same_budget():
     alone, mutual = (demo_configs(seed=3, iterations=50)[name] for name in (LABELLED_ONLY, MUTUAL))
     assert set(differences(alone, mutual)) == {"name", "batch_size", "consistency"}
+    assert alone.supervised == mutual.supervised
     assert alone.labelled_per_batch == mutual.labelled_per_batch == alone.batch_size
     assert alone.iterations == mutual.iterations == 50
     assert alone.consistency == 0 < mutual.consistency
@@ -111,10 +113,35 @@ def test_mistakes(tmp_path, capsys):
     assert "at least 1 iteration" in mistake(capsys, "demo", "--out", tmp_path / "a", "--iterations", "0")
     assert "at least 0" in mistake(capsys, "demo", "--out", tmp_path / "a", "--seed", "-1")
     assert "--device nonsense" in mistake(capsys, "demo", "--out", tmp_path / "a", "--device", "nonsense")
+    assert "belong together" in mistake(capsys, "demo", "--out", tmp_path / "a", "--seeds", "1")
+    assert "different seeds" in mistake(capsys, "demo", "--out", tmp_path / "a", "--seeds", "1", "1", "--csv", tmp_path / "b")
     assert not (tmp_path / "a").exists()
 
 
 def test_the_script_accepts_the_same_options(tmp_path):
+def test_many_seeds_go_into_one_file(tmp_path, monkeypatch, capsys):
+    """Each row is what the evaluation of that seed's runs found."""
+    monkeypatch.setattr(demonstration, "TEST_CASES", 2)
+    monkeypatch.setattr(demonstration, "TRAINING_CASES", 6)
+    out, target = tmp_path / "demo", tmp_path / "seeds.csv"
+    words = ["demo", "--out", out, "--iterations", 2, "--seeds", 4, 3, "--csv", target, "--device", "cpu"]
+    assert cli.main(list(map(str, words))) == 0
+    with open(target, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["seed"] for row in rows] == ["4", "3"]
+    for method, column in zip((LABELLED_ONLY, MUTUAL), demonstration.COLUMNS[1:], strict=True):
+        found = evaluate(out / method, out / "data", device="cpu").mean(DECODER_1, "dice").mean
+        assert rows[1][column] == f"{100 * found:.2f}"
+    assert capsys.readouterr().out.startswith("2 seeds: ")
+
+
+def test_the_summary_is_the_mean_and_range_of_the_differences(tmp_path):
+    (tmp_path / "a.csv").write_text(",".join(demonstration.COLUMNS) + "\n1,50.0,60.0\n2,70.0,68.0\n")
+    said = demonstration._summary(tmp_path / "a.csv")
+    assert "labelled-only 60.0, mutual 64.0 Dice %; difference +4.0 on average, from -2.0 to +10.0, above in 1." in said
+
+
+def test_the_script_takes_the_same_words(tmp_path):
     script = [sys.executable, str(ROOT / "reference" / "demo.py"), "--iterations", "0"]
     done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2
