@@ -55,12 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="N",
         help="voxels of X, Y and Z, or of X and Y; the first two vary by up to a quarter between cases, except with --kind "
-        "contrast (default: 48 48 40, or 48 48 10 with --kind contrast)",
+        "quality (default: 48 48 40, or 32 32 6 with --kind quality)",
     )
     phantom.add_argument(
-        "--kind", choices=("texture", "contrast"), default="texture",
-        help="texture: an organ known by its texture; contrast: brightness tells the organ in the first cases of the lists, "
-        "texture in the last (default: %(default)s)",
+        "--kind", choices=("texture", "quality"), default="texture",
+        help="texture: an organ known by its texture; quality: images are clean in the first cases of the lists, noisy in the "
+        "last (default: %(default)s)",
     )  # fmt: skip
     phantom.add_argument(
         "--classes", type=int, default=2, help="with background; from 3 on NIfTI files for the recipe generic (default: 2)"
@@ -96,20 +96,20 @@ def run(args: argparse.Namespace) -> int:
 def _phantom(args: argparse.Namespace) -> int:
     from rplib.errors import UserError
     from rplib.reference.datasets.phantom import write_phantoms
-    from rplib.reference.datasets.phantom_contrast import SIZE, write_contrasts
     from rplib.reference.datasets.phantom_organs import write_organs
+    from rplib.reference.datasets.phantom_quality import SIZE, write_qualities
 
     test_cases = args.cases // 4 + 1 if args.test_cases is None else args.test_cases
-    contrast = args.kind == "contrast"
-    size = tuple(args.size) if args.size else SIZE if contrast else (48, 48, 40)
-    if contrast and args.classes > 2:
-        raise UserError(f"--classes {args.classes} with --kind contrast, which has one organ; drop one of them.")
+    quality = args.kind == "quality"
+    size = tuple(args.size) if args.size else SIZE if quality else (48, 48, 40)
+    if quality and args.classes > 2:
+        raise UserError(f"--classes {args.classes} with --kind quality, which has one organ; drop one of them.")
     if args.classes > 2:
         written = write_organs(args.dest, args.cases, test_cases, size, args.classes, args.seed)
     elif len(size) != 3:
         raise UserError(f"--size has {len(size)} numbers; expected three, or two with --classes 3 or more.")
-    elif contrast:
-        written = write_contrasts(args.dest, args.cases, test_cases, size, args.seed)
+    elif quality:
+        written = write_qualities(args.dest, args.cases, test_cases, size, args.seed)
     else:
         written = write_phantoms(args.dest, args.cases, test_cases, size, args.seed)
     print(

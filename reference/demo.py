@@ -1,6 +1,6 @@
 """Demo on generated data: train labelled-only and mutual side by side with one budget, evaluate, draw.
 
-The contrast differs from case to case; the labelled cases show one end of its range, the unlabelled ones all of it. No
+Image quality differs from case to case; the labelled cases are the cleanest, the unlabelled ones show the whole range. No
 threshold reaches a Dice of 0.6. Both trainings run the code of `rplib train`, with the same number of iterations, labelled
 crops and seed.
 """

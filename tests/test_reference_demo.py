@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from reference_tools import mistake
+from scipy import stats
 
 from rplib import cli
 from rplib.reference import demonstration
@@ -118,14 +119,13 @@ def test_mistakes(tmp_path, capsys):
     assert not (tmp_path / "a").exists()
 
 
-def test_the_script_accepts_the_same_options(tmp_path):
 def test_many_seeds_go_into_one_file(tmp_path, monkeypatch, capsys):
     """Each row is what the evaluation of that seed's runs found."""
     monkeypatch.setattr(demonstration, "TEST_CASES", 2)
     monkeypatch.setattr(demonstration, "TRAINING_CASES", 6)
     out, target = tmp_path / "demo", tmp_path / "seeds.csv"
-    words = ["demo", "--out", out, "--iterations", 2, "--seeds", 4, 3, "--csv", target, "--device", "cpu"]
-    assert cli.main(list(map(str, words))) == 0
+    arguments = ["demo", "--out", out, "--iterations", 2, "--seeds", 4, 3, "--csv", target, "--device", "cpu"]
+    assert cli.main(list(map(str, arguments))) == 0
     with open(target, newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["seed"] for row in rows] == ["4", "3"]
@@ -138,10 +138,12 @@ def test_many_seeds_go_into_one_file(tmp_path, monkeypatch, capsys):
 def test_the_summary_is_the_mean_and_range_of_the_differences(tmp_path):
     (tmp_path / "a.csv").write_text(",".join(demonstration.COLUMNS) + "\n1,50.0,60.0\n2,70.0,68.0\n")
     said = demonstration._summary(tmp_path / "a.csv")
-    assert "labelled-only 60.0, mutual 64.0 Dice %; difference +4.0 on average, from -2.0 to +10.0, above in 1." in said
+    assert said.startswith("2 seeds: labelled-only 60.0, mutual 64.0 Dice %; difference +4.0 on average, from -2.0 to +10.0, ")
+    p = stats.ttest_rel([60, 68], [50, 70]).pvalue
+    assert said.endswith(f"above in 1 of 2; paired t-test p = {p:.2g}.")
 
 
-def test_the_script_takes_the_same_words(tmp_path):
+def test_the_script_accepts_the_same_options(tmp_path):
     script = [sys.executable, str(ROOT / "reference" / "demo.py"), "--iterations", "0"]
     done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2
