@@ -1,8 +1,7 @@
 """Demo on generated data: train labelled-only and mutual side by side with one budget, evaluate, draw.
 
-Image quality differs from case to case; the labelled cases are the cleanest, the unlabelled ones show the whole range. No
-threshold reaches a Dice of 0.6. Both trainings run the code of `rplib train`, with the same number of iterations, labelled
-crops and seed.
+Appearance differs from case to case, more than the few labelled cases show. No threshold reaches a Dice of 0.6. Both trainings
+run the code of `rplib train`, with the same number of iterations, labelled crops and seed.
 """
 
 import argparse

@@ -1,9 +1,8 @@
-"""Generated scans whose image quality falls from case to case: unlabelled cases show what labelled ones lack.
+"""Generated scans whose appearance differs much from case to case: a few labelled ones do not show all of it.
 
-The first cases of each list are clean; case by case noise and the texture of the background grow until both are almost as
-strong as the contrast of the organ. A recipe labels the first cases of the list: labels show clean scans alone, the unlabelled
-and the test cases the whole range. In every case the organ is near the middle and brighter than the background on average;
-around it are bodies of any brightness, so that no threshold finds it. Slices are thick: voxels are three times as long along the
+Brightness of the organ and of the bodies around it, strength of their textures, noise, sharpness and bias field are drawn for
+every case. The organ is near the middle and striped, the other bodies are mottled and of any brightness, darker than the
+background or brighter than the organ, so that no threshold finds it. Slices are thick: voxels are three times as long along the
 last axis.
 """
 
@@ -22,42 +21,40 @@ from rplib.reference.datasets.phantom import (
     best_threshold_dice,
     body,
     smooth_noise,
+    stripes,
     write_cases,
 )
 
 SIZE = (32, 32, 6)
-_NOISE = (0.1, 0.6)  # standard deviation in the first and in the last case; background 0, organ 0.7 to 1.5
-_TEXTURE = (0.05, 0.9)  # of the background, likewise
 _THICKNESS = 3  # voxels of the first two axes per slice
 _LEAST_SLICES = 4
 _ATTEMPTS = 40
 
 
-def quality_case(name: str, size: tuple[int, int, int], seed: int, index: int, phase: float) -> Case:
+def varied_case(name: str, size: tuple[int, int, int], seed: int, index: int) -> Case:
     """One generated case; the same arguments give the same voxels.
 
     Args:
         size: (X, Y, Z) voxels, Z slices.
-        phase: from 0, the cleanest image, to 1, the noisiest.
 
     Raises:
         UserError: no attempt hid the organ from a threshold.
 
     Example:
-        >>> case = quality_case("A", (32, 32, 6), seed=0, index=0, phase=0.5)
+        >>> case = varied_case("A", (32, 32, 6), seed=0, index=0)
         >>> case.image.shape, int(case.label.max())
         ((32, 32, 6), 1)
     """
     random = np.random.default_rng([seed, index, len(size)])
     for _ in range(_ATTEMPTS):
-        image, label = _draw(size, phase, random)
+        image, label = _draw(size, random)
         if best_threshold_dice(image, label) < MOST_THRESHOLD_DICE:
             return Case(name, image, label)
     raise UserError(f"no phantom of size {size} hides its organ; choose axes of similar length, such as 32 32 6.")
 
 
-def write_qualities(dest: Path, cases: int, test_cases: int, size: tuple[int, int, int], seed: int) -> Phantoms:
-    """Generate a data set in the Left Atrium layout; both lists go from phase 0 to 1 in even steps.
+def write_varieties(dest: Path, cases: int, test_cases: int, size: tuple[int, int, int], seed: int) -> Phantoms:
+    """Generate a data set in the Left Atrium layout.
 
     Raises:
         UserError: the folder is not empty, or a number is too small.
@@ -66,32 +63,27 @@ def write_qualities(dest: Path, cases: int, test_cases: int, size: tuple[int, in
         raise UserError(f"size is {size}; expected X and Y of at least {LEAST_SIZE} voxels and {_LEAST_SLICES} slices.")
     check_size(dest, list(size), 4, what="--size")
 
-    def draw(name: str, index: int) -> Case:
-        place, number = (index, cases) if index < cases else (index - cases, test_cases)
-        return quality_case(name, size, seed, index, place / max(1, number - 1))
-
-    return write_cases(dest, cases, test_cases, seed, draw)
+    return write_cases(dest, cases, test_cases, seed, lambda name, index: varied_case(name, size, seed, index))
 
 
-def _draw(size: tuple[int, int, int], phase: float, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _draw(size: tuple[int, int, int], random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     spacing = (1, 1, _THICKNESS)
     axes = [np.arange(n, dtype=np.float32) * step for n, step in zip(size, spacing, strict=True)]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"))  # (3, X, Y, Z)
     scale, taken = float(min(size[:2])), np.zeros(size, bool)
-    noise, texture = (first + (last - first) * phase for first, last in (_NOISE, _TEXTURE))
 
     def smooth(length: float) -> np.ndarray:
         return smooth_noise(size, tuple(length / step for step in spacing), random)
 
-    organ = body(grid, scale * random.uniform(0.2, 0.28), random, taken, margin=0.38)
+    organ = body(grid, scale * random.uniform(0.2, 0.28), random, taken, margin=0.35)
     others = [body(grid, scale * random.uniform(0.12, 0.22), random, taken) for _ in range(4)]
-    image = texture * smooth(3.0)
-    image[organ] = random.uniform(0.7, 1.5)
+    image = random.uniform(0.1, 0.4) * smooth(3.0)
+    image[organ] = random.uniform(0.5, 1.5) + random.uniform(0.3, 0.6) * stripes(grid[:2], random)[organ]
     for other in others:
-        image[other] = random.uniform(-0.6, 1.6)
+        image[other] = random.uniform(-0.6, 1.6) + random.uniform(0.2, 0.5) * smooth(2.0)[other]
     sharpness = random.uniform(0.4, 1.0)
     image = ndimage.gaussian_filter(image, tuple(sharpness / step for step in spacing))
     image *= 1 + random.uniform(0.05, 0.3) * smooth(scale / 3)
-    image += noise * random.standard_normal(size)
+    image += random.uniform(0.1, 0.4) * random.standard_normal(size)
     image = (image - image.mean()) / image.std()
     return image.astype(np.float32), organ.astype(np.uint8)
