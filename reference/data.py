@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     phantom.add_argument(
         "--kind", choices=("texture", "variety"), default="texture",
-        help="texture: an organ known by its texture; variety: brightness, texture, noise and sharpness of organ and "
-        "surroundings differ from case to case (default: %(default)s)",
+        help="texture: an organ known by its texture; variety: contrast, texture, noise and sharpness differ from "
+        "case to case (default: %(default)s)",
     )  # fmt: skip
     phantom.add_argument(
         "--classes", type=int, default=2, help="with background; from 3 on NIfTI files for the recipe generic (default: 2)"

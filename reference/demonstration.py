@@ -68,8 +68,13 @@ class Demonstration(NamedTuple):
     table: str
 
 
-def demonstrate(out: Path, seed: int, iterations: int, device: str | None = None) -> Demonstration:
+def demonstrate(
+    out: Path, seed: int, iterations: int, device: str | None = None, workers: ProcessPoolExecutor | None = None
+) -> Demonstration:
     """Generates phantoms, trains labelled-only and mutual, evaluates both, writes `out`/demo.txt and `out`/demo.png.
+
+    Args:
+        workers: processes to train in; None starts two.
 
     Raises:
         UserError: the folder holds other files, or an invalid number.
@@ -84,7 +89,8 @@ def demonstrate(out: Path, seed: int, iterations: int, device: str | None = None
     phantoms = write_varieties(out / "data", TRAINING_CASES, TEST_CASES, SIZE, seed)
     assert phantoms.threshold_dice < MOST_THRESHOLD_DICE
     print(f"training {LABELLED_ONLY} and {MUTUAL} side by side ({iterations} iterations each)", file=sys.stderr)
-    seconds = _train_both(configs, out, str(where))
+    with contextlib.nullcontext(workers) if workers else _workers() as pool:
+        seconds = _train_both(pool, configs, out, str(where))
     reports = {name: evaluate(out / name, out / "data", device=str(where)) for name in configs}
 
     dataset = reports[MUTUAL].dataset
@@ -109,14 +115,15 @@ def measure(out: Path, seeds: Sequence[int], iterations: int, device: str | None
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {' '.join(map(str, seeds))}: expected different seeds.")
     rows = []
-    for seed in seeds:
-        reports = demonstrate(out, seed, iterations, device).reports
-        alone, mutual = (reports[name].mean(DECODER_1, "dice").mean for name in (LABELLED_ONLY, MUTUAL))
-        rows.append((seed, f"{100 * alone:.2f}", f"{100 * mutual:.2f}"))
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
-        write_text_atomically(target, text.getvalue())  # after every seed: an interrupted measurement keeps what it has
-        print(f"seed {seed}: {_verdict(mutual, alone)}", file=sys.stderr)
+    with _workers() as pool:
+        for seed in seeds:
+            reports = demonstrate(out, seed, iterations, device, pool).reports
+            alone, mutual = (reports[name].mean(DECODER_1, "dice").mean for name in (LABELLED_ONLY, MUTUAL))
+            rows.append((seed, f"{100 * alone:.2f}", f"{100 * mutual:.2f}"))
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
+            write_text_atomically(target, text.getvalue())  # after every seed: an interrupted measurement keeps what it has
+            print(f"seed {seed}: {_verdict(mutual, alone)}", file=sys.stderr)
     return f"{_summary(target)} Written: {target}\n"
 
 
@@ -136,15 +143,18 @@ def _summary(path: Path) -> str:
     )
 
 
-def _train_both(configs: dict[str, Config], out: Path, device: str) -> dict[str, float]:
+def _workers() -> ProcessPoolExecutor:
+    """One process for each training."""
+    return ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _train_both(pool: ProcessPoolExecutor, configs: dict[str, Config], out: Path, device: str) -> dict[str, float]:
     """Train side by side, in one process with one thread each; seconds by name."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(configs), mp_context=context) as pool:
-        running = {name: pool.submit(_train, config, out, device) for name, config in configs.items()}
-        try:
-            return {name: future.result() for name, future in running.items()}
-        except BrokenProcessPool as error:
-            raise UserError(f"a training of the demo in {out} was killed; is there enough memory?") from error
+    running = {name: pool.submit(_train, config, out, device) for name, config in configs.items()}
+    try:
+        return {name: future.result() for name, future in running.items()}
+    except BrokenProcessPool as error:
+        raise UserError(f"a training of the demo in {out} was killed; is there enough memory?") from error
 
 
 def _train(config: Config, out: Path, device: str) -> float:
@@ -203,7 +213,7 @@ def _table(
     mutual, alone = (reports[name].mean(DECODER_1, "dice").mean for name in (MUTUAL, LABELLED_ONLY))
     console.print(_verdict(mutual, alone))
     for note in (
-        "Brightness, texture, noise and sharpness differ from case to case, more than the labelled cases show.",
+        "Contrast, texture, noise and sharpness differ from case to case, more than the labelled cases show.",
         f"Same network, seed, labelled crops and {configs[MUTUAL].iterations} iterations; decoder 1, averaged weights.",
         "Fixed box: fitted to the labelled training cases. Best threshold: chosen per case using the ground truth.",
         f"{total:.0f} s in total.",

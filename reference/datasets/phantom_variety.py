@@ -1,9 +1,9 @@
 """Generated scans whose appearance differs much from case to case: a few labelled ones do not show all of it.
 
-Brightness of the organ and of the bodies around it, strength of their textures, noise, sharpness and bias field are drawn for
-every case. The organ is near the middle and striped, the other bodies are mottled and of any brightness, darker than the
-background or brighter than the organ, so that no threshold finds it. Slices are thick: voxels are three times as long along the
-last axis.
+Contrast, noise, sharpness, bias field and the texture of the background are drawn for every case, from a clean scan of a bright
+organ to one in which noise and texture are almost as strong as its contrast. The organ is near the middle; around it are bodies
+of any brightness, darker than the background or brighter than the organ, so that no threshold finds it. Slices are thick: voxels
+are three times as long along the last axis.
 """
 
 from pathlib import Path
@@ -21,7 +21,6 @@ from rplib.reference.datasets.phantom import (
     best_threshold_dice,
     body,
     smooth_noise,
-    stripes,
     write_cases,
 )
 
@@ -62,7 +61,6 @@ def write_varieties(dest: Path, cases: int, test_cases: int, size: tuple[int, in
     if len(size) != 3 or min(size[:2]) < LEAST_SIZE or size[2] < _LEAST_SLICES:
         raise UserError(f"size is {size}; expected X and Y of at least {LEAST_SIZE} voxels and {_LEAST_SLICES} slices.")
     check_size(dest, list(size), 4, what="--size")
-
     return write_cases(dest, cases, test_cases, seed, lambda name, index: varied_case(name, size, seed, index))
 
 
@@ -75,15 +73,15 @@ def _draw(size: tuple[int, int, int], random: np.random.Generator) -> tuple[np.n
     def smooth(length: float) -> np.ndarray:
         return smooth_noise(size, tuple(length / step for step in spacing), random)
 
-    organ = body(grid, scale * random.uniform(0.2, 0.28), random, taken, margin=0.35)
+    organ = body(grid, scale * random.uniform(0.2, 0.28), random, taken, margin=0.38)
     others = [body(grid, scale * random.uniform(0.12, 0.22), random, taken) for _ in range(4)]
-    image = random.uniform(0.1, 0.4) * smooth(3.0)
-    image[organ] = random.uniform(0.5, 1.5) + random.uniform(0.3, 0.6) * stripes(grid[:2], random)[organ]
+    image = random.uniform(0.05, 0.9) * smooth(3.0)
+    image[organ] = random.uniform(0.7, 1.5)
     for other in others:
-        image[other] = random.uniform(-0.6, 1.6) + random.uniform(0.2, 0.5) * smooth(2.0)[other]
+        image[other] = random.uniform(-0.6, 1.6)
     sharpness = random.uniform(0.4, 1.0)
     image = ndimage.gaussian_filter(image, tuple(sharpness / step for step in spacing))
     image *= 1 + random.uniform(0.05, 0.3) * smooth(scale / 3)
-    image += random.uniform(0.1, 0.4) * random.standard_normal(size)
+    image += random.uniform(0.1, 0.6) * random.standard_normal(size)
     image = (image - image.mean()) / image.std()
     return image.astype(np.float32), organ.astype(np.uint8)
