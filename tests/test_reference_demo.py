@@ -4,10 +4,12 @@ import csv
 import io
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from reference_tools import mistake
 from scipy import stats
 
@@ -36,6 +38,29 @@ def out(tmp_path_factory):
         assert cli.main(["demo", "--out", str(folder), "--iterations", "3", "--seed", "7", "--device", "cpu"]) == 0
     (folder.parent / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
     return folder
+
+
+class InThisProcess:
+    """Trains at once, where the demo starts processes; the fixture `out` does start them."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(demonstration, "_workers", InThisProcess)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_it_prints_one_table_and_writes_one_picture(out):
@@ -94,7 +119,7 @@ def test_whichever_wins_is_said(mutual, alone, said):
     assert said in demonstration._verdict(mutual, alone)
 
 
-def test_a_second_demo_replaces_the_first_and_its_numbers_repeat(out, monkeypatch):
+def test_a_second_demo_replaces_the_first_and_its_numbers_repeat(out, monkeypatch, in_this_process):
     before = (out / "demo.txt").read_text(encoding="utf-8").splitlines()
     monkeypatch.setattr(demonstration, "TEST_CASES", 3)
     again = demonstration.demonstrate(out, seed=7, iterations=3, device="cpu").table.splitlines()
@@ -119,7 +144,7 @@ def test_mistakes(tmp_path, capsys):
     assert not (tmp_path / "a").exists()
 
 
-def test_many_seeds_go_into_one_file(tmp_path, monkeypatch, capsys):
+def test_many_seeds_go_into_one_file(tmp_path, monkeypatch, capsys, in_this_process):
     """Each row is what the evaluation of that seed's runs found."""
     monkeypatch.setattr(demonstration, "TEST_CASES", 2)
     monkeypatch.setattr(demonstration, "TRAINING_CASES", 6)
