@@ -291,6 +291,7 @@ def test_cross_entropy_and_the_mean_of_both(impl, dtype, classes):
             assert (g - e).norm() <= rounding * e.norm()
 
 
+@pytest.mark.slow_cases("triton-dice+cross_entropy-18-dtype2-spatial2-keywords2-spatial_slice")
 @pytest.mark.parametrize("layout", [None, *(LAYOUTS[name] for name in ("channels_last", "spatial_slice"))])
 @pytest.mark.parametrize(
     ("classes", "dtype", "spatial", "keywords"),
