@@ -77,7 +77,7 @@ def demonstrate(
         workers: processes to train in; None starts two.
 
     Raises:
-        UserError: the folder holds other files, or an invalid number.
+        UserError: the folder contains other files, or a number is invalid.
     """
     began = time.monotonic()
     if seed < 0 or iterations < 1:

@@ -1,4 +1,4 @@
-"""`MutualObjective(statistics=True)`: what the passes know besides the loss, against counts by hand."""
+"""`MutualObjective(statistics=True)`: the statistics from the passes of the loss, against counts by hand."""
 
 import pytest
 import torch
