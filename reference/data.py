@@ -53,10 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size",
         type=int,
         nargs="+",
-        default=(48, 48, 40),
         metavar="N",
-        help="voxels of X, Y and Z, or of X and Y; the first two vary by up to a quarter between cases (default: 48 48 40)",
+        help="voxels of X, Y and Z, or of X and Y; the first two vary by up to a quarter between cases, except with --kind "
+        "variety (default: 48 48 40, or 32 32 6 with --kind variety)",
     )
+    phantom.add_argument(
+        "--kind", choices=("texture", "variety"), default="texture",
+        help="texture: an organ known by its texture; variety: contrast, texture, noise and sharpness differ from "
+        "case to case (default: %(default)s)",
+    )  # fmt: skip
     phantom.add_argument(
         "--classes",
         type=int,
@@ -95,13 +100,19 @@ def _phantom(args: argparse.Namespace) -> int:
     from rplib.errors import UserError
     from rplib.reference.datasets.phantom import write_phantoms
     from rplib.reference.datasets.phantom_organs import write_organs
+    from rplib.reference.datasets.phantom_variety import SIZE, write_varieties
 
     test_cases = args.cases // 4 + 1 if args.test_cases is None else args.test_cases
-    size = tuple(args.size)
+    variety = args.kind == "variety"
+    size = tuple(args.size) if args.size else SIZE if variety else (48, 48, 40)
+    if variety and args.classes > 2:
+        raise UserError(f"--classes {args.classes} with --kind variety, which has one organ; drop one of them.")
     if args.classes > 2:
         written = write_organs(args.dest, args.cases, test_cases, size, args.classes, args.seed)
     elif len(size) != 3:
         raise UserError(f"--size has {len(size)} numbers; expected three, or two with --classes 3 or more.")
+    elif variety:
+        written = write_varieties(args.dest, args.cases, test_cases, size, args.seed)
     else:
         written = write_phantoms(args.dest, args.cases, test_cases, size, args.seed)
     print(

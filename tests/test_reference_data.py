@@ -16,6 +16,7 @@ from rplib.errors import UserError
 from rplib.reference.datasets.layouts import LeftAtrium, open_dataset
 from rplib.reference.datasets.phantom import MOST_THRESHOLD_DICE, best_threshold_dice, phantom_case
 from rplib.reference.datasets.phantom_organs import organs_case
+from rplib.reference.datasets.phantom_variety import varied_case
 
 # ------------------------------------------------------------------------------------------------------ reading cases
 
@@ -212,9 +213,29 @@ def test_phantoms_of_several_organs(tmp_path, capsys, size, classes):
     assert f"classes={classes}" in capsys.readouterr().out
 
 
+def test_phantoms_of_varying_appearance(tmp_path, capsys):
+    """Written as drawn, hidden from thresholds, and more different from case to case than repeated draws of one number."""
+    arguments = ["--kind", "variety", "--cases", "6", "--test-cases", "2", "--seed", "3"]
+    assert cli.main(["data", "phantom", str(tmp_path / "a"), *arguments]) == 0
+    dataset = open_dataset(tmp_path / "a")
+    ratios = []
+    for index, name in enumerate([*dataset.names("train"), *dataset.names("test")]):
+        case, again = dataset.load(name, needs_label=True), varied_case(name, (32, 32, 6), 3, index)
+        assert np.array_equal(case.image, again.image)
+        assert np.array_equal(case.label, again.label)
+        assert case.image.shape == (32, 32, 6)
+        assert best_threshold_dice(case.image, case.label) < MOST_THRESHOLD_DICE
+        ratios.append(case.image[case.label > 0].mean())
+    assert max(ratios) - min(ratios) > 0.5
+    capsys.readouterr()
+    assert cli.main(["data", "check", str(tmp_path / "a")]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--kind", "variety", "--size", "32", "32", "2"], "4 slices"),
+        (["--kind", "variety", "--classes", "3"], "has one organ"),
         (["--cases", "0"], "0 training and 1 test cases"),
         (["--size", "8", "32", "32"], "at least 32 voxels"),
         (["--seed", "-1"], "--seed is -1"),

@@ -1,13 +1,17 @@
 """`rplib demo`: one table and one picture that report what was measured, on data that no threshold solves."""
 
+import csv
 import io
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from reference_tools import mistake
+from scipy import stats
 
 from rplib import cli
 from rplib.reference import demonstration
@@ -34,6 +38,29 @@ def out(tmp_path_factory):
         assert cli.main(["demo", "--out", str(folder), "--iterations", "3", "--seed", "7", "--device", "cpu"]) == 0
     (folder.parent / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
     return folder
+
+
+class InThisProcess:
+    """Trains at once, where the demo starts processes; the fixture `out` does start them."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(demonstration, "_workers", InThisProcess)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_it_prints_one_table_and_writes_one_picture(out):
@@ -73,6 +100,7 @@ def test_the_best_threshold_is_in_the_table_and_below_the_bound(out):
 def test_both_trainings_have_the_same_budget():
     alone, mutual = (demo_configs(seed=3, iterations=50)[name] for name in (LABELLED_ONLY, MUTUAL))
     assert set(differences(alone, mutual)) == {"name", "batch_size", "consistency"}
+    assert alone.supervised == mutual.supervised
     assert alone.labelled_per_batch == mutual.labelled_per_batch == alone.batch_size
     assert alone.iterations == mutual.iterations == 50
     assert alone.consistency == 0 < mutual.consistency
@@ -91,7 +119,7 @@ def test_whichever_wins_is_said(mutual, alone, said):
     assert said in demonstration._verdict(mutual, alone)
 
 
-def test_a_second_demo_replaces_the_first_and_its_numbers_repeat(out, monkeypatch):
+def test_a_second_demo_replaces_the_first_and_its_numbers_repeat(out, monkeypatch, in_this_process):
     before = (out / "demo.txt").read_text(encoding="utf-8").splitlines()
     monkeypatch.setattr(demonstration, "TEST_CASES", 3)
     again = demonstration.demonstrate(out, seed=7, iterations=3, device="cpu").table.splitlines()
@@ -111,7 +139,33 @@ def test_mistakes(tmp_path, capsys):
     assert "at least 1 iteration" in mistake(capsys, "demo", "--out", tmp_path / "a", "--iterations", "0")
     assert "at least 0" in mistake(capsys, "demo", "--out", tmp_path / "a", "--seed", "-1")
     assert "--device nonsense" in mistake(capsys, "demo", "--out", tmp_path / "a", "--device", "nonsense")
+    assert "belong together" in mistake(capsys, "demo", "--out", tmp_path / "a", "--seeds", "1")
+    assert "different seeds" in mistake(capsys, "demo", "--out", tmp_path / "a", "--seeds", "1", "1", "--csv", tmp_path / "b")
     assert not (tmp_path / "a").exists()
+
+
+def test_many_seeds_go_into_one_file(tmp_path, monkeypatch, capsys, in_this_process):
+    """Each row is what the evaluation of that seed's runs found."""
+    monkeypatch.setattr(demonstration, "TEST_CASES", 2)
+    monkeypatch.setattr(demonstration, "TRAINING_CASES", 6)
+    out, target = tmp_path / "demo", tmp_path / "seeds.csv"
+    arguments = ["demo", "--out", out, "--iterations", 2, "--seeds", 4, 3, "--csv", target, "--device", "cpu"]
+    assert cli.main(list(map(str, arguments))) == 0
+    with open(target, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["seed"] for row in rows] == ["4", "3"]
+    for method, column in zip((LABELLED_ONLY, MUTUAL), demonstration.COLUMNS[1:], strict=True):
+        found = evaluate(out / method, out / "data", device="cpu").mean(DECODER_1, "dice").mean
+        assert rows[1][column] == f"{100 * found:.2f}"
+    assert capsys.readouterr().out.startswith("2 seeds: ")
+
+
+def test_the_summary_is_the_mean_and_range_of_the_differences(tmp_path):
+    (tmp_path / "a.csv").write_text(",".join(demonstration.COLUMNS) + "\n1,50.0,60.0\n2,70.0,68.0\n")
+    said = demonstration._summary(tmp_path / "a.csv")
+    assert said.startswith("2 seeds: labelled-only 60.0, mutual 64.0 Dice %; difference +4.0 on average, from -2.0 to +10.0, ")
+    p = stats.ttest_rel([60, 68], [50, 70]).pvalue
+    assert said.endswith(f"above in 1 of 2; paired t-test p = {p:.2g}.")
 
 
 def test_the_script_accepts_the_same_options(tmp_path):

@@ -8,6 +8,7 @@ organ, only both together; strength and direction vary between cases.
 
 import contextlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,11 +88,24 @@ def write_phantoms(dest: Path, cases: int, test_cases: int, size: tuple[int, int
     if min(size) < LEAST_SIZE:
         raise UserError(f"size is {size}; expected at least {LEAST_SIZE} voxels per axis.")
     check_size(dest, [size[0] * 5 // 4, size[1] * 5 // 4, size[2]], 4, what="--size")
+    return write_cases(dest, cases, test_cases, seed, lambda name, index: phantom_case(name, size, seed, index))
+
+
+def write_cases(dest: Path, cases: int, test_cases: int, seed: int, draw: Callable[[str, int], Case]) -> Phantoms:
+    """Write generated cases in the Left Atrium layout; what was written is removed if it fails.
+
+    Args:
+        draw: called with the name and the index of a case, test cases last.
+
+    Raises:
+        UserError: the folder is not empty, or a number is too small.
+    """
+    check_new(dest, cases, test_cases)
     names = [_name(seed, index) for index in range(cases + test_cases)]
     made: list[Path] = []
     with output_folder(dest, f"DEST {dest}"):
         try:
-            easiest = _write(dest, names, cases, size, seed, made)
+            easiest = _write(dest, names, cases, draw, made)
         except BaseException:  # remove an incomplete set, so that the command can be run again
             for path in made:
                 path.unlink(missing_ok=True)
@@ -104,11 +118,11 @@ def write_phantoms(dest: Path, cases: int, test_cases: int, size: tuple[int, int
     return Phantoms(names[:cases], names[cases:], easiest)
 
 
-def _write(dest: Path, names: list[str], cases: int, size: tuple[int, int, int], seed: int, made: list[Path]) -> float:
+def _write(dest: Path, names: list[str], cases: int, draw: Callable[[str, int], Case], made: list[Path]) -> float:
     """Draw and write all cases and the lists, and return the best Dice of a threshold. Every path is first added to `made`."""
     easiest = 0.0
     for index, name in enumerate(progress(names, "generating phantoms")):
-        case = phantom_case(name, size, seed, index)
+        case = draw(name, index)
         assert case.label is not None
         dice = best_threshold_dice(case.image, case.label)
         assert dice < MOST_THRESHOLD_DICE, f"{name}: a threshold finds the organ with Dice {dice:.2f}"
@@ -176,7 +190,8 @@ def _draw(size: tuple[int, int, int], random: np.random.Generator) -> tuple[np.n
 
 def body(grid: np.ndarray, radius: float, random: np.random.Generator, taken: np.ndarray, margin: float = 0.1) -> np.ndarray:
     """An ellipsoid with two veins, in a free place if one is found; marks it in `taken`."""
-    shape, dims = np.array(grid.shape[1:], np.float32), len(grid)
+    dims = len(grid)
+    shape = grid[(slice(None), *[-1] * dims)] + 1  # in the units of the grid
     for _ in range(30):
         centre = shape * random.uniform(margin, 1 - margin, dims)
         axes = radius * random.uniform(0.75, 1.25, dims)
@@ -202,7 +217,7 @@ def stripes(grid: np.ndarray, random: np.random.Generator, periods: tuple[float,
     return np.sin(2 * np.pi / period * np.tensordot(direction, grid, 1) + random.uniform(0, 2 * np.pi))
 
 
-def smooth_noise(shape: tuple[int, ...], sigma: float, random: np.random.Generator) -> np.ndarray:
-    """Noise with standard deviation 1 and a correlation length of `sigma` voxels."""
+def smooth_noise(shape: tuple[int, ...], sigma: float | tuple[float, ...], random: np.random.Generator) -> np.ndarray:
+    """Noise with standard deviation 1 and a correlation length of `sigma` voxels (of each axis)."""
     noise = ndimage.gaussian_filter(random.standard_normal(shape).astype(np.float32), sigma, mode="wrap")
     return (noise - noise.mean()) / noise.std()
