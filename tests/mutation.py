@@ -72,7 +72,7 @@ TESTS: dict[str, list[list[str]]] = {
         [OTHER, "-k", "step or sgd or autocast"], ["tests/test_reference_survival.py", "-k", "parts_of_a_measured_step"],
     ],
     "reference/training/trainer.py": [
-        [DETAILS, "-k", "validation or restored or tried or seeds or log_row"],
+        [DETAILS, "-k", "validation or restored or tried or seeds or log_row or ranks"],
         [OTHER],
         ["tests/test_reference_average.py", "tests/test_reference_monitor.py", "-k", "average or waits or waiting or logs"],
         ["tests/test_reference_train.py", "-k", "not killed and not script and not checkout"],
