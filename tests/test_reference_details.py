@@ -218,6 +218,13 @@ def test_two_ranks_stop_together_when_either_was_terminated(data, tmp_path, monk
     assert checkpoint.load(tmp_path / "run" / "last.pt")["iteration"] == 2
 
 
+def test_a_finished_training_names_its_device_or_its_ranks(data, tmp_path, capsys):
+    train(data, tmp_path / "alone")
+    assert " s on cpu; best.pt: iteration 2" in capsys.readouterr().out
+    rank(0, data, tmp_path / "two", "iterations=2").run()
+    assert " s on 2 processes (cpu); best.pt: iteration 2" in capsys.readouterr().out
+
+
 def test_a_log_row_holds_the_statistics_of_both_decoders():
     row = trainer.LogRow(1, 1.0, 1.0, 1.0, 0.1, 0.01, 0.5)
     found = trainer._with_statistics(row, [30.0, 10.0, 0.5, 0.9, 0, 0, 0.75, 0.25, 0.6, 0.4, 0.125], 2)

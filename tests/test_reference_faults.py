@@ -30,7 +30,7 @@ def test_damaged_files_are_refused_by_name():
 
 @POSIX
 def test_a_disturbed_conversion_is_finished_by_the_same_command():
-    assert "shrink: 10 runs" in run("kill_runs.py", "shrink", "--runs", 10)
+    assert "shrink: 11 runs" in run("kill_runs.py", "shrink", "--runs", 11)
 
 
 @POSIX
@@ -44,7 +44,7 @@ def test_more_damaged_files():
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
 @pytest.mark.parametrize(
-    ("job", "runs"), [("train", 10), ("evaluate", 10), ("predict", 10), ("phantom", 10), ("sweep", 10), ("torchrun", 2)]
+    ("job", "runs"), [("train", 11), ("evaluate", 11), ("predict", 11), ("phantom", 11), ("sweep", 11), ("torchrun", 2)]
 )
 def test_disturbed_runs_are_finished_by_the_same_command(job, runs):
     assert f"{job}: {runs} runs" in run("kill_runs.py", job, "--runs", runs)
