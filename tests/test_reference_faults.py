@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fuzz_files
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +27,23 @@ def run(script: str, *arguments: object) -> str:
 def test_damaged_files_are_refused_by_name():
     out = run("fuzz_files.py", "--files", 10)
     assert out.count(": 10 files, {") == 7 and "failed" not in out and "died" not in out
+
+
+def spin(*_: object) -> str:
+    while True:
+        pass
+
+
+@POSIX
+@pytest.mark.parametrize(
+    ("wrong", "counted"),
+    [(spin, {"hung": 1}), (lambda *_: os.kill(os.getpid(), 9), {"died": 1}), (lambda *_: "exit code 1", {"failed": 1})],
+)  # fmt: skip
+def test_what_ends_badly_or_never_is_counted(monkeypatch, wrong, counted):
+    monkeypatch.setattr(fuzz_files, "SECONDS", 1)
+    monkeypatch.setattr(fuzz_files, "verdict", wrong)
+    counts, failures = fuzz_files.fuzz("toml", 1, seed=1)
+    assert counts == counted and len(failures) == 1 and failures[0].startswith("toml, seed 1, file 0: ")
 
 
 @POSIX
