@@ -285,25 +285,29 @@ def disturbed(fault: str, job: Job, seconds: float, draw: random.Random, log: Pa
     return "" if code != 2 or len(mistakes) == 1 else f"{len(mistakes)} lines of errors: {message[-500:]}"
 
 
-def finished(name: str, job: Job, expected: dict[str, str], log: Path) -> str:
-    """Gives a disturbed job once more, where it is not finished; what is wrong with what it leaves, or ""."""
+def finished(name: str, job: Job, expected: dict[str, str], log: Path) -> tuple[bool, str]:
+    """Gives a disturbed job once more, where it is not finished; (whether it was, what is wrong with what it leaves or "")."""
     unfinished = job.out.exists() and left(job) != expected
     if unfinished and name == "phantom":  # written into an empty folder only: it is to be emptied
         shutil.rmtree(job.out)
         unfinished = False
-    if unfinished or not job.out.exists():
+    again = unfinished or not job.out.exists()
+    if again:
         code, message = finish(start(job.again, log))
         if code:
-            return f"given again: exit code {code}: {message[-800:]}"
+            return again, f"given again: exit code {code}: {message[-800:]}"
     found = left(job)
     different = [n for n in {*found, *expected} if found.get(n) != expected.get(n)]
-    return f"left something else: {different}" if different else ""
+    return again, f"left something else: {different}" if different else ""
 
 
 def run(
     names: list[str], runs: int, seed: int, first: int = 0, faults: tuple[str, ...] = FAULTS
 ) -> tuple[Counter[tuple[str, str]], list[str]]:
-    """Disturbs each job so often, by the faults in turn; counts by (job, fault), and the failures."""
+    """Disturbs each job so often, by the faults in turn; counts by (job, fault), and the failures.
+
+    (job, "given again"): runs that the fault reached before they had ended.
+    """
     counts: Counter[tuple[str, str]] = Counter()
     failures = []
     with tempfile.TemporaryDirectory() as base:
@@ -331,7 +335,9 @@ def run(
                     wrong = disturbed(fault, job, seconds, draw, folder / "log")
                     if give_room:
                         give_room()
-                    wrong = wrong or finished(name, job, expected, folder / "log")
+                    if not wrong:
+                        again, wrong = finished(name, job, expected, folder / "log")
+                        counts[name, "given again"] += again
                     counts[name, fault] += 1
                     if wrong:
                         failures.append(f"{name}, seed {seed}, run {k} ({fault}): {wrong}")
@@ -352,8 +358,9 @@ def main() -> int:
     preload()
     for name in args.jobs:
         counts, failures = run([name], args.runs, args.seed, args.first, tuple(args.faults))
+        again = counts.pop((name, "given again"), 0)
         message = ", ".join(f"{fault} {n}" for (_, fault), n in sorted(counts.items()))
-        print(f"{name}: {sum(counts.values())} runs ({message}), {len(failures)} failures", flush=True)
+        print(f"{name}: {sum(counts.values())} runs ({message}), {again} given again, {len(failures)} failures", flush=True)
         for failure in failures:
             print(f"  {failure}", flush=True)
         bad += failures
