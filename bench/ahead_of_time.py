@@ -34,8 +34,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Case:
-    """One point of the matrix: C classes, F features, dtype of logits and features, their memory layout, a target's name.
+class Point:
+    """One point of the matrix: C classes, F features, dtype and memory layout of logits and features, name of the target.
 
     The batch has 4 samples; the variant is one of VARIANTS.
     """
@@ -77,17 +77,17 @@ def matrix(
     layouts: Iterable[str] = LAYOUTS,
     targets: Iterable[str] = tuple(TARGETS),
     variants: Iterable[str] = ("loss",),
-) -> list[Case]:
+) -> list[Point]:
     """Every combination; targets innermost, so that consecutive cases share target-independent work.
 
     >>> len(matrix())
     48
     """
     points = product(shapes, dtypes, layouts, variants, targets)
-    return [Case(c, f, d, layout, t, variant) for (c, f), d, layout, variant, t in points]
+    return [Point(c, f, d, layout, t, variant) for (c, f), d, layout, variant, t in points]
 
 
-def report(case: Case) -> list[CompiledKernel]:
+def report(case: Point) -> list[CompiledKernel]:
     """Compile the kernels of one forward and backward pass.
 
     Raises:
@@ -106,7 +106,7 @@ def report(case: Case) -> list[CompiledKernel]:
     return rows
 
 
-def report_all(cases: Sequence[Case], jobs: int = 1, progress: bool = False) -> list[CompiledKernel]:
+def report_all(cases: Sequence[Point], jobs: int = 1, progress: bool = False) -> list[CompiledKernel]:
     """`report` for every case, in order, over ``jobs`` processes; ``progress``: report progress on stderr."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) if jobs > 1 else nullcontext() as pool:
         results = map(report, cases) if pool is None else pool.map(report, cases, chunksize=4)
@@ -118,7 +118,7 @@ def report_all(cases: Sequence[Case], jobs: int = 1, progress: bool = False) -> 
         return rows
 
 
-def _row(case: Case, kernel: str, warps: int, found: Resources) -> CompiledKernel:
+def _row(case: Point, kernel: str, warps: int, found: Resources) -> CompiledKernel:
     share = found.wide_load_share
     return CompiledKernel(
         target=case.target,

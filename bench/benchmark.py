@@ -108,7 +108,7 @@ class _Session:
         self.about = r.environment(device)
         self.done: dict[Case, list[Measurement]] = {}
         self.begin = time.monotonic()
-        # The interpreter can run beside a GPU; on a CPU it would use the cores that are being timed.
+        # With a GPU, the interpreter can run at the same time; on a CPU it would use the cores that are being timed.
         self.beside = device.type == "cuda"
         self.pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2) if self.beside else 1)
         self.counted: dict[Case, Future[Metered]] = {}

@@ -16,7 +16,7 @@ def main(
     """Parse the process's arguments and run; a `UserError` is printed as one line on stderr, with exit code 2.
 
     Args:
-        module: its name in rplib.bench. summary: its docstring, of which the first line is shown.
+        module: its name in rplib.bench. summary: its docstring; the first line is shown.
     """
     parser = argparse.ArgumentParser(prog=f"python -m rplib.bench.{module}", description=summary.split("\n")[0])
     add_arguments(parser)

@@ -19,7 +19,7 @@ WIDE_BITS = 128
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU architecture, by the vendor's name."""
+    """A GPU architecture, with the vendor's name for it."""
 
     name: str
     backend: str
@@ -44,9 +44,9 @@ class Resources:
 
     registers: per thread (AMD: vector and accumulation registers together). spills: to memory; NVIDIA: loads and stores of the
     stack in the code; AMD: spilled vector registers. scalar_spills: AMD's scalar registers kept in lanes of a vector register
-    (no memory is touched). stack_bytes: per thread; on NVIDIA a frame may be reserved and never used, so this alone is no
-    spill. shared_bytes: of shared memory per program. loads: bits per thread -> number of global load instructions in the code;
-    stores likewise.
+    (no memory access). stack_bytes: per thread; on NVIDIA a frame may be reserved and never used, so this alone is not a
+    spill. shared_bytes: shared memory per program. loads: bits per thread -> number of global load instructions in the code;
+    stores: the same for stores.
     """
 
     registers: int

@@ -78,7 +78,7 @@ def parts(out: Path, data: Path | None) -> list[Part]:
         Part("bench", "the benchmark table", [*bench, "--csv", str(out / "bench.csv"), "--plot", str(out / "bench.png")]),
         Part(
             "kernels",
-            "the time of each kernel beside the predicted one",
+            "the time of each kernel next to the predicted one",
             [_PYTHON, "-m", "rplib.bench.machine.beside_gpu", "--csv", str(out / "kernels.csv")],
         ),
         *(
@@ -135,7 +135,7 @@ def run_part(part: Part, out: Path, seconds: float | None) -> str:
 
 
 def bytes_per_kernel(log: str) -> dict[str, dict[str, float]]:
-    """kernel -> metric -> value of its last launch, from what ``ncu --csv`` printed.
+    """kernel -> metric -> value of its last launch, from the output of ``ncu --csv``.
 
     >>> lines = ['==PROF== Connected', '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"',
     ...          '"0","statistics_kernel","dram__bytes_read.sum","byte","1,024"']
@@ -229,7 +229,7 @@ def parts_now(name: str, args: argparse.Namespace) -> Part:
 
 
 def _print_bytes(log: str, gpu_name: str) -> None:
-    """Bytes and time of each kernel as the profiler saw them, beside the counted bytes and the predicted time."""
+    """Print bytes and time of each kernel from the profiler, next to the counted bytes and the predicted time."""
     voxels, gpu = SHAPES["left-atrium"].voxels, gpu_named(gpu_name)
     counted = {row.kernel: row for row in read_csv() if row.case == (2, 16, "float32", "contiguous")}
     for kernel, metrics in bytes_per_kernel(log).items():

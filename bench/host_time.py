@@ -1,11 +1,11 @@
-"""Host time of the loss before a GPU has anything to do: Python, PyTorch's dispatcher and Triton's launches, on any machine.
+"""Host time of the loss: Python, PyTorch's dispatcher and Triton's launches, without the work on the GPU, on any machine.
 
     python -m rplib.bench.host_time [--rounds 30] [--calls 100]
 
-A driver that launches nothing stands in for the GPU's: Triton looks up and compiles kernels as for sm_90, and drops the launch at
-the last step. What remains is what the host does for one forward and backward pass. Two ``F.cross_entropy``, on tensors of one
-voxel so that their own computation is nothing, are timed in the same turns for comparison. Times are of the processor
-(``time.process_time``): a busy machine disturbs them less than a clock on the wall.
+A driver that launches nothing replaces that of the GPU: Triton looks up and compiles kernels as for sm_90, and skips only the
+launch itself. What remains is the work of the host for one forward and backward pass. For comparison, two ``F.cross_entropy`` on
+tensors of one voxel, whose computation is negligible, are timed in the same rounds. Times are processor times
+(``time.process_time``), which depend less on other programs than wall-clock times.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from torch import Tensor
 from rplib.bench.command import main
 from rplib.errors import UserError
 
-SHAPE = (2, 2, 16, 16, 16, 16)  # batch, classes, features, spatial axes: nothing is computed, so that the size does not matter
+SHAPE = (2, 2, 16, 16, 16, 16)  # batch, classes, features, spatial axes; nothing is computed, so the size does not matter
 
 
 def launch_nothing() -> None:
-    """From now on Triton compiles for sm_90 and launches nothing."""
+    """Make Triton compile for sm_90 and launch nothing, for the rest of the process."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
@@ -78,7 +78,7 @@ def launch_nothing() -> None:
 
 
 def calls() -> dict[str, Callable[[], object]]:
-    """What is timed: one forward and backward pass each."""
+    """The calls to time, each one forward and backward pass."""
     import rplib
     from rplib import dispatch
 
@@ -103,7 +103,7 @@ def calls() -> dict[str, Callable[[], object]]:
 
 
 def measure(timed: dict[str, Callable[[], object]], rounds: int, count: int) -> dict[str, float]:
-    """Microseconds a call: the least of the rounds' means, the rounds of all calls interleaved."""
+    """Microseconds per call: the minimum of the rounds' means, with the rounds of all calls interleaved."""
     for call in timed.values():
         for _ in range(3):
             call()
@@ -118,13 +118,13 @@ def measure(timed: dict[str, Callable[[], object]], rounds: int, count: int) -> 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=30, help="default %(default)s")
-    parser.add_argument("--calls", type=int, default=50, help="calls a round (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=30, help="rounds of timing (default %(default)s)")
+    parser.add_argument("--calls", type=int, default=50, help="calls per round (default %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y"):
-        raise UserError("TRITON_INTERPRET is set, so there is no launch in this process; unset it and start again.")
+        raise UserError("TRITON_INTERPRET is set, so there is no launch in this process; unset it and restart.")
     torch.set_num_threads(1)
     found = measure(calls(), args.rounds, args.calls)
     for name, microseconds in found.items():

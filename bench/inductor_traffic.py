@@ -37,7 +37,7 @@ class InductorEstimate:
         if self.graphs == 0:
             raise UserError(
                 "inductor compiled nothing inside inductor_estimate: the function is not compiled, or was compiled "
-                "before (torch._dynamo.reset() forgets it)."
+                "before (torch._dynamo.reset() clears its cache)."
             )
         return self._bytes
 

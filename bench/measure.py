@@ -181,7 +181,7 @@ class _Measurement:
         graphs = {}
         for name, loss_fn in self.losses.items():
             try:
-                graphs[name] = as_cuda_graph(self._call_anew(loss_fn))
+                graphs[name] = as_cuda_graph(self._call_without_gradients(loss_fn))
             except Exception as error:  # forms that cannot be captured have no such figure
                 self.say(f"{name}: no CUDA graph, {_one_line(error)}")
         if graphs:
@@ -191,7 +191,7 @@ class _Measurement:
     def _call(self, loss_fn: Loss) -> Callable[[], None]:
         return lambda: loss_fn(self.logits, self.features).backward()
 
-    def _call_anew(self, loss_fn: Loss) -> Callable[[], None]:
+    def _call_without_gradients(self, loss_fn: Loss) -> Callable[[], None]:
         """Forward and backward with newly allocated gradients, also within a captured graph."""
 
         def call() -> None:

@@ -145,7 +145,7 @@ def _voxels(row: Measurement) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m rplib.bench.plot", description=__doc__.split("\n")[0])
-    parser.add_argument("results", type=Path, nargs="+", help="files that `rplib bench --csv` wrote")
+    parser.add_argument("results", type=Path, nargs="+", help="files written by `rplib bench --csv`")
     parser.add_argument("picture", type=Path)
     args = parser.parse_args()
     try:

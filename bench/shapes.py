@@ -53,8 +53,8 @@ TEACHERS = ("cubes", "random")
 class Case:
     """One input of the table.
 
-    ``teachers``: "cubes", the teacher alternates in cubes of 16 voxels' edge, half of them each, as regions of real volumes
-    do; "random", voxel by voxel, which no implementation can exploit.
+    ``teachers``: "cubes": the teacher alternates between cubes of 16^3 voxels, similar to regions of real volumes; "random": it
+    alternates voxel by voxel, which no implementation can exploit.
     """
 
     shape: Shape
@@ -69,8 +69,8 @@ class Case:
 def make_inputs(case: Case, device: torch.device, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
     """Logits and features of two networks, leaves that require grad, as in a training.
 
-    The teacher puts 6 to 7 on its class, the student 1 to 2, so that their order is never a near-tie. Features point towards
-    their class.
+    The teacher's logit of its class is 6 to 7, the student's 1 to 2, so that their order is never a near-tie. Features point
+    towards their class.
 
     >>> logits, features = make_inputs(Case(SHAPES["small"]), torch.device("cpu"))
     >>> logits[0].shape, features[1].shape

@@ -343,7 +343,7 @@ def _check_apart(tensors: Mapping[str, Any]) -> None:
         for name, end in reach.items():
             if name != span.name and span.start < end:
                 raise UserError(
-                    f"tensors: {name!r} and {span.name!r} share a range of memory, so their bytes cannot be told apart; "
+                    f"tensors: {name!r} and {span.name!r} share a range of memory, so their bytes cannot be separated; "
                     "give them one name or copy one of them."
                 )
         reach[span.name] = max(reach.get(span.name, 0), span.end)

@@ -1,7 +1,7 @@
 """The reference trainer: a two-decoder V-Net, the paper's recipes, training and evaluation.
 
-Everything here uses the public interface of `rplib` alone. The folder is at the top of the repository and is
-imported as `rplib.reference`, installed or not.
+Everything here uses only the public interface of `rplib`. The folder is at the top of the repository and is
+imported as `rplib.reference`, whether rplib is installed or not.
 """
 
 if __name__ != "rplib.reference":

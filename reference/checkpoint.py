@@ -15,13 +15,13 @@ from rplib.reference.files import naming, write_atomically
 from rplib.reference.network import MutualVNet
 
 LAST, BEST, CONFIG = "last.pt", "best.pt", "config.toml"
-PREVIOUS = "last.previous.pt"  # the checkpoint before last.pt, should that one be damaged
+PREVIOUS = "last.previous.pt"  # the checkpoint before last.pt, kept in case last.pt is damaged
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint atomically. It holds tensors, numbers, text, lists and dicts only.
+    """Write a checkpoint atomically. It contains only tensors, numbers, text, lists and dicts.
 
-    A last.pt that is there becomes last.previous.pt.
+    An existing last.pt becomes last.previous.pt.
 
     Raises:
         OSError: the file cannot be written, for example because the disk is full.
@@ -29,7 +29,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
     try:
         write_atomically(path, lambda file: torch.save(content, file), path.with_name(PREVIOUS) if path.name == LAST else None)
     except RuntimeError as error:
-        # torch.save closes its archive even after a failed write, which fails in turn and hides the first error.
+        # torch.save closes its archive even after a failed write; closing then fails too and hides the first error.
         if isinstance(error.__context__, OSError):
             with naming(path):
                 raise error.__context__ from None
@@ -40,30 +40,30 @@ Weights = Literal["best", "last", "averaged"]
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, with ``weights_only=True``, after its checksums.
+    """Verify the checksums of a checkpoint and read it onto the CPU, with ``weights_only=True``.
 
     Raises:
         UserError: the file is missing, truncated, damaged, or not a checkpoint.
     """
     if not path.is_file():
-        raise UserError(f"no checkpoint {path}.")
+        raise UserError(f"there is no checkpoint {path}.")
     try:
         _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage sizes
         if is_out_of_memory(error):
-            raise UserError(f"{path} does not fit into the memory ({brief_reason(error)}).") from error
+            raise UserError(f"{path} does not fit into memory ({brief_reason(error)}).") from error
         raise UserError(f"{path} is not a readable checkpoint ({brief_reason(error)}); {_instead_of(path)}.") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         kind = "dict with keys other than text" if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{path} holds a {kind}; expected a checkpoint of `rplib train` or a state dict.")
+        raise UserError(f"{path} contains a {kind}; expected a checkpoint of `rplib train` or a state dict.")
     return content
 
 
 def _check_sums(path: Path) -> None:
-    """One flipped bit in a record would otherwise be a weight like any other."""
+    """Verify the checksums: torch.load would read a flipped bit without noticing."""
     if not zipfile.is_zipfile(path):
-        return  # damaged, or of a PyTorch before 1.6, whose files have no checksums: torch.load tells
+        return  # damaged, or written by PyTorch before 1.6 without checksums: torch.load reports it
     with zipfile.ZipFile(path) as archive:
         sizes = sum(entry.file_size for entry in archive.infolist())
         if sizes > path.stat().st_size:  # PyTorch compresses nothing
@@ -76,9 +76,9 @@ def _check_sums(path: Path) -> None:
 def _instead_of(path: Path) -> str:
     previous = path.with_name(PREVIOUS)
     if path.name == LAST and previous.is_file():
-        return f"the checkpoint before it is kept: put {previous} in its place"
+        return f"the previous checkpoint is kept: replace it with {previous}"
     if path.name == BEST and path.with_name(LAST).is_file():
-        return "take the last one instead (--weights last), or train again"
+        return "use the last one instead (--weights last), or train again"
     return "use another one or train again"
 
 
@@ -98,12 +98,12 @@ def load_network(run: str | Path, which: Weights | None = None) -> tuple[MutualV
         by_default = BEST if (run / BEST).is_file() else LAST
         path = run / {"best": BEST, "last": LAST, "averaged": LAST, None: by_default}[which]
         if not path.is_file():
-            raise UserError(f"{run} holds no {path.name}; expected a run folder of `rplib train` with a saved checkpoint.")
+            raise UserError(f"{run} has no {path.name}; expected a run folder of `rplib train` with a saved checkpoint.")
     else:
         path = run
     content = load(path)
     if which == "averaged" and "averaged" not in content:
-        raise UserError(f"{path} holds no averaged weights; train with average=0.99, or take --weights best or last.")
+        raise UserError(f"{path} has no averaged weights; train with average=0.99, or use --weights best or last.")
     if "network" in content:
         weights, settings = content["averaged" if which == "averaged" else "network"], content.get("config")
         if not isinstance(weights, dict) or not (run.is_dir() or isinstance(settings, str)):
@@ -131,12 +131,12 @@ def load_weights(network: MutualVNet, weights: dict[str, Any], path: Path) -> No
     """
     try:
         network.load_state_dict(weights)
-    except Exception as error:  # missing keys, other shapes, keys that are no text, values that are no tensors
+    except Exception as error:  # missing keys, other shapes, keys that are not text, values that are not tensors
         lines = [line.strip() for line in str(error).splitlines()]
         raise UserError(f"the weights in {path} do not fit the network: {' '.join(lines[1:2] or lines[:1])[:200]}") from error
     bad = [key for key, value in network.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
-        raise UserError(f"{path}: {len(bad)} weights are NaN or infinite ({bad[0]}, for one); {_instead_of(path)}.")
+        raise UserError(f"{path}: {len(bad)} weights are NaN or infinite (for example {bad[0]}); {_instead_of(path)}.")
 
 
 def _config_of(weights: dict[str, Any], path: Path) -> Config:

@@ -5,7 +5,7 @@ examples:
   rplib compare RUN... --output "mean of both" --csv table.csv
 
 Runs that differ only in the seed form one row; the first recipe is the baseline. With several foreground classes there is a row
-for each, and one for all. All runs must have been evaluated on the same cases (`rplib evaluate RUN --data DIR`).
+for each class, and one for all. All runs must have been evaluated on the same cases (`rplib evaluate RUN --data DIR`).
 """
 
 import argparse
@@ -20,12 +20,12 @@ from pathlib import Path
 
 from rplib.errors import UserError, reading
 
-# Settings that may differ besides the seed: they affect neither training nor evaluation results.
+# Settings that may differ in addition to the seed: they affect neither training nor evaluation results.
 _SAME = {"seed", "cache", "checkpoint_every", "log_every", "window_batch"}
 
 ALL = "all"  # classes
 
-Scores = dict[str, dict[tuple[str, str], float]]  # metric -> (case, class) -> value; NaN where missing
+ScoreTable = dict[str, dict[tuple[str, str], float]]  # metric -> (case, class) -> value; NaN where missing
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Run:
 
     title: str
     settings: dict[str, object]
-    scores: Scores
+    scores: ScoreTable
     table: Path | None = None  # the scores.csv
 
     def mean(self, metric: str, klass: str = ALL) -> float:
-        """Mean over the cases, and over the classes unless one is named, that have the score."""
+        """Mean over the cases (and classes, unless one is named) that have the score."""
         return _mean(self.of(metric, klass).values())
 
     def of(self, metric: str, klass: str) -> dict[tuple[str, str], float]:
@@ -51,13 +51,13 @@ class Line:
     """One metric of the runs of one recipe, for one class or all, compared with the first recipe.
 
     Attributes:
-        klass: the class, or ``"all"``: the mean over cases and classes. Runs of one foreground class have only the latter.
+        klass: the class, or ``"all"``: the mean over cases and classes. Runs with one foreground class have only the latter.
         runs: number of runs.
         mean, deviation: of the runs' means. Deviations are sample deviations (n - 1), NaN for a single run.
         missing: cases without the score, over all runs.
-        difference: mean minus that of the first recipe. difference_deviation: of the differences paired by seed, if both
+        difference: mean minus the mean of the first recipe. difference_deviation: of the differences paired by seed, if both
             recipes were run with the same seeds.
-        better, cases: number of cases (times classes) in which the mean over runs is better than the first recipe's, and
+        better, cases: number of cases (times classes) in which the mean over runs is better than for the first recipe, and
             number of those in which both have the score.
     """
 
@@ -81,7 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="evaluated run folders")
     parser.add_argument("--split", choices=("test", "train", "val"), default="test", help="list of cases (default: %(default)s)")
     parser.add_argument(
-        "--output", choices=(*OUTPUTS, LAST_WEIGHTS), default=OUTPUTS[0], help="output of the network (default: %(default)s)"
+        "--output",
+        choices=(*OUTPUTS, LAST_WEIGHTS),
+        default=OUTPUTS[0],
+        metavar="OUTPUT",
+        help=f'output of the network: "{OUTPUTS[0]}", "{OUTPUTS[1]}" or "{LAST_WEIGHTS}" (default: %(default)s)',
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the unrounded numbers to FILE")
 
@@ -121,7 +125,7 @@ def read_run(folder: Path, split: str, method: str) -> Run:
     from rplib.reference.config import load_config
 
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} holds no {CONFIG}; expected a run folder of `rplib train`.")
+        raise UserError(f"{folder} has no {CONFIG}; expected a run folder of `rplib train`.")
     config = load_config(folder / CONFIG)
     path = folder / f"evaluation-{split}" / "scores.csv"
     if not path.is_file():
@@ -129,16 +133,16 @@ def read_run(folder: Path, split: str, method: str) -> Run:
     return Run(config.title, asdict(config), read_scores(path, method), path)
 
 
-def read_scores(path: Path, method: str) -> Scores:
+def read_scores(path: Path, method: str) -> ScoreTable:
     """The scores of one method in a scores.csv.
 
     Raises:
-        UserError: other columns, a line cut short, a score that is no number or cannot be one, a case twice.
+        UserError: other columns, a truncated line, an invalid score, or a duplicate case.
     """
     from rplib.reference.evaluation.scoring import METRICS
 
     expected = ["case", "method", "class", *METRICS]
-    scores: Scores = {}
+    scores: ScoreTable = {}
     with reading(path, "table of scores", "run `rplib evaluate` again"), path.open(newline="", encoding="utf-8") as file:
         lines = csv.reader(file, strict=True)
         if (header := next(lines, [])) != expected:
@@ -155,13 +159,13 @@ def read_scores(path: Path, method: str) -> Scores:
                 if text and not 0 <= value <= most:
                     raise ValueError(f"line {number}: {metric} is {text[:40]}")
                 if (case, klass) in scores.setdefault(metric, {}):
-                    raise ValueError(f"line {number}: case {case[:80]}, class {klass[:20]} comes twice")
+                    raise ValueError(f"line {number}: case {case[:80]}, class {klass[:20]} occurs twice")
                 scores[metric][case, klass] = value
     return scores
 
 
 def by_recipe(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Group runs that differ only in the seed, by the recipe's title and the settings that set it apart."""
+    """Group runs that differ only in the seed; the key is the recipe's title and the settings that distinguish it."""
     groups: list[list[Run]] = []
     for one in runs:
         group = next((group for group in groups if not _differing(group[0], one)), None)

@@ -1,7 +1,7 @@
 """Training settings: recipes, overrides, and the resolved `config.toml` of a run.
 
 One flat table. The fields below are its keys. Their defaults are the paper's settings on the Left Atrium data, written out in
-recipes/base.toml; a recipe names its base and what differs. Their comments go into every config.toml and `--help-settings`.
+recipes/base.toml; a recipe names its base and what differs. Their comments appear in every config.toml and `--help-settings`.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ RECIPES = Path(__file__).resolve().parent / "recipes"
 BASE = "base"  # recipes/base.toml: every key; also the key of a recipe file that names the recipe it builds on
 DEPTH = 16  # the network halves each axis four times
 
-# Far above what makes sense, and low enough that no number derived from a setting overflows.
+# Far above useful values, and low enough that no number derived from a setting overflows.
 _MOST_COUNT, _MOST_CHANNELS, _MOST_AXIS, _MOST_BATCH = 10**9, 4096, 4096, 4096
 _MOST_NAME = 200  # characters
 
@@ -100,7 +100,7 @@ class Config:
     )
     augmentation: str = _key("mirror-rotate", "in the first two axes; 'none' crops only", choices=("mirror-rotate", "none"))
     crop_margin: int = _key(
-        0, "voxels by which crops may reach beyond the image, which is 0 there: the only shift where patch = image", least=0,
+        0, "voxels by which crops may extend beyond the image, where it is 0; for shifts if patch = image", least=0,
         most=_MOST_AXIS,
     )  # fmt: skip
     cache: str = _key("auto", "where volumes are kept; 'auto': on the GPU if they fit, else in RAM", choices=CACHES)
@@ -111,7 +111,9 @@ class Config:
 
     dice_weight: float = _key(0.5, "factor of the sum of both decoders' supervised losses", least=0.0, section="objective")
     supervised: str = _key(
-        "dice", "loss on the labels; of two the mean is taken", choices=("dice", "cross_entropy", "dice+cross_entropy")
+        "dice",
+        "loss on the labels; 'dice+cross_entropy' is the mean of both",
+        choices=("dice", "cross_entropy", "dice+cross_entropy"),
     )
     consistency: float = _key(1.0, "maximum weight of the mutual loss; 0: train on labels alone", least=0.0)
     warmup: int = _key(0, "iterations on labels alone before the ramp-up begins", least=0, most=_MOST_COUNT)
@@ -277,7 +279,7 @@ def parse(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     except (ValueError, RecursionError, MemoryError) as error:  # ValueError: bad TOML, and integers of thousands of digits
         reported = "nested too deeply" if isinstance(error, RecursionError) else brief_reason(error)
         if is_out_of_memory(error):
-            reported = "it does not fit into the memory"
+            reported = "it does not fit into memory"
         raise UserError(f"{source} is not valid TOML: {reported}.") from error
     values = {**_base_of(table, source), **_known_keys(table, source), **parse_overrides(overrides)}
     try:
@@ -334,7 +336,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
             recipe = _brief(str(recipe), str)
             near = difflib.get_close_matches(str(recipe), recipe_names(), n=2, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise UserError(f"no recipe named {recipe}; {hint}known: {', '.join(recipe_names())}; or name a FILE.toml.")
+            raise UserError(f"no recipe named {recipe}; {hint}known: {', '.join(recipe_names())}; or give a FILE.toml.")
     return load_config(path, overrides)
 
 
@@ -346,7 +348,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, a NUL in the path
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         raise UserError(
             f"settings {path} cannot be read ({getattr(error, 'strerror', None) or error}); give a TOML file in UTF-8."
         ) from error
@@ -457,7 +459,7 @@ def _check_range(f: "dataclasses.Field[Any]", number: float, shown: Any) -> None
 
 
 def _brief(value: Any, show: Callable[[Any], str] = repr) -> str:
-    """A value for a message, however long it is."""
+    """A value for a message, shortened if it is long."""
     try:
         text = printable(show(value))
     except (ValueError, RecursionError):  # an integer of more digits than Python prints

@@ -6,7 +6,7 @@ examples:
   rplib data brats RAW DEST                BraTS-2019 training data: *_flair.nii.gz and *_seg.nii.gz
   rplib data phantom DEST                  a generated set, if you have no data
   rplib data shrink DATA DEST              a converted set at half the resolution
-  rplib data check DEST                    reads every case and reports invalid files
+  rplib data check DATA                    reads every case and reports invalid files
 """
 
 import argparse
@@ -58,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="voxels of X, Y and Z, or of X and Y; the first two vary by up to a quarter between cases (default: 48 48 40)",
     )
     phantom.add_argument(
-        "--classes", type=int, default=2, help="with background; from 3 on NIfTI files for the recipe generic (default: 2)"
+        "--classes",
+        type=int,
+        default=2,
+        help="number of classes, background included; 3 or more: NIfTI files for the recipe generic (default: 2)",
     )
     phantom.add_argument("--seed", type=int, default=1337, help="the same seed writes the same voxels (default: %(default)s)")
 
@@ -68,9 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shrink.add_argument("--by", type=int, default=2, metavar="N", help="merge N x N x N voxels into one (default: %(default)s)")
 
     check = commands.add_parser("check", help="read every listed case; exit code 2 if there are problems")
-    check.add_argument("dest", type=Path, metavar="DEST", help="folder of the data set")
+    check.add_argument("dest", type=Path, metavar="DATA", help="folder of the data set")
     check.add_argument("--layout", help="left-atrium, pancreas, brats or generic (default: inferred from the folder)")
-    check.add_argument("--classes", type=int, help="number of classes with background (default: 2; generic: inferred)")
+    check.add_argument("--classes", type=int, help="number of classes, background included (default: 2; generic: inferred)")
     check.add_argument("--channels", type=int, help="channels per image, generic only (default: as in the first image)")
 
 

@@ -59,7 +59,7 @@ def demonstrate(out: Path, seed: int, iterations: int, device: str | None = None
     """Generates phantoms, trains labelled-only and mutual, evaluates both, writes `out`/demo.txt and `out`/demo.png.
 
     Raises:
-        UserError: the folder holds other files, or an invalid number.
+        UserError: the folder contains other files, or a number is invalid.
     """
     began = time.monotonic()
     if seed < 0 or iterations < 1:
@@ -92,7 +92,7 @@ def demonstrate(out: Path, seed: int, iterations: int, device: str | None = None
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Tensors this small gain little from more threads, and suffer when other programs need the cores."""
+    """Use one thread: tensors this small gain little from more, and slow down when other programs need the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         choices=("best", "last", "averaged"),
-        help="weights of the run (default: best if they exist, else last); averaged weights are evaluated beside the last ones",
+        help="weights of the run (default: best if they exist, else last); with averaged weights, also evaluates the last ones",
     )
     parser.add_argument("--split", choices=("test", "train", "val"), default="test", help="list of cases (default: %(default)s)")
     parser.add_argument("--cases", type=positive, metavar="N", help="evaluate only the first N cases of the list")
@@ -44,13 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--patients",
         metavar="REGEX",
-        help="add scores per patient, of all its voxels together: a regular expression whose one group is the patient in a "
-        "case's name, such as '(patient[0-9]+)_'",
+        help="add scores per patient, over all voxels of the patient: a regular expression with one group, which matches the "
+        "patient in a case's name, such as '(patient[0-9]+)_'",
     )
     parser.add_argument("--largest-component", action="store_true", help="keep the largest component of each class (paper: no)")
     parser.add_argument(
         "--nifti", choices=("prediction", "all", "none"), default="prediction",
-        help="NIfTI files to write: predictions; also image, ground truth and score; none (default: %(default)s)",
+        help="NIfTI files to write: predictions; all: also image, ground truth and score (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--pictures",
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of worst cases to show, as slices and as reliability maps (default: %(default)s)",
     )
-    parser.add_argument("--no-maps", action="store_true", help="skip the reliability maps, a few more windows per case")
+    parser.add_argument("--no-maps", action="store_true", help="skip the reliability maps (a few more windows per case)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -28,10 +28,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], previous: 
     """Write a file atomically: even if the process is killed, the path holds the old or the new content.
 
     Args:
-        previous: where the old content is kept.
+        previous: path under which the old content is kept.
 
     Raises:
-        OSError: it cannot be written; ``filename`` is the path. No temporary file is left.
+        OSError: the file cannot be written; ``filename`` is the path. No temporary file is left.
     """
     written = temporary(path)
     with naming(path):
@@ -46,7 +46,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], previous: 
         except BaseException:
             written.unlink(missing_ok=True)
             raise
-        if os.name == "posix":  # the rename itself reaches the disk with the folder
+        if os.name == "posix":  # flush the folder, so that the rename is on disk too
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -56,7 +56,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], previous: 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Puts the path into errors of the operating system, which say none for a write and a temporary one for a rename."""
+    """Set the path in errors of the operating system, which have none for a write and a temporary one for a rename."""
     try:
         yield
     except OSError as error:
@@ -70,12 +70,12 @@ def temporary(path: Path) -> Path:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """UTF-8; what it cannot hold (lone surrogates, from file names in other encodings) as escapes."""
+    """Write UTF-8 text; lone surrogates (from file names in other encodings) are escaped."""
     write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def keep_previous(path: Path, previous: Path) -> None:
-    """Give a file a second name before a new one takes its place; `path` is there at every moment."""
+    """Give a file a second name before a new one replaces it; `path` exists at every moment."""
     if not path.is_file():
         return
     link = temporary(previous)
@@ -102,10 +102,10 @@ def locked(folder: Path, what: str) -> Iterator[None]:
 
     Args:
         folder: must exist.
-        what: to call it in the message, such as ``"--out RUN"``.
+        what: name of the folder in the message, such as ``"--out RUN"``.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process holds the lock.
     """
     lock = FileLock(folder / LOCK)
     try:
@@ -120,7 +120,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # Under the lock: whoever has opened this file meanwhile sees that it is gone, and makes a new one.
+        # Still locked: a process that has opened this file in the meantime sees that it is gone, and creates a new one.
         with contextlib.suppress(OSError):
             (folder / LOCK).unlink(missing_ok=True)
         lock.release()
@@ -128,7 +128,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def output_folder(folder: Path, what: str) -> Iterator[None]:
-    """A folder to write into, made if need be and `locked`; where nothing was written it is taken away again."""
+    """A folder to write into: created if needed, `locked`, and removed again if it was created and nothing was written."""
     there = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -141,15 +141,15 @@ def output_folder(folder: Path, what: str) -> Iterator[None]:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether nothing lies in a folder, our lock aside."""
+    """Whether a folder is empty, apart from our lock file."""
     return all(path.name == LOCK for path in folder.iterdir())
 
 
 def output_path(folder: Path, *parts: str) -> Path:
-    """The path of a file to write, made of names from lists and files: always inside `folder`.
+    """The path of a file to write, built from names in lists and files: always inside `folder`.
 
     Raises:
-        UserError: a part is no plain name (``..``, absolute, with a separator or control character), or too long.
+        UserError: a part is not a plain name (``..``, absolute, with a separator or control character), or is too long.
 
     >>> output_path(Path("out"), "case1_prediction.nii.gz").as_posix()
     'out/case1_prediction.nii.gz'
@@ -167,24 +167,24 @@ def output_path(folder: Path, *parts: str) -> Path:
 
 
 def name_mistake(name: str, longest: int = LONGEST_NAME) -> str | None:
-    """What a name of a case or file should have been, or None where it is one.
+    """What was expected instead of an invalid name of a case or file; None for a valid one.
 
     >>> name_mistake("case_01"), name_mistake("a/b")
     (None, 'a name without / or \\\\')
     """
     if not name or name in (".", ".."):
-        return "the name of a case"
+        return "a name other than '', '.' and '..'"
     if "/" in name or "\\" in name or os.path.isabs(name):
         return "a name without / or \\"
     if has_control_characters(name):
         return "printable characters"
     if len(os.fsencode(name)) > longest:
-        return f"at most {longest} bytes, it has {len(os.fsencode(name))}"
+        return f"a name of at most {longest} bytes, not {len(os.fsencode(name))}"
     return None
 
 
 def has_control_characters(text: str) -> bool:
-    """Control characters, line and paragraph separators, lone surrogates: what no name should have.
+    """Whether a name contains control characters, line or paragraph separators, or lone surrogates.
 
     >>> has_control_characters("left atrium é"), has_control_characters("a\\x00b")
     (False, True)

@@ -26,7 +26,7 @@ class MutualVNet(nn.Module):
         classes: C, background included.
         filters: channels at full resolution; they double at each of the four halvings.
         dropout: probability of Dropout3d after the deepest block and before each output convolution, in training mode.
-        dims: 3, or 2 for the same network with two-dimensional layers, which takes volumes as slices across the last axis.
+        dims: 3, or 2 for the same network with two-dimensional layers, which processes volumes as slices across the last axis.
 
     Shapes:
         image (B, in_channels, X, Y, Z), each axis a multiple of 16, to a pair of lists with one entry per decoder:
@@ -61,11 +61,11 @@ class MutualVNet(nn.Module):
         return self._as_volume(logits, image)
 
     def _as_slices(self, image: Tensor) -> Tensor:
-        """(B, channels, X, Y, Z) as (B Z, channels, X, Y) where the layers are two-dimensional; others as they come."""
+        """(B, channels, X, Y, Z) as (B Z, channels, X, Y) if the layers are two-dimensional; other images unchanged."""
         return image.movedim(-1, 1).flatten(0, 1) if image.ndim == self.dims + 3 else image
 
     def _as_volume(self, found: Tensor, image: Tensor) -> Tensor:
-        """The way back."""
+        """The inverse of `_as_slices`."""
         return found.unflatten(0, (image.shape[0], -1)).movedim(1, -1) if image.ndim == self.dims + 3 else found
 
 

@@ -2,11 +2,11 @@
 
 NIfTI files are raw images and are preprocessed like the training data (Left Atrium: z-score; Pancreas-CT: reoriented, 1 mm,
 windowed, z-score; BraTS: FLAIR, reoriented, z-score over the brain; generic: the recipe's normalisation); the label map is
-resampled to the original grid. h5 files hold preprocessed images, like those of the training.
+resampled to the original grid. h5 files must contain preprocessed images, like the training data.
 
 examples:
   rplib predict RUN scan1.nii.gz scan2.nii.gz --out DIR      DIR/scan1_prediction.nii.gz, DIR/scan2_prediction.nii.gz
-  rplib predict RUN new/*.nii.gz --out DIR --existing skip   continues an interrupted call
+  rplib predict RUN new/*.nii.gz --out DIR --existing skip   resumes an interrupted call
 """
 
 import argparse
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--score", action="store_true", help="also write NAME_score.nii.gz, the foreground probability")
     parser.add_argument(
         "--existing", choices=EXISTING, default=EXISTING[0],
-        help="what to do if a label map exists (default: %(default)s, before anything is done)",
+        help="what to do if a label map exists (default: %(default)s, before any image is segmented)",
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ The file names the data set, the seeds, and one table per cell:
   recipe = "la-8"
   set = { method = "both" }
 
-The same command resumes and trains only what is missing; adopt = ["runs/*"] finds runs with the same settings elsewhere.
+The same command resumes and trains only missing runs; with adopt = ["runs/*"], runs with the same settings elsewhere are reused.
 
 examples:
   rplib sweep FILE.toml
@@ -33,13 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `rplib sweep`."""
     from rplib.reference.arguments import positive
 
-    parser.add_argument("file", type=Path, metavar="FILE.toml", help="what to train")
+    parser.add_argument("file", type=Path, metavar="FILE.toml", help="the sweep: data, seeds and cells")
     parser.add_argument("--jobs", type=positive, metavar="N", help="trainings at a time (default: as in the file, else 1)")
     parser.add_argument("--report", action="store_true", help="report the runs scored so far; do not train")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the sweep and returns the exit code; mistakes raise `rplib.errors.UserError`."""
+    """Runs the sweep and returns the exit code; user errors raise `rplib.errors.UserError`."""
     from dataclasses import replace
 
     from rplib.errors import UserError
@@ -56,13 +56,13 @@ def run(args: argparse.Namespace) -> int:
     if not args.report:
         try:
             run_plan(plan)
-        except UserError as error:  # the others' results are worth showing
+        except UserError as error:  # still show the results of the other runs
             if not any(one.scores(plan.split).is_file() for one in plan.runs):
                 raise
             mistake = error
     results = read_results(plan)
     if not results:
-        raise UserError(f"no run of {args.file} is scored yet; leave --report out.")
+        raise UserError(f"no run of {args.file} is scored yet; omit --report.")
     plan.out.mkdir(parents=True, exist_ok=True)
     write_text_atomically(plan.out / TABLE, results_csv(results))
     write_text_atomically(plan.out / PAGE, page(plan, results))

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe", metavar="NAME|FILE.toml",
         help="one of la-4, la-8, la-16, pancreas-6, pancreas-12, brats-25, brats-50, generic (your own NIfTI folder), each "
-        "also as NAME-supervised (la-4, la-8, la-16: NAME-robust); or a TOML file",
+        "also as NAME-supervised (la-4, la-8, la-16 also as NAME-robust); or a TOML file",
     )  # fmt: skip
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set")
     parser.add_argument("--out", type=Path, metavar="RUN", help="run folder; new or empty unless --resume")
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="change settings of the recipe; may be repeated",
     )
-    parser.add_argument("--help-settings", action="store_true", help="list every setting: type, default, meaning")
+    parser.add_argument("--help-settings", action="store_true", help="list every setting with type, default and meaning")
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in RUN")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
     parser.add_argument(

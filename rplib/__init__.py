@@ -36,7 +36,7 @@ __all__ = [
     "unstack",
 ]
 
-# Public names and modules are imported on first use: the command `rplib` runs, and can be interrupted, before torch is there.
+# Public names and modules are imported on first use, so that `rplib` starts, and can be interrupted, before torch is imported.
 _HOMES = {
     "FeatureTap": "tap",
     "MutualObjective": "losses",
@@ -51,7 +51,7 @@ _HOMES = {
     "unstack": "outputs",
 }
 
-if not TYPE_CHECKING:  # for a type checker, a name that is not above is a mistake
+if not TYPE_CHECKING:  # a type checker should report names that are not above
 
     def __getattr__(name: str) -> object:
         if name in _HOMES:

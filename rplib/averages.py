@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 
 class PrototypeAverages(nn.Module):
-    """Per network and class the mean feature of the voxels with that pseudo-label, averaged over the calls.
+    """For each network and class, the mean feature of the voxels with that pseudo-label, averaged over the calls.
 
-    The first batch that holds a class sets its mean, every further one moves it by ``1 - decay``. A batch without a voxel of the
-    class leaves the mean as it is; a class that no batch held has a zero mean, and so a zero prototype. In evaluation mode
-    nothing is updated. Means with NaN or infinity are not taken over.
+    The first batch that contains a class sets its mean, and every further one moves it by ``1 - decay``. A batch without a voxel
+    of the class does not change the mean. A class that no batch contained has a zero mean, and so a zero prototype. In
+    evaluation mode nothing is updated. Means with NaN or infinity are ignored.
 
-    Buffers, empty until the first call: ``means`` (K, C, F), zeros behind the channels of networks with fewer than the others;
+    Buffers, empty until the first call: ``means`` (K, C, F), padded with zeros for networks with fewer channels;
     ``known`` (K, C) bool.
     """
 
@@ -28,23 +28,23 @@ class PrototypeAverages(nn.Module):
         self.register_buffer("known", torch.empty(0, dtype=torch.bool))
 
     def reset(self) -> None:
-        """Forget everything: the next call starts as the first did."""
+        """Discard the averages; the next call starts again like the first."""
         self.means, self.known = self.means.new_empty(0), self.known.new_empty(0)
 
     @torch.no_grad()
     def updated(self, sums: Sequence[Tensor], numbers: Sequence[Tensor], eps: float) -> list[Tensor]:
-        """Take over what one batch holds, over all ranks, and return the means.
+        """Update with one batch, over all ranks, and return the means.
 
         Args:
             sums: per network (C, F), sum of the features of every class.
-            numbers: per network (C,), its voxels.
-            eps: in the mean of the batch.
+            numbers: per network (C,), number of voxels of every class.
+            eps: added to the number of voxels in the mean of the batch.
 
         Returns:
             Per network (C, F), in the dtype of the sums.
 
         Raises:
-            ValueError: other networks, classes or features than in the calls before.
+            ValueError: the number of networks, classes or features differs from earlier calls.
         """
         self._make_room(sums)
         result = []
@@ -74,13 +74,13 @@ class PrototypeAverages(nn.Module):
             networks, classes, width = self.means.shape
             raise ValueError(
                 f"the prototypes are averages over {networks} networks, {classes} classes and F = {width} features; this call "
-                f"has {shape[0]}, {shape[1]} and {shape[2]}. Call reset_prototypes() to start from it, or build another module."
+                f"has {shape[0]}, {shape[1]} and {shape[2]}. Call reset_prototypes() to start again, or build another module."
             )
         if self.means.device != first.device:  # loaded on a CPU, or the networks moved
             self.means, self.known = self.means.to(first.device), self.known.to(first.device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name in ("means", "known"):  # the sizes are those of the checkpoint
+        for name in ("means", "known"):  # take the sizes from the checkpoint
             saved = state_dict.get(prefix + name)
             if isinstance(saved, Tensor):
                 setattr(self, name, torch.empty_like(saved, device=getattr(self, name).device))
@@ -88,9 +88,9 @@ class PrototypeAverages(nn.Module):
 
 
 class Extras(NamedTuple):
-    """What a call takes besides tensors and options.
+    """Arguments of a call other than tensors and options.
 
-    sample_weights: (B,) factor of the weights of a sample's voxels, None for 1; averages: where ``prototypes="average"``.
+    sample_weights: (B,) factor of the weights of a sample's voxels, None for 1; averages: only with ``prototypes="average"``.
     """
 
     sample_weights: Tensor | None = None

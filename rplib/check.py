@@ -1,8 +1,7 @@
 """`rplib check`: compare the implementations on this machine with the naive form in float64.
 
 Loss, gradient and masks are compared over dtypes, shapes, strides and options. Masks may differ where both networks are
-equally confident (near-ties); there the reference is evaluated with the implementation's own mask, and such voxels are
-counted.
+equally confident (near-ties). Such voxels are counted, and the reference is evaluated with the implementation's mask there.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The command `rplib`: imports and runs the module of a subcommand, and prints user errors as one line."""
+"""The command `rplib`: imports and runs the module of a subcommand, and prints each user error as one line."""
 
 import argparse
 import contextlib
@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `rplib` with these arguments (default: those of the process) and return the exit code.
 
-    A user error prints one line on stderr and returns 2, Ctrl-C returns 130, SIGTERM 143 (a training writes a checkpoint
+    A user error prints one line on stderr and returns 2. Ctrl-C returns 130, SIGTERM 143 (training writes a checkpoint
     first), a closed pipe (`rplib info | head`) 141.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _termination():
         if argv is None:
             code = _explained(sys.argv[1:], importing=_at_once)
-        else:  # called from Python, whose process is not ours to end
+        else:  # called from Python: do not end the caller's process
             code = _explained(list(argv), importing=contextlib.nullcontext)
     try:
         sys.stdout.flush()  # a closed pipe or a full disk shows here, and not at interpreter exit
@@ -124,8 +124,8 @@ def _explained(arguments: list[str], importing: Callable[[], AbstractContextMana
 
 @contextlib.contextmanager
 def _termination() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does: what it holds is put away, temporary files among them."""
-    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+    """Make SIGTERM end a command as Ctrl-C does, so that it cleans up, for example temporary files."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
 
@@ -135,7 +135,7 @@ def _termination() -> Iterator[None]:
     hook = sys.unraisablehook
 
     def again(unraisable: Any) -> None:
-        """Python drops what is raised inside a destructor or the callback of a weak reference: the signal is sent once more."""
+        """Send the signal again: Python drops exceptions raised inside a destructor or the callback of a weak reference."""
         number = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}.get(unraisable.exc_type)
         if number is None:
             hook(unraisable)
@@ -154,9 +154,9 @@ def _termination() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _at_once() -> Iterator[None]:
-    """While libraries are imported, SIGINT and SIGTERM end the process where it is.
+    """While libraries are imported, let SIGINT and SIGTERM end the process immediately.
 
-    There is nothing to put away yet, and an exception would surface inside the initialisation of their C++ code.
+    There is nothing to clean up yet, and an exception would be raised inside the initialisation of their C++ code.
     """
 
     def leave(number: int, _: object) -> None:
@@ -167,7 +167,7 @@ def _at_once() -> Iterator[None]:
     before = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` and a shell's background have it
+            if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` and background jobs of a shell ignore it
                 before[number] = signal.signal(number, leave)
     try:
         yield
@@ -218,7 +218,7 @@ def _mistake(message: str) -> int:
 
 
 def _report(line: str) -> None:
-    """On stderr, which may itself lie on the disk that is full: the exit code stays."""
+    """Print on stderr. If stderr is a file on a full disk, the exit code must not change."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr)
 

@@ -26,7 +26,7 @@ def dice_loss(
         logits: (B, C, *spatial), any floating dtype; computed in float32 or better.
         target: (B, *spatial) or (B, 1, *spatial), class indices as integer, bool or float.
         classes: the classes in the mean; None is 1..C-1.
-        process_group: the sums run over the samples of all its ranks; gradients are multiplied by their number.
+        process_group: the sums include the samples of all its ranks; gradients are multiplied by the number of ranks.
         valid: (B, *spatial) bool, the voxels that count; None: all.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Which implementation serves a call, and why."""
+"""Which implementation computes a call, and why."""
 
 import importlib.util
 import os
@@ -25,13 +25,13 @@ _TRITON_INSTALLED = _is_installed("triton")
 
 Form = Literal["triton", "torch", "naive"]
 
-# Triton's own floor; older GPUs take the lean form.
+# The oldest GPUs that Triton supports; on older ones the lean form is used.
 _OLDEST_COMPUTE_CAPABILITY = (7, 5)
 # Tiles hold all classes (and a slice of the features) of a block of voxels in registers.
 MOST_CLASSES = 64
 MOST_FEATURES = 1024
 
-# What the kernels do not compute (yet): under ``impl="auto"`` a call with one of these takes the lean form on a GPU too.
+# Options that the kernels do not support: under ``impl="auto"`` a call with one of these uses the lean form on a GPU too.
 BEYOND_KERNELS = {
     "mask": "the kernels take no mask",
     "sample_weights": "the kernels take no sample_weights",
@@ -55,10 +55,10 @@ def choose(
     """The form that computes this call.
 
     Args:
-        asked: names in `BEYOND_KERNELS` of what the call makes use of.
+        asked: names in `BEYOND_KERNELS` of the options that the call uses.
 
     Raises:
-        ValueError: ``impl="triton"`` cannot be met; says why and what to use instead.
+        ValueError: ``impl="triton"`` is not possible; states why and what to use instead.
     """
     if impl == "naive" or impl == "torch":
         return impl
@@ -69,7 +69,7 @@ def choose(
 
 
 def asked_of(options: Options, mask: Tensor | None, extras: Extras = NOTHING) -> list[str]:
-    """Names in `BEYOND_KERNELS` of what a call of the loss makes use of."""
+    """Names in `BEYOND_KERNELS` of the options that a call of the loss uses."""
     used = {
         "mask": mask is not None,
         "sample_weights": extras.sample_weights is not None,
@@ -93,8 +93,8 @@ def triton_obstacle(
     """Why the kernels cannot compute this call, or None.
 
     Args:
-        explicit: the kernels were asked for by name, so that Triton's interpreter will do on a CPU.
-        asked: names in `BEYOND_KERNELS` of what the call makes use of.
+        explicit: the kernels were requested by name, so Triton's interpreter may be used on a CPU.
+        asked: names in `BEYOND_KERNELS` of the options that the call uses.
     """
     if asked:
         return BEYOND_KERNELS[asked[0]]
@@ -121,7 +121,7 @@ def device_obstacle(device: torch.device, *, explicit: bool = False) -> str | No
     if not triton_installed():
         return 'Triton is not installed (GPU builds of torch bring it; else pip install "rplib[triton]", Linux)'
     if device.type == "cuda":
-        # torch.compile cannot trace the question, and needs such a GPU for its own Triton code anyway.
+        # torch.compile cannot trace this query, and needs such a GPU for its own Triton code anyway.
         return None if torch.compiler.is_compiling() else _cuda_obstacle(device.index) or _compiler_obstacle()
     if device.type == "xpu":
         return None if torch.compiler.is_compiling() else _compiler_obstacle()
@@ -134,12 +134,12 @@ def device_obstacle(device: torch.device, *, explicit: bool = False) -> str | No
 
 
 def triton_installed() -> bool:
-    """True where ``import triton`` would find a package."""
+    """True if ``import triton`` would find a package."""
     return _TRITON_INSTALLED
 
 
 def interpreting() -> bool:
-    """True where Triton runs its kernels in its interpreter (set before Triton is imported)."""
+    """True if Triton runs its kernels in its interpreter (set before Triton is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -155,7 +155,7 @@ def _cuda_obstacle(index: int | None) -> str | None:
 
 @cache
 def _compiler_obstacle() -> str | None:
-    """Triton builds a small C program for every kernel that it launches."""
+    """Triton compiles a small C program for every kernel that it launches."""
     if os.environ.get("CC") or any(shutil.which(name) for name in ("gcc", "clang")):
         return None
     return "Triton needs a C compiler and finds neither gcc nor clang (install one, or name it in the environment variable CC)"

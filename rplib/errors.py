@@ -16,38 +16,38 @@ class UserError(Exception):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as a cluster scheduler or `kill` sends it; the command line leaves with exit code 143."""
+    """SIGTERM, for example from a cluster scheduler or `kill`; the command line exits with code 143."""
 
 
-# What to do about an error of the operating system; all others are reported without advice.
+# Remedies for errors of the operating system; all others are reported without advice.
 _REMEDIES = {
     errno.EACCES: "change its permissions or choose another place",
     errno.EPERM: "change its permissions or choose another place",
     errno.EROFS: "choose another place",
-    errno.ENOSPC: "make room or choose another disk",
-    errno.EDQUOT: "make room or choose another disk",
-    errno.EFBIG: "raise the limit of a file's size (`ulimit -f`) or choose another disk",
+    errno.ENOSPC: "free space or choose another disk",
+    errno.EDQUOT: "free space or choose another disk",
+    errno.EFBIG: "raise the file size limit (`ulimit -f`) or choose another disk",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "a part of the path is a file; check the path",
     errno.EISDIR: "it is a folder; check the path",
-    errno.EEXIST: "something of that name is there already; remove it or choose another path",
+    errno.EEXIST: "it already exists; remove it or choose another path",
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.ELOOP: "its symbolic links lead in a circle; remove them",
-    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+    errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
     errno.ENFILE: "close other programs",
-    errno.EIO: "the disk fails; copy the data to another one",
+    errno.EIO: "the disk reports errors; copy the data to another one",
 }
-_MEMORY = "lower what it needs (batch_size, patch, filters), or take a machine with more"
-# What PyTorch says where an allocation on the CPU fails: a plain RuntimeError.
+_MEMORY = "reduce memory use (batch_size, patch, filters), or use a machine with more memory"
+# PyTorch's messages when an allocation on the CPU fails: a plain RuntimeError.
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|bad_alloc|failed to allocate", re.IGNORECASE)
 
 
 def explained(error: BaseException) -> UserError | None:
-    """What the machine refused, as a sentence with the file and the remedy; None where it is a fault of the program.
+    """An error of the operating system as one sentence with the file and the remedy; None for a bug in the program.
 
     >>> print(explained(OSError(errno.ENOSPC, "No space left on device", "run/last.pt")))
-    No space left on device: run/last.pt; make room or choose another disk
-    >>> explained(ValueError("a fault of the program"))
+    No space left on device: run/last.pt; free space or choose another disk
+    >>> explained(ValueError("a bug in the program"))
     """
     if isinstance(error, OSError) and error.errno is not None:
         reported = error.strerror or os.strerror(error.errno)
@@ -55,11 +55,11 @@ def explained(error: BaseException) -> UserError | None:
         remedy = _REMEDIES.get(error.errno)
         return UserError(f"{reported}{named}" + (f"; {remedy}" if remedy and named else ""))
     if is_out_of_memory(error):
-        return UserError(f"the memory is full ({brief_reason(error)}); {_MEMORY}")
-    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve before Python 3.13
+        return UserError(f"out of memory ({brief_reason(error)}); {_MEMORY}")
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # from Path.resolve before Python 3.13
         return UserError(f"{error}; {_REMEDIES[errno.ELOOP]}")
     if isinstance(error, ValueError) and "embedded null" in str(error):
-        return UserError("a path holds a NUL character; remove it")
+        return UserError("a path contains a NUL character; remove it")
     return None
 
 
@@ -76,9 +76,9 @@ def brief_reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def reading(path: Path | str, kind: str, remedy: str = "copy it again from its source") -> Iterator[None]:
-    """Turns whatever reading a foreign file may raise into a sentence that names the file.
+    """Convert any error while reading a file into one sentence that names the file.
 
-    A damaged file fails in many ways (headers, compression, encodings, recursion, sizes), by the library that reads it.
+    A damaged file fails in many ways (headers, compression, encodings, recursion, sizes), depending on the library.
 
     Args:
         path: for the message.
@@ -86,7 +86,7 @@ def reading(path: Path | str, kind: str, remedy: str = "copy it again from its s
         remedy: what to do.
 
     Raises:
-        UserError: instead of any error inside.
+        UserError: in place of any error inside.
 
     >>> with reading("a.h5", "h5 file"):
     ...     raise OSError("truncated file")
@@ -99,13 +99,13 @@ def reading(path: Path | str, kind: str, remedy: str = "copy it again from its s
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            raise UserError(f"{path} does not fit into the memory ({brief_reason(error)}); take a machine with more.") from error
+            raise UserError(f"{path} does not fit into memory ({brief_reason(error)}); use a machine with more.") from error
         reason = error.strerror if isinstance(error, OSError) and error.strerror else brief_reason(error)
         raise UserError(f"{path} is not a readable {kind} ({reason}); {remedy}.") from error
 
 
 def printable(text: str) -> str:
-    """Text on one line, for a terminal: control characters and lone surrogates as escapes.
+    """Text on one line, for a terminal, with control characters and lone surrogates escaped.
 
     >>> printable("a\\x1b[2Jb\\n  c")
     'a\\\\x1b[2Jb c'

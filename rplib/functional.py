@@ -1,4 +1,4 @@
-"""The functions that users call: check, choose the implementation, compute."""
+"""The functional interface: check the arguments, choose the implementation, compute."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -38,44 +38,44 @@ def reliable_mutual_loss(
     Args:
         logits: K >= 2 tensors (B, C, *spatial), C >= 2, 1 to 3 spatial axes, raw network outputs; float16, bfloat16,
             float32 or float64; any strides.
-        features: K tensors (B, F, *spatial), what the last 1x1x1 convolution reads; F may differ between networks.
-            Needed for ``weighting="similarity"``. They get no gradient.
-        mask: (B, *spatial) bool, True where a voxel counts; None: everywhere. Elsewhere nothing teaches, learns or is counted:
-            loss and gradients are those of the problem without these voxels, whatever their values (NaN too).
-        sample_weights: (B,) numbers from 0; the weights of a sample's voxels are multiplied by that of the sample, the number of
-            voxels taught is not. None: 1 for all.
+        features: K tensors (B, F, *spatial), the input of the last 1x1x1 convolution; F may differ between networks.
+            Required for ``weighting="similarity"``. They get no gradient.
+        mask: (B, *spatial) bool, True where a voxel counts; None: everywhere. Other voxels neither teach, learn nor count:
+            loss and gradients are those of the problem without them, whatever their values (NaN too).
+        sample_weights: (B,) non-negative numbers. They multiply the weights of a sample's voxels, but not the number of voxels
+            taught. None: 1 for all.
         confidence: which voxels are taught. ``"entropy"``: where the teacher's entropy is strictly lower;
             ``"max_probability"``: where its largest probability is strictly higher; ``None``: everywhere.
-        weighting: how much. ``"similarity"``: by how much the voxel's feature resembles its class prototypes; ``None``: 1.
-            Both None is cross pseudo supervision.
+        weighting: how much they count. ``"similarity"``: by the similarity of the voxel's feature to its class prototypes;
+            ``None``: 1. Both None is cross pseudo supervision.
         cross_entropy_on: ``"logits"``, or ``"probabilities"`` for the double softmax of the authors' upload of January 2024.
-        eps: in the entropy, the prototype count and the normaliser.
+        eps: small constant in the entropy, the prototype count and the normaliser.
         impl: ``"auto"`` (Triton on a GPU that it supports, the lean PyTorch form elsewhere), ``"triton"``, ``"torch"``,
             ``"naive"`` (the paper line by line).
         check_finite: look for NaN and infinities first; synchronises with the device.
         process_group: a torch.distributed group whose ranks hold parts of one batch. Mask counts and loss numerators are
-            summed over it: every rank returns the loss of the whole batch, and its gradients are multiplied by the number of
-            ranks, so that DistributedDataParallel's average equals the gradient of a single process. None: this process alone.
-            ``"world"``: the default group at the time of the call; ``torch.distributed.group.WORLD`` is None before
-            init_process_group, and a module built with it then would know no group.
-        students: the networks that learn, for example ``(0,)`` where network 1 is a mean teacher; the others only teach, and get
+            summed over it. Every rank returns the loss of the whole batch, and its gradients are multiplied by the number of
+            ranks, so that DistributedDataParallel's average equals the gradient of a single process. None: only this process.
+            ``"world"``: the default group at the time of the call. (``torch.distributed.group.WORLD`` is None before
+            init_process_group, so a module built with it at that time would have no group.)
+        students: the networks that learn, for example ``(0,)`` if network 1 is a mean teacher; the others only teach, and get
             no gradient. None: all.
         minimum_confidence: a network teaches only where its largest probability is at least this; None: no such limit.
-        temperature: T of the teacher's probabilities in the weight, softmax(z_j / T): below 1 a sharper distribution.
-        class_weights: C numbers; the weight of a voxel is multiplied by that of its pseudo-label. None: 1 for all.
-        prototypes: the mean features of a class in each ``"sample"``, as in the paper, or in the whole ``"batch"``. Their moving
-            average over the calls, ``"average"``, is kept by `rplib.ReliableMutualLoss` and `rplib.MutualObjective` alone.
+        temperature: T of the teacher's probabilities in the weight, softmax(z_j / T); below 1, a sharper distribution.
+        class_weights: C numbers that multiply the weight of a voxel, by its pseudo-label. None: 1 for all.
+        prototypes: the mean features of a class in each ``"sample"``, as in the paper, or in the whole ``"batch"``. Only
+            `rplib.ReliableMutualLoss` and `rplib.MutualObjective` keep their moving average over the calls, ``"average"``.
         reduction: ``"mean"``: per pair the mean over the voxels taught, as in the paper; ``"sum"``: the sum over them;
             ``"none"``: nothing is summed.
 
     Returns:
         The loss, 0-dim, float32 (float64 for float64 input): the sum over ordered pairs of networks. Computed in float32 or
         better whatever the input's dtype. A non-finite logit or feature gives a non-finite loss. With ``reduction="none"`` a
-        tensor (pairs, B, *spatial) of this process's voxels: weight times cross-entropy, 0 where nobody teaches.
+        tensor (pairs, B, *spatial) of this process's voxels: weight times cross-entropy, 0 where no network teaches.
 
     Raises:
         TypeError: not a list of tensors, or an integer dtype.
-        ValueError: shapes, numbers, devices or keywords that do not fit; an ``impl`` that cannot be had;
+        ValueError: shapes, numbers, devices or keywords do not fit; the requested ``impl`` is not possible;
             with ``check_finite``, a non-finite value.
         RuntimeError: another rank of the process group did not call the loss within the group's timeout.
 
@@ -107,7 +107,7 @@ def loss_with(
     sample_weights: Tensor | Sequence[float] | None = None,
     averages: PrototypeAverages | None = None,
 ) -> Tensor:
-    """`reliable_mutual_loss` with keywords that were checked before: for modules that keep them, and the averages."""
+    """`reliable_mutual_loss` with keywords that are already checked, for modules that keep them and the averages."""
     logits, features, mask, extras = prepared(logits, features, mask, options, sample_weights, averages)
     form = dispatch.choose(options.impl, logits, features, dispatch.asked_of(options, mask, extras))
     if form == "triton":
@@ -142,17 +142,18 @@ def reliability(
     prototypes: Prototypes = "sample",
     reduction: Reduction = "mean",
 ) -> list[Reliability]:
-    """Which voxels each teacher is reliable at, and how reliable: for people who want to look.
+    """Which voxels each teacher is reliable at, and how reliable: the decisions of the loss, for inspection.
 
-    Takes what `reliable_mutual_loss` takes; with ``impl="triton"`` mask and weight come from the loss's own kernels.
+    Accepts the arguments of `reliable_mutual_loss`. With ``impl="triton"`` mask and weight come from the kernels of the loss.
 
     Returns:
-        One `Reliability` per ordered pair, in the order (student, teacher) = (0, 1), (0, 2) .. (1, 0) ..; nothing in it
-        carries a gradient. With ``weighting=None`` the weight is the mask, prototypes and similarity are None. Where a voxel does
-        not count, mask and weight are 0, and the label means nothing. With ``students`` only the pairs whose student learns.
+        One `Reliability` per ordered pair, in the order (student, teacher) = (0, 1), (0, 2) .. (1, 0) ..; its tensors
+        carry no gradient. With ``weighting=None`` the weight is the mask, and prototypes and similarity are None. Where a voxel
+        does not count, mask and weight are 0, and the label has no meaning. With ``students``, only the pairs whose student
+        learns.
 
     Raises:
-        TypeError, ValueError: as `reliable_mutual_loss`.
+        TypeError, ValueError: see `reliable_mutual_loss`.
 
     Source: Su et al., Medical Image Analysis 94 (2024) 103111.
 
@@ -182,7 +183,7 @@ def reliability_with(
     sample_weights: Tensor | Sequence[float] | None = None,
     averages: PrototypeAverages | None = None,
 ) -> list[Reliability]:
-    """`reliability` with keywords that were checked before."""
+    """`reliability` with keywords that are already checked."""
     logits, features, mask, extras = prepared(logits, features, mask, options, sample_weights, averages)
     logits = [z.detach() for z in logits]
     form = dispatch.choose(options.impl, logits, features, dispatch.asked_of(options, mask, extras))
@@ -196,7 +197,7 @@ def reliability_with(
 
 
 class Prepared(NamedTuple):
-    """Inputs that were checked: plain tensors; features detached, as are the logits of networks that do not learn."""
+    """Checked inputs: plain tensors. Features are detached, as are the logits of networks that do not learn."""
 
     logits: list[Tensor]
     features: list[Tensor] | None
@@ -212,7 +213,7 @@ def prepared(
     sample_weights: Tensor | Sequence[float] | None = None,
     averages: PrototypeAverages | None = None,
 ) -> Prepared:
-    """Check what a caller passes against each other and against the options."""
+    """Check the arguments against each other and against the options."""
     if options.prototypes == "average" and averages is None:
         raise ValueError(
             'prototypes="average" keeps state from call to call, and a function has none; use rplib.ReliableMutualLoss or '
@@ -231,7 +232,7 @@ def prepared(
 
 
 def usable_in_autograd(logits: list[Tensor]) -> list[Tensor]:
-    """A copy of what was made in torch.inference_mode, which the operators' backward pass could not keep; else the same."""
+    """The logits, with copies of those made in torch.inference_mode, which the operators cannot save for their backward pass."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not any(z.requires_grad for z in logits):
         return logits
     return [z.clone() if z.is_inference() else z for z in logits]

@@ -121,7 +121,7 @@ def _auto_on(device: torch.device) -> str:
     try:
         tensors = [torch.empty(1, 2, 1, device=device)] * 2  # (B, C, V)
     except RuntimeError as error:
-        return f"unusable: {str(error).partition(chr(10))[0]}"
+        return f"not usable: {str(error).partition(chr(10))[0]}"
     obstacle = dispatch.triton_obstacle(tensors, tensors)
     if obstacle:
         return f"torch: {obstacle}"

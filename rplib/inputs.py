@@ -1,4 +1,4 @@
-"""Checks of what a caller passes: shapes, dtypes, devices, and (on request) values."""
+"""Checks of the arguments: shapes, dtypes, devices, and (on request) values."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -13,14 +13,14 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_tensors(
     logits: Sequence[Tensor], features: Sequence[Tensor] | None, *, features_needed: bool
 ) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Check the tensors of K networks against each other; nothing here looks at values, so nothing synchronises.
+    """Check the tensors of K networks against each other, without looking at values, so that nothing synchronises.
 
     Returns:
-        logits as a list, features as a list, or None where they are neither needed nor given.
+        logits as a list, and features as a list, or None if they are neither needed nor given.
 
     Raises:
         TypeError: not a sequence of tensors, or a dtype that is not floating point.
-        ValueError: numbers, shapes or devices that do not fit together.
+        ValueError: numbers, shapes or devices do not fit together.
     """
     logits = _as_list("logits", logits)
     if len(logits) < 2:
@@ -46,7 +46,7 @@ def check_tensors(
         if features_needed:
             raise ValueError(
                 'features is None but weighting="similarity" needs one tensor (B, F, *spatial) per network; '
-                "pass what the last 1x1x1 convolution reads, or weighting=None."
+                "pass the input of the last 1x1x1 convolution, or weighting=None."
             )
         _check_devices(logits, [])
         return logits, None
@@ -69,9 +69,9 @@ def check_tensors(
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The tensor without a subclass that only carries notes along (MONAI's MetaTensor): the same memory and graph.
+    """The tensor without a subclass that only adds metadata (MONAI's MetaTensor): the same memory and graph.
 
-    Subclasses with their own dispatch (DTensor, FakeTensor) are other things and stay.
+    Subclasses with their own dispatch (DTensor, FakeTensor) are kept.
     """
     kind: Any = type(tensor)
     if kind is Tensor or kind.__torch_dispatch__ is not cast(Any, Tensor).__torch_dispatch__:
@@ -80,15 +80,15 @@ def plain(tensor: Tensor) -> Tensor:
 
 
 def valid_only(tensor: Tensor, keep: Tensor | None) -> Tensor:
-    """0 where ``keep`` (broadcast to the tensor) is False, whatever was there, with a gradient of 0; None keeps all."""
+    """Set the tensor to 0 where ``keep`` (broadcast to it) is False, even if NaN, with a gradient of 0; None keeps all."""
     return tensor if keep is None else torch.where(keep, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
 
 
 def check_mask(mask: Tensor | None, z: Tensor) -> Tensor | None:
-    """A mask of valid voxels that belongs to logits z (B, C, *spatial), as (B, *spatial) bool.
+    """The mask of valid voxels for logits z (B, C, *spatial), as (B, *spatial) bool.
 
     Raises:
-        TypeError, ValueError: says what came and what was expected.
+        TypeError, ValueError: states what was given and what was expected.
     """
     if mask is None:
         return None
@@ -114,7 +114,7 @@ def check_sample_weights(weights: Tensor | Sequence[float] | None, z: Tensor) ->
     """Factors of the B samples of logits z (B, C, *spatial), as (B,) on their device.
 
     Raises:
-        TypeError, ValueError: says what came and what was expected.
+        TypeError, ValueError: states what was given and what was expected.
     """
     if weights is None:
         return None
@@ -136,12 +136,12 @@ def check_sample_weights(weights: Tensor | Sequence[float] | None, z: Tensor) ->
         raise ValueError(f"sample_weights is on {weights.device} but logits[0] is on {z.device}; expected one device for all.")
     looking = weights.device.type == "cpu" and looks_allowed(weights.device)
     if looking and not bool((weights >= 0).all() & weights.isfinite().all()):
-        raise ValueError(f"sample_weights is {weights.tolist()}; expected finite numbers from 0.")
+        raise ValueError(f"sample_weights is {weights.tolist()}; expected finite non-negative numbers.")
     return weights.detach()
 
 
 def looks_allowed(device: torch.device) -> bool:
-    """False where values cannot be looked at: under torch.compile and CUDA graph capture."""
+    """False where values cannot be read: under torch.compile and CUDA graph capture."""
     if torch.compiler.is_compiling():
         return False
     return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
@@ -150,16 +150,16 @@ def looks_allowed(device: torch.device) -> bool:
 def check_finite(logits: Sequence[Tensor], features: Sequence[Tensor] | None, mask: Tensor | None = None) -> None:
     """Look for NaN and infinities at the voxels that count; synchronises with the device.
 
-    A logit of -inf (a class that is ruled out) is allowed: the formula is defined there, and infinite where a pseudo-label or
-    the target asks for that class.
+    A logit of -inf (a class that is ruled out) is allowed: the formula is defined there, and infinite where that class is the
+    pseudo-label or the target.
 
     Raises:
-        ValueError: names the tensor and says how many of its values are bad.
-        RuntimeError: called under torch.compile or CUDA graph capture, where a look at values is impossible.
+        ValueError: names the tensor and the number of its non-finite values.
+        RuntimeError: called under torch.compile or CUDA graph capture, where values cannot be read.
     """
     if not looks_allowed(logits[0].device):
         raise RuntimeError(
-            "check_finite=True looks at values, which torch.compile and CUDA graph capture cannot do; "
+            "check_finite=True reads values, which is not possible under torch.compile and CUDA graph capture; "
             "pass check_finite=False there."
         )
     keep = None if mask is None else mask.unsqueeze(1)

@@ -1,17 +1,17 @@
 """The lean PyTorch form: any device and dtype, K >= 2 networks, little memory, traceable by torch.compile.
 
-Two passes over the inputs, as the kernels make them:
+Two passes over the inputs, as in the kernels:
 
 1. statistics: per pair the number of reliable voxels, per network the class prototypes;
-2. weighting: the loss, and in the same breath the gradient with respect to the logits (features get none):
+2. weighting: the loss, and at the same time the gradient with respect to the logits (features get none):
 
     dL/dz_i(c,v) = sum_j w_ij(v) / n_ij * (p_i(c,v) - [c = y_j(v)])
 
-Eager PyTorch keeps every intermediate tensor of an operation chain alive, so both passes walk over the voxels in pieces that
-fit into a CPU's cache. Under torch.compile there is one piece and the compiler fuses.
+Eager PyTorch keeps every intermediate tensor of an operation chain alive, so both passes process the voxels in pieces that
+fit into a CPU's cache. Under torch.compile there is one piece, and the compiler fuses the operations.
 
 ``valid``, (B, *spatial) bool, marks the voxels that count. Logits and features elsewhere are replaced by zeros piece by piece,
-before anything is computed from them, so that not even a NaN there matters.
+before anything is computed from them, so that not even a NaN there has an effect.
 """
 
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ def loss_and_statistics(
     *,
     detailed: bool,
 ) -> tuple[Tensor, ObjectiveStatistics | None]:
-    """The mutual loss, and if ``detailed`` what the same two passes know besides."""
+    """The mutual loss and, if ``detailed``, the statistics from the same two passes."""
     features = features if options.weighting else None
     group = options.process_group
     known = statistics(logits, features, options, valid, extras, detailed=detailed)
@@ -87,7 +87,7 @@ def maps(
     valid: Tensor | None = None,
     extras: Extras = NOTHING,
 ) -> list[Reliability]:
-    """Masks, weights and what they are made of, pair by pair."""
+    """Masks, weights and their intermediate values, pair by pair."""
     dtype = compute_dtype(logits, features)
     spatial = logits[0].shape[2:]
     keep = None if valid is None else valid.flatten(1).unsqueeze(1)  # (B, 1, V)
@@ -125,10 +125,10 @@ def maps(
 
 
 class Statistics(NamedTuple):
-    """What must be known of all voxels before one can be weighted.
+    """Sums over all voxels that are needed before any voxel can be weighted.
 
     counts: (pairs,) int64, reliable voxels per ordered pair; prototypes: per network (B, C, F) of unit length or zero;
-    nonfinite: 0-dim, 0 where every value read was finite, NaN otherwise. For logging, None unless asked for: members (K, C)
+    nonfinite: 0-dim, 0 if every value read was finite, else NaN. For logging, None unless requested: members (K, C)
     int64, voxels per pseudo-label; differing: 0-dim int64, voxels whose labels differ, over unordered pairs; voxels: 0-dim int64.
     """
 
@@ -190,7 +190,7 @@ def statistics(
             if labelled is not None and differing is not None:
                 labelled = labelled + torch.stack([m.sum(dim=(0, 2)) for m in of_class])
                 for i, j in ordered_pairs(len(networks)):
-                    if i < j:  # outside ``valid`` every label is that of zeros: equal
+                    if i < j:  # outside ``valid`` all logits are zero, so the labels are equal
                         differing = differing + (networks[i].label != networks[j].label).sum()
     counted = None
     if detailed:
@@ -233,10 +233,10 @@ class _LeanLoss(torch.autograd.Function):
         normaliser: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """tensors: prototypes, logits, features per network, or logits alone. Only the first output carries a gradient."""
+        """tensors: prototypes, logits and features of every network, or only logits. Only the first output carries a gradient."""
         groups = [list(tensors[k : k + networks]) for k in range(0, len(tensors), networks)]
         prototypes, logits, features = groups if len(groups) == 3 else (None, groups[0], None)
-        first = 7 + (networks if prototypes else 0)  # where the logits begin among the arguments
+        first = 7 + (networks if prototypes else 0)  # position of the first logits among the arguments
         wanted = [k for k in range(networks) if ctx.needs_input_grad[first + k]]
         second = _weighting(logits, features, prototypes, normaliser, options, valid, sample_weights, wanted, detailed)
         ctx.save_for_backward(nonfinite, *second.gradients, *(logits[k] for k in wanted))
@@ -255,7 +255,7 @@ class _LeanLoss(torch.autograd.Function):
 
 
 class _LeanGradient(torch.autograd.Function):
-    """The gradient for one network's logits z, which it takes only to say that it cannot be differentiated again."""
+    """The gradient for one network's logits z, which are passed only so that a second derivative raises an error."""
 
     @staticmethod
     def forward(ctx: Any, upstream: Tensor, nonfinite: Tensor, g: Tensor, z: Tensor) -> Tensor:
@@ -273,8 +273,8 @@ class _LeanGradient(torch.autograd.Function):
 
 
 class _Weighted(NamedTuple):
-    """value: this rank's loss; gradients: of the networks that want one, (B, C, V), or (B, 1, V) of class 0 where C = 2;
-    numerators, weights: (pairs,), sum of w CE / n and of w, or (0,) unless asked for."""
+    """value: this rank's loss; gradients: of the networks that need one, (B, C, V), or for C = 2 of class 0 only, (B, 1, V);
+    numerators, weights: (pairs,), sum of w CE / n and of w, or (0,) unless requested."""
 
     value: Tensor
     gradients: list[Tensor]
@@ -319,7 +319,7 @@ def _weighting(
                 for own, n, f, mu in zip(z, networks, features, prototypes, strict=True):
                     s, length = similarity(valid_only(f[b, :, v].to(dtype), inside), mu[b])
                     reliable.append(reliability(s, own, n, options))
-                    value = value + length.sum() * 0  # a feature whose square overflows must not look dissimilar
+                    value = value + length.sum() * 0  # a feature whose square overflows must give NaN, not a similarity of 0
             totals: dict[int, Tensor] = {}
             pair_values, pair_weights = [], []
             for pair, (i, j) in enumerate(pairs):
@@ -332,7 +332,7 @@ def _weighting(
                 zeros = torch.zeros_like(networks[j].top)
                 weight = torch.where(mask, share, zeros)  # w_ij / n_ij: (b, 1, v)
                 ce = cross_entropy(z[i], networks[i], networks[j].label, options)
-                term = torch.where(mask, weight * ce, zeros).sum()  # 0, not NaN, where ce is infinite and nobody teaches
+                term = torch.where(mask, weight * ce, zeros).sum()  # 0, not NaN, where ce is infinite and no network teaches
                 value = value + term
                 if detailed:
                     pair_values.append(term)

@@ -1,10 +1,9 @@
-"""The arithmetic of the lean form at one piece of voxels: softmax, comparison, cross-entropy and its slope.
+"""The arithmetic of the lean form on one piece of voxels: softmax, comparison, cross-entropy and its gradient.
 
 Rounding. With l the class of the largest logit, e_c = exp(z_c - z_l) and rest = sum_{c != l} e_c, the probabilities are
 p_c = e_c / (1 + rest), the complement 1 - p_l = rest / (1 + rest) and the cross-entropy log1p(rest) + z_l - z_y: none of them
-subtracts nearly equal numbers, so confident voxels keep their gradient. For C = 2 the entropy falls strictly as |z_1 - z_0|
-grows, whatever eps is, so that margins are compared (exactly, with the rounding error of the subtraction) and no entropy
-is computed.
+subtracts nearly equal numbers, so confident voxels keep their gradient. For C = 2 the entropy decreases strictly as |z_1 - z_0|
+grows, for every eps. So margins are compared (exactly, with the rounding error of the subtraction) and no entropy is computed.
 """
 
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ _PIECE_ELSEWHERE = 1 << 22
 
 
 class Network(NamedTuple):
-    """One network's softmax at some voxels, in the form that keeps small numbers (see the head of this file)."""
+    """One network's softmax at some voxels, in the form that keeps small numbers (see the module docstring)."""
 
     top: Tensor  # (b, 1, v) largest logit
     label: Tensor  # (b, 1, v) int64, its class: the first maximum
@@ -71,7 +70,7 @@ def reliability(s: Tensor, z: Tensor, network: Network, options: Options) -> Ten
 
 
 def class_factor(label: Tensor, options: Options, dtype: torch.dtype) -> Tensor | None:
-    """What the weight of a voxel with this pseudo-label (b, 1, v) is multiplied with; None for 1."""
+    """Factor of the weight of voxels with this pseudo-label (b, 1, v); None for 1."""
     if options.class_weights is None:
         return None
     return torch.tensor(options.class_weights, dtype=dtype, device=label.device)[label]
@@ -100,7 +99,7 @@ def slope(network: Network, label: Tensor, options: Options) -> Tensor:
     classes = torch.arange(p.shape[1], device=p.device)[:, None]
     own = classes == network.label
     if options.cross_entropy_on == "logits":
-        # p - [c = l] without cancellation, then move the one from l to y where the two networks disagree.
+        # p - [c = l] without cancellation, then move the 1 from l to y where the two networks disagree.
         return torch.where(own, -network.rest / (1 + network.rest), p) + (own.to(p.dtype) - (classes == label).to(p.dtype))
     # p(c) (D(c) - sum_q p(q) D(q)) with D = d - d(l): a shift cancels in the formula, and D(l) = 0 keeps small numbers.
     d = torch.softmax(p, dim=1) - (classes == label).to(p.dtype)
@@ -114,7 +113,7 @@ def compute_dtype(logits: list[Tensor], features: list[Tensor] | None) -> torch.
 
 
 def pieces(batch: int, voxels: int, device: torch.device) -> Iterator[tuple[slice, list[slice]]]:
-    """Groups of samples, each with the voxel ranges to walk over."""
+    """Groups of samples, each with the voxel ranges to process."""
     if torch.compiler.is_compiling():
         yield slice(0, batch), [slice(0, voxels)]
         return

@@ -19,14 +19,14 @@ from rplib.targets import Labelled
 class ReliableMutualLoss(nn.Module):
     """The reliable-pseudo-label loss as a module without parameters.
 
-    Keywords, shapes, errors and source: `rplib.functional.reliable_mutual_loss`. Two more keywords need a module:
+    Keywords, shapes, errors and source: see `rplib.functional.reliable_mutual_loss`. The module adds two keywords:
 
     Args:
-        prototypes: also ``"average"``: the mean features of a class are averaged over the calls, for batches that hold few
-            voxels of a class or none. The sums behind them run over ``process_group``; they are saved in ``state_dict()`` and
-            updated in training mode alone; ``reset_prototypes()`` forgets them. Call the module once before compiling it.
-        prototype_decay: weight of the former calls in that average. 0 is ``"batch"``, with memory for the classes that a batch
-            lacks.
+        prototypes: also ``"average"``: the mean features of a class are averaged over the calls, for batches with few voxels
+            of a class or none. The means are summed over ``process_group``, saved in ``state_dict()`` and updated only in
+            training mode; ``reset_prototypes()`` discards them. Call the module once before compiling it.
+        prototype_decay: weight of earlier calls in that average. With 0, the means are those of ``"batch"``, but a class that a
+            batch lacks keeps its mean.
 
     Example:
         >>> import torch
@@ -70,7 +70,7 @@ class ReliableMutualLoss(nn.Module):
         mask: Tensor | None = None,
         sample_weights: Tensor | Sequence[float] | None = None,
     ) -> Tensor:
-        """Loss of K networks' logits (B, C, *spatial) and features (B, F, *spatial), where mask (B, *spatial) is True: 0-dim."""
+        """The 0-dim loss of K logits (B, C, *spatial) and K features (B, F, *spatial), where mask (B, *spatial) is True."""
         return loss_with(self.options, logits, features, mask, sample_weights, self.averages)
 
     def reliability(
@@ -80,7 +80,7 @@ class ReliableMutualLoss(nn.Module):
         mask: Tensor | None = None,
         sample_weights: Tensor | Sequence[float] | None = None,
     ) -> list[Reliability]:
-        """`rplib.reliability` with the keywords and averages of this module, which it leaves as they are."""
+        """`rplib.reliability` with the keywords and averages of this module, without updating the averages."""
         if self.averages is None or not self.averages.training:
             return reliability_with(self.options, logits, features, mask, sample_weights, self.averages)
         self.averages.eval()
@@ -90,7 +90,7 @@ class ReliableMutualLoss(nn.Module):
             self.averages.train()
 
     def reset_prototypes(self) -> None:
-        """Forget the averages of ``prototypes="average"``: the next call starts as the first did."""
+        """Discard the averages of ``prototypes="average"``; the next call starts again like the first."""
         if self.averages is not None:
             self.averages.reset()
 
@@ -102,7 +102,7 @@ class ReliableMutualLoss(nn.Module):
 class ObjectiveTerms(NamedTuple):
     """total: 0-dim, to call backward on; dice and mutual: 0-dim, detached, to log.
 
-    ``dice`` is the supervised term, whatever ``supervised=`` makes of it.
+    ``dice`` is the supervised term, whatever ``supervised=`` selects.
     """
 
     total: Tensor
@@ -111,7 +111,7 @@ class ObjectiveTerms(NamedTuple):
 
 
 class ObjectiveTermsAndStatistics(NamedTuple):
-    """`ObjectiveTerms`, and what ``statistics=True`` adds."""
+    """`ObjectiveTerms`, and the field that ``statistics=True`` adds."""
 
     total: Tensor
     dice: Tensor
@@ -123,18 +123,19 @@ class MutualObjective(nn.Module):
     """The whole training objective: L = dice_weight * sum_k S_k + consistency_weight * L_mutual.
 
     Args:
-        dice_weight: factor of the supervised term S; the paper has 0.5.
+        dice_weight: factor of the supervised term S; 0.5 in the paper.
         dice_classes: classes in the mean of the Dice loss; None is 1..C-1.
-        supervised: ``"dice"``, the paper's; ``"cross_entropy"``, its mean over labelled voxels; ``"dice+cross_entropy"``, the
-            mean of the two. Summed over the networks that learn.
-        ignore_index: label of voxels that the supervised term leaves out (scribbles, unlabelled slices); in the mutual term they
-            take part. Any other label that is no class is an error; on a GPU, where looking would wait, the loss is NaN then.
+        supervised: ``"dice"``, as in the paper; ``"cross_entropy"``, its mean over labelled voxels; ``"dice+cross_entropy"``,
+            the mean of the two. Summed over the networks that learn.
+        ignore_index: label of voxels that the supervised term ignores (scribbles, unlabelled slices); the mutual term includes
+            them. Any other label outside 0..C-1 is an error. On a GPU, where a check would wait for the device, it makes the
+            loss NaN instead.
         statistics: the result has a fourth field, `rplib.ObjectiveStatistics`.
         mutual_on: samples of the mutual term: ``"all"``, as in the paper, or the ``"unlabelled"`` ones.
         **keywords: those of `ReliableMutualLoss`.
 
     Raises:
-        ValueError, TypeError: a keyword or class that does not fit.
+        ValueError, TypeError: an invalid keyword or class.
 
     Source: Su et al., Medical Image Analysis 94 (2024) 103111.
 
@@ -215,19 +216,19 @@ class MutualObjective(nn.Module):
             features: K tensors (B, F, *spatial).
             target: (B_l, *spatial) or (B_l, 1, *spatial), integer, bool or float class indices of the labelled samples;
                 B_l = 0 makes the supervised term 0.
-            consistency_weight: a number, or a tensor of one element (a CUDA graph needs the tensor).
+            consistency_weight: a number, or a tensor of one element (required for a CUDA graph).
             mask: (B, *spatial) bool, True where a voxel counts, in both terms; None: everywhere.
-            labelled: which samples of the batch the target belongs to: None, the first B_l; their number; their indices, in
-                the order of the target; or a bool mask (B,). A target may also have all B samples: those of the others are
-                not read. Pass numbers or a CPU tensor: one on a GPU is waited for.
-            sample_weights: (B,) numbers from 0, factors of the samples' weights in the mutual term; None: 1 for all.
+            labelled: the samples of the batch that the target belongs to. None: the first B_l. Otherwise their number, their
+                indices in the order of the target, or a bool mask (B,). The target may also have all B samples; the entries
+                of unlabelled ones are ignored. Pass numbers or a CPU tensor: a GPU tensor synchronises with the device.
+            sample_weights: (B,) non-negative numbers, factors of the samples' weights in the mutual term; None: 1 for all.
 
         Returns:
             `ObjectiveTerms`: total, dice, mutual; with ``statistics=True`` `ObjectiveTermsAndStatistics`.
 
         Raises:
-            TypeError, ValueError: target, weight, mask or labelled do not fit the logits, or target holds values that are no
-                classes, besides what the loss raises.
+            TypeError, ValueError: target, weight, mask or labelled do not fit the logits; target contains values that are not
+                classes; in addition, the errors of the loss.
         """
         options = self.mutual_loss.options
         total, dice, mutual, statistics = objective_with(
@@ -239,7 +240,7 @@ class MutualObjective(nn.Module):
         return ObjectiveTermsAndStatistics(total, dice, mutual, statistics)
 
     def reset_prototypes(self) -> None:
-        """Forget the averages of ``prototypes="average"``: the next call starts as the first did."""
+        """Discard the averages of ``prototypes="average"``; the next call starts again like the first."""
         self.mutual_loss.reset_prototypes()
 
     def extra_repr(self) -> str:

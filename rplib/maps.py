@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Reliability(NamedTuple):
-    """Which voxels one teacher is reliable at for one student, and how reliable (method: mask, weight).
+    """The voxels at which one teacher is reliable for one student (``mask``), and how reliable it is (``weight``).
 
     Attributes:
         student: index i of the network that learns.
@@ -29,7 +29,7 @@ class Reliability(NamedTuple):
 
 
 def ordered_pairs(networks: int, students: Sequence[int] | None = None) -> list[tuple[int, int]]:
-    """(student, teacher) for every ordered pair: (0, 1), (0, 2) .. (1, 0) ..; with ``students`` those of them that learn.
+    """(student, teacher) for every ordered pair: (0, 1), (0, 2) .. (1, 0) ..; with ``students``, only pairs whose student learns.
 
     >>> ordered_pairs(2)
     [(0, 1), (1, 0)]

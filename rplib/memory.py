@@ -1,7 +1,8 @@
-"""Peak memory that a forward and a backward pass allocate beyond what was there before them.
+"""Peak memory that a forward and a backward pass allocate in addition to what was allocated before them.
 
-On a GPU the caching allocator counts; on a CPU the profiler reports every allocation of eager operations, custom operators and
-compiled code alike. What a library allocates behind torch's back (a BLAS workspace, say) is not seen.
+On a GPU the figures come from the caching allocator. On a CPU they come from the profiler, which reports every allocation of
+eager operations, custom operators and compiled code. Memory that a library allocates outside torch (a BLAS workspace, say) is
+not counted.
 """
 
 import os
@@ -16,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from rplib.errors import UserError
 
-# The profiler writes a line on stderr whenever it starts and stops, unless told otherwise before it first does.
+# The profiler writes a line on stderr whenever it starts or stops, unless this is set before its first use.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 _FORWARD, _BACKWARD = "rplib.memory forward", "rplib.memory backward"
@@ -24,9 +25,9 @@ _FORWARD, _BACKWARD = "rplib.memory forward", "rplib.memory backward"
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Bytes live at most during each pass beyond those live before the forward pass.
+    """Peak of live bytes during each pass, minus the bytes live before the forward pass.
 
-    The backward pass's figure includes what the forward pass saved for it, and the gradients.
+    The figure of the backward pass includes the tensors that the forward pass saved for it, and the gradients.
     """
 
     forward: int
@@ -40,7 +41,7 @@ class PeakMemory:
 def peak_memory(forward: Callable[[], Tensor], device: torch.device) -> PeakMemory:
     """Run ``forward()``, then ``backward()`` of the 0-dim tensor that it returns, and measure both.
 
-    Gradients are counted where the call allocates them: set those of the leaves to None first.
+    Gradients are counted only if the call allocates them, so set those of the leaves to None first.
 
     Raises:
         UserError: memory cannot be measured on this kind of device.
@@ -80,7 +81,7 @@ def _on_cpu(forward: Callable[[], Tensor]) -> PeakMemory:
     moments = sorted(_moments(found), key=lambda moment: moment[0])
     live = list(accumulate(change for _, _, change in moments))
     split = next(n for n, (_, name, _) in enumerate(moments) if name == _BACKWARD)
-    # The first level of the backward pass is what the forward pass left.
+    # The backward pass starts at the level that the forward pass left.
     return PeakMemory(max(live[: split + 1]), max(live[split:]))
 
 

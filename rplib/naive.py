@@ -1,4 +1,4 @@
-"""The method line by line: slow, hungry, and the truth that the other forms are held against.
+"""The method line by line: slow, with high memory use, and the reference for the other forms.
 
 Su et al., "Mutual learning with reliable pseudo label for semi-supervised medical image segmentation", Medical Image
 Analysis 94 (2024) 103111. For every ordered pair, student i learns from teacher j:
@@ -13,7 +13,7 @@ Analysis 94 (2024) 103111. For every ordered pair, student i learns from teacher
     L_ij      = sum_{b,v} m_ij r_j CE_ij / (sum_{b,v} m_ij + eps)
 
 and the loss is the sum over pairs. No gradient flows through m, r and y. Nothing is shared between pairs and nothing is
-fused, as a reader of the paper would write it; keep it so, because benchmarks use it as their baseline.
+fused, as a reader of the paper would write it. Keep it that way: benchmarks use this form as their baseline.
 """
 
 import torch
@@ -38,8 +38,8 @@ def loss(
 ) -> Tensor:
     """The mutual loss, a 0-dim tensor; gradients by autograd.
 
-    ``masks``, one (B, *spatial) per ordered pair, stand in for the comparison of confidences: two implementations may
-    differ where both networks are equally confident, and are compared with the formula at one and the same mask.
+    ``masks``, one (B, *spatial) per ordered pair, replace the comparison of confidences. Two implementations may differ where
+    both networks are equally confident, so the formula is evaluated with the mask of the implementation under test.
     ``valid``, (B, *spatial) bool: the voxels that count.
     """
     return loss_and_statistics(logits, features, options, masks, valid, extras, detailed=False)[0]
@@ -55,7 +55,7 @@ def loss_and_statistics(
     *,
     detailed: bool,
 ) -> tuple[Tensor, ObjectiveStatistics | None]:
-    """The mutual loss, and if ``detailed`` what is logged with it."""
+    """The mutual loss and, if ``detailed``, the statistics that are logged with it."""
     logits, features = _prepared(logits, features, valid)
     probabilities = [F.softmax(z, dim=1) for z in logits]
     averaged = _averaged(probabilities, features, options, valid, extras)
@@ -67,7 +67,7 @@ def loss_and_statistics(
         pair = _pair(i, j, mask, probabilities, features, averaged, valid, options, extras)
         scores = logits[i] if options.cross_entropy_on == "logits" else probabilities[i]
         cross_entropy = F.cross_entropy(scores, pair.pseudo_label, reduction="none")  # (B, *spatial)
-        # Where nobody teaches, a class that the student rules out (a logit of -inf) costs nothing: 0, not 0 * inf.
+        # Where no network teaches, a class that the student rules out (a logit of -inf) contributes 0, not 0 * inf.
         cross_entropy = cross_entropy.masked_fill(~mask & cross_entropy.isposinf(), 0)
         counts.append(ranks.detached_sum(pair.mask.sum(), group))
         count = counts[-1].to(scores.dtype) + options.eps if options.reduction == "mean" else 1  # n_ij, counted in integers
@@ -88,7 +88,7 @@ def maps(
     valid: Tensor | None = None,
     extras: Extras = NOTHING,
 ) -> list[Reliability]:
-    """What the loss above multiplies the cross-entropy with, pair by pair."""
+    """Mask, weight and their intermediate values of the loss above, pair by pair."""
     logits, features = _prepared(logits, features, valid)
     p = [F.softmax(z, dim=1) for z in logits]
     averaged = _averaged(p, features, options, valid, extras)
@@ -147,7 +147,7 @@ def _more_confident(student: Tensor, teacher: Tensor, options: Options) -> Tenso
 def _averaged(
     p: list[Tensor], f: list[Tensor] | None, options: Options, valid: Tensor | None, extras: Extras
 ) -> list[Tensor] | None:
-    """mu of every network, (B, C, F), from the averages over the calls; None where each batch stands for itself."""
+    """mu of every network, (B, C, F), from the averages over the calls; None unless ``prototypes="average"``."""
     if options.weighting is None or f is None or extras.averages is None:
         return None
     sums = [_sums(f[k], p[k].argmax(dim=1), valid, p[k].shape[1], options) for k in range(len(p))]
@@ -161,7 +161,7 @@ def _prototypes(f: Tensor, label: Tensor, valid: Tensor | None, classes: int, op
 
 
 def _sums(f: Tensor, label: Tensor, valid: Tensor | None, classes: int, options: Options) -> tuple[Tensor, Tensor]:
-    """Sum of the features of every class (B, C, F), and its voxels (B, C, 1)."""
+    """Sum of the features of every class (B, C, F), and its number of voxels (B, C, 1)."""
     total = f.new_zeros(f.shape[0], classes, f.shape[1])  # (B, C, F)
     number = f.new_zeros(f.shape[0], classes, 1)
     for b in range(f.shape[0]):
@@ -199,7 +199,7 @@ def _labels(p: list[Tensor], valid: Tensor | None) -> tuple[Tensor, Tensor, Tens
 def _prepared(
     logits: list[Tensor], features: list[Tensor] | None, valid: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Float32 or better, and nothing but zeros outside ``valid``."""
+    """Float32 or better, with zeros outside ``valid``."""
     everything = [*logits, *(features or [])]
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in everything) else torch.float32
     keep = None if valid is None else valid.unsqueeze(1)

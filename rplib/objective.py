@@ -1,4 +1,4 @@
-"""What `rplib.MutualObjective` computes: check, choose the implementation, compute."""
+"""The computation of `rplib.MutualObjective`: check the arguments, choose the implementation, compute."""
 
 from collections.abc import Sequence
 
@@ -65,7 +65,7 @@ def objective_with(
 
 
 def _unlabelled(target: Target, z: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, *spatial) bool: the voxels of ``mask`` in samples that the target does not belong to."""
+    """(B, *spatial) bool: the voxels of ``mask`` in samples without a target."""
     rows = [k not in target.rows for k in range(z.shape[0])]
     samples = torch.tensor(rows, device=z.device).view(-1, *[1] * (z.ndim - 2))
     return samples.expand(z.shape[0], *z.shape[2:]) if mask is None else samples & mask
@@ -83,7 +83,7 @@ def check_weight(weight: object, z: Tensor) -> float | Tensor:
         if weight.numel() != 1:
             raise ValueError(f"consistency_weight has shape {tuple(weight.shape)}; expected a number or a 0-dim tensor.")
         if weight.dtype.is_complex or weight.dtype == torch.bool:
-            raise TypeError(f"consistency_weight has dtype {weight.dtype}; expected a real number or a 0-dim tensor of one.")
+            raise TypeError(f"consistency_weight has dtype {weight.dtype}; expected a real number or a real 0-dim tensor.")
         dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
         return weight.reshape(()).to(device=z.device, dtype=dtype, non_blocking=True)
     if not isinstance(weight, (str, bytes, bool)) and hasattr(weight, "__float__"):

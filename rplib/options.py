@@ -1,4 +1,4 @@
-"""The keywords of the loss, checked once."""
+"""The keywords of the loss, checked on creation."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
@@ -27,7 +27,7 @@ class Options:
     """Keywords of `rplib.functional.reliable_mutual_loss`, where they are documented.
 
     Raises:
-        ValueError: a keyword has a value that it does not know.
+        ValueError: a keyword has an invalid value.
     """
 
     confidence: Confidence | None = "entropy"
@@ -43,7 +43,7 @@ class Options:
     class_weights: tuple[float, ...] | None = None
     prototypes: Prototypes = "sample"
     reduction: Reduction = "mean"
-    prototype_decay: float = 0.99  # of the modules alone, which keep the averages
+    prototype_decay: float = 0.99  # only for the modules, which keep the averages
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():
@@ -57,7 +57,7 @@ class Options:
         if least is not None and (not _is_number(least) or not 0 <= least <= 1):
             raise ValueError(f"minimum_confidence is {least!r}; expected a probability such as 0.95, or None.")
         if not _is_number(self.prototype_decay) or not 0 <= self.prototype_decay < 1:
-            raise ValueError(f"prototype_decay is {self.prototype_decay!r}; expected a number from 0 to below 1, such as 0.99.")
+            raise ValueError(f"prototype_decay is {self.prototype_decay!r}; expected 0 <= prototype_decay < 1, such as 0.99.")
         if not isinstance(self.check_finite, bool):
             raise ValueError(f"check_finite is {self.check_finite!r}; expected True or False.")
         check_group(self.process_group)
@@ -65,17 +65,17 @@ class Options:
         _check_class_weights(self.class_weights)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Options":
-        return self  # nothing in it changes, and a process group cannot be copied
+        return self  # it is immutable, and a process group cannot be copied
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "process_group": picklable(self.process_group)}
 
     def check_sizes(self, networks: int, classes: int) -> None:
-        """Refuse students and class weights that K networks of C classes do not have."""
+        """Reject students and class weights that do not fit K networks of C classes."""
         if self.students is not None and max(self.students) >= networks:
-            raise ValueError(f"students is {self.students} but logits holds {networks} networks, counted from 0.")
+            raise ValueError(f"students is {self.students} but logits has {networks} networks; expected indices below that.")
         if self.class_weights is not None and len(self.class_weights) != classes:
-            raise ValueError(f"class_weights holds {len(self.class_weights)} numbers but logits[0] has {classes} classes.")
+            raise ValueError(f"class_weights has {len(self.class_weights)} numbers but logits[0] has {classes} classes.")
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -86,7 +86,7 @@ def _check_class_weights(weights: object) -> None:
     if weights is None:
         return
     if not isinstance(weights, tuple) or not weights or not all(_is_number(w) and 0 <= w < float("inf") for w in weights):
-        raise ValueError(f"class_weights is {weights!r}; expected a tuple of C numbers from 0, such as (0.5, 1.0), or None.")
+        raise ValueError(f"class_weights is {weights!r}; expected a tuple of C numbers >= 0, such as (0.5, 1.0), or None.")
 
 
 def _check_students(students: object) -> None:

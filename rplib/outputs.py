@@ -1,4 +1,4 @@
-"""Other conventions of network outputs, brought into the loss's own: deep supervision, sigmoid outputs of overlapping regions."""
+"""Conversion of other network outputs for the loss: deep supervision, and sigmoid outputs of overlapping regions."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def unstack(outputs: Sequence[Tensor | Sequence[Tensor]]) -> list[list[Tensor]]:
-    """Deep supervision outputs, level by level: what the loss takes at each.
+    """Split deep supervision outputs into levels, each with the list of logits that the loss accepts.
 
     Args:
         outputs: per network a stack (B, levels, C, *spatial), as MONAI's DynUNet returns in training, or a list of
@@ -17,7 +17,7 @@ def unstack(outputs: Sequence[Tensor | Sequence[Tensor]]) -> list[list[Tensor]]:
         ``[level][network]``, views of the outputs; level 0 is the one that the features belong to.
 
     Raises:
-        TypeError, ValueError: no sequence of networks, or networks with different numbers of levels.
+        TypeError, ValueError: not a sequence with one entry per network, or networks with different numbers of levels.
 
     Example:
         >>> import torch
@@ -38,12 +38,12 @@ def unstack(outputs: Sequence[Tensor | Sequence[Tensor]]) -> list[list[Tensor]]:
             per_network.append(list(output))
     numbers = [len(levels) for levels in per_network]
     if not numbers or min(numbers) < 1 or len(set(numbers)) > 1:
-        raise ValueError(f"outputs hold {numbers} levels; expected the same number, at least 1, from every network.")
+        raise ValueError(f"outputs have {numbers} levels; expected the same number, at least 1, from every network.")
     return [list(level) for level in zip(*per_network, strict=True)]
 
 
 def regions(logits: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Sigmoid outputs of overlapping regions as one problem of two classes each: outside and inside.
+    """Convert sigmoid outputs of overlapping regions to one two-class problem per region: outside and inside.
 
     softmax of (0, z) is (1 - sigmoid(z), sigmoid(z)), so entropies, pseudo-labels and Dice are those of the sigmoid.
 
@@ -54,7 +54,7 @@ def regions(logits: Sequence[Tensor]) -> list[list[Tensor]]:
         ``[region][network]``, (B, 2, *spatial) each; class 1 is the region.
 
     Raises:
-        TypeError: no sequence of tensors.
+        TypeError: not a sequence of tensors.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The loss before it is summed: what each voxel costs each student, for those who sum by their own rules."""
+"""The loss before the sum: the loss of each voxel for each student, for ``reduction="none"``."""
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,6 @@ def loss(logits: list[Tensor], maps: list[Reliability], options: Options, valid:
     for pair in maps:
         cross_entropy = F.cross_entropy(scores[pair.student], pair.pseudo_label, reduction="none")  # (B, *spatial)
         cost = pair.weight.to(dtype) * cross_entropy
-        # A NaN must show although no comparison with it is true; a class that is ruled out costs nothing where nobody teaches.
+        # Keep NaN, although no comparison with it is true. Where no network teaches, a class that is ruled out contributes 0.
         costs.append(torch.where(pair.mask | cost.isnan() & ~cross_entropy.isposinf(), cost, torch.zeros_like(cost)))
     return torch.stack(costs)

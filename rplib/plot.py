@@ -26,27 +26,28 @@ def reliability_sheet(
     target: Tensor | None = None,
     **keywords: Any,
 ) -> "Figure":
-    """One slice of one sample: image, entropies, which network teaches where, how much, and the pseudo-labels.
+    """Draw one slice of one sample: image, entropies, which network teaches where, with what weight, and the pseudo-labels.
 
     One row per network: its entropy, where it teaches (*which*; any of its students), with what weight (*how*; the largest), and
-    its pseudo-labels. The image, and the target where there is one, stand in the first column.
+    its pseudo-labels. The first column shows the image, and the target if given.
 
     Args:
         image: (B, channels, *spatial); channel 0 is shown.
         logits: K tensors (B, C, *spatial), 2 or 3 spatial axes.
         features: K tensors (B, F, *spatial); not needed with ``weighting=None``.
-        file: write the figure there as well; the ending says in which format.
+        file: also write the figure to this file; the suffix selects the format.
         sample: which of the B samples.
-        index: slice along the last axis of a volume; None: the one where the most voxels are taught.
+        index: slice along the last axis of a volume; None: the slice with the most voxels taught.
         target: (B, *spatial) or (B, 1, *spatial) class indices; drawn below the image.
         **keywords: those of `rplib.reliability`.
 
     Returns:
-        A matplotlib Figure of its own, outside pyplot: nothing to close, and a notebook shows it as the last value of a cell.
+        A matplotlib Figure that is not registered with pyplot: it need not be closed, and a notebook shows it as the last value
+        of a cell.
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError, ValueError: shapes that do not fit, besides what `rplib.reliability` raises.
+        TypeError, ValueError: shapes do not fit; in addition, the errors of `rplib.reliability`.
 
     Example:
         >>> import torch

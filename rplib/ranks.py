@@ -1,6 +1,6 @@
-"""Sums over the ranks of a process group, so that N processes compute what one would with the whole batch.
+"""Sums over the ranks of a process group, so that N processes compute the same as one process with the whole batch.
 
-What is summed before the loss can be known: mask counts, loss numerators, Dice sums. Every rank then returns the loss of the
+Mask counts, loss numerators and Dice sums are summed over the ranks. Every rank then returns the loss of the
 whole batch. Its local gradient is multiplied by the number of ranks, because DistributedDataParallel averages gradients.
 """
 
@@ -16,13 +16,13 @@ Group = Any  # a torch.distributed.ProcessGroup, "world", a NamedGroup, or None 
 
 @dataclass(frozen=True)
 class NamedGroup:
-    """What a process group is pickled as: found again by its name in the process that loads it."""
+    """The pickled form of a process group: its name, by which the loading process looks it up."""
 
     name: str
 
 
 def check_group(group: Group) -> None:
-    """Refuse what is no process group, and a group that this process is no member of.
+    """Reject a value that is not a process group, and a group without this process.
 
     Raises:
         TypeError, ValueError: names ``process_group``.
@@ -39,17 +39,17 @@ def check_group(group: Group) -> None:
 
 
 def picklable(group: Group) -> Group:
-    """The default group as "world", another by its name."""
+    """The default group as "world", any other group by its name."""
     if group is None or isinstance(group, (str, NamedGroup)):
         return group
     return "world" if dist.is_initialized() and group is dist.group.WORLD else NamedGroup(group.group_name)
 
 
 def resolved(group: Group) -> Group:
-    """The group itself, where it is given by name; None without a group.
+    """The process group itself, also if it is given by name; None without a group.
 
     Raises:
-        ValueError: there is no such group in this process.
+        ValueError: this process has no such group.
     """
     if not isinstance(group, (str, NamedGroup)):
         return group
@@ -74,7 +74,7 @@ def detached_sum(local: Tensor, group: Group) -> Tensor:
     """The sum over ranks, without a gradient; the tensor itself without a group.
 
     Raises:
-        RuntimeError: another rank did not come within the group's timeout, or left.
+        RuntimeError: another rank did not take part within the group's timeout, or has exited.
     """
     group = resolved(group)
     if group is None:

@@ -16,10 +16,10 @@ def similarity(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_matrix_product(classes: int, device: torch.device) -> bool:
-    """Whether to sum over features or voxels by a matrix product: for many classes the faster way of eager PyTorch on a CPU.
+    """Whether to sum over features or voxels with a matrix product, which is faster in eager PyTorch on a CPU for many classes.
 
-    Not where it may run in TF32 or bfloat16 because the user allows that for the network, and not under torch.compile, which
-    reads the features once for all classes.
+    It is not used where the user's settings allow TF32 or bfloat16 products, nor under torch.compile, which reads the features
+    once for all classes.
     """
     if torch.compiler.is_compiling() or device.type != "cpu" or classes <= 4:
         return False

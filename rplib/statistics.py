@@ -1,4 +1,4 @@
-"""What the objective knows besides its value: for logging, and for seeing trouble come."""
+"""Statistics of the objective, for logging and for early warnings."""
 
 from typing import NamedTuple
 
@@ -9,16 +9,16 @@ from rplib import ranks
 
 
 class ObjectiveStatistics(NamedTuple):
-    """Detached tensors on the device, from the passes that compute the loss; reading one waits for the device, nothing else does.
+    """Detached tensors on the device, from the passes that compute the loss. Only reading one waits for the device.
 
-    Pairs are (student, teacher) = (0, 1), (0, 2) .. (1, 0) .., as in `rplib.reliability`; without the networks that do not learn.
+    Pairs are (student, teacher) = (0, 1), (0, 2) .. (1, 0) .., as in `rplib.reliability`, for the students that learn.
 
     Attributes:
         taught: (pairs,) share of the valid voxels at which the pair's teacher teaches.
         weight: (pairs,) mean weight w_ij of those voxels; 0 where there is none.
         mutual: (pairs,) L_ij; their sum is the mutual loss.
         pseudo_labels: (K, C) share of the valid voxels that each network gives to each class.
-        disagreement: 0-dim, share of the valid voxels where two networks give different classes (mean over the pairs of them).
+        disagreement: 0-dim, share of the valid voxels where two networks give different classes (mean over unordered pairs).
     """
 
     taught: Tensor
@@ -29,7 +29,7 @@ class ObjectiveStatistics(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over voxels that make up `ObjectiveStatistics`; all but ``counts`` are this rank's own.
+    """The sums over voxels from which `ObjectiveStatistics` is computed; all but ``counts`` are of this rank only.
 
     counts: (pairs,) int64, of the whole batch; members: (K, C) int64; differing, voxels: 0-dim int64;
     numerators: (pairs,) of w CE / n; weights: (pairs,) of w.

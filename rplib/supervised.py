@@ -15,7 +15,7 @@ from rplib.targets import Target, is_index
 def supervised_loss(
     logits: Sequence[Tensor], target: Target, supervision: Supervision, mask: Tensor | None, group: ranks.Group
 ) -> Tensor:
-    """The term of networks with logits (B, C, *spatial), a 0-dim tensor; 0, connected to the graph, without a labelled voxel."""
+    """The supervised term for logits (B, C, *spatial), 0-dim; without a labelled voxel it is 0, connected to the graph."""
     truth = target.classes
     valid = None if mask is None else target.samples(mask)
     if supervision.ignore_index is not None:
@@ -56,7 +56,7 @@ def cross_entropy_loss(logits: Tensor, target: Tensor, process_group: ranks.Grou
     z = valid_only(logits.to(dtype), None if valid is None else valid.unsqueeze(1))
     log_p = torch.log_softmax(z, dim=1).flatten(2)  # (B, C, V)
     truth = target.flatten(1).unsqueeze(1)  # (B, 1, V)
-    # A sum over classes, not an indexed read: it has a gradient without atomics, and asks for no valid index.
+    # A sum over classes instead of an indexed read: its gradient needs no atomics, and labels outside 0..C-1 are harmless.
     chosen = truth == torch.arange(logits.shape[1], device=logits.device)[:, None]  # (B, C, V)
     if valid is None:
         count = torch.full((), target.numel(), dtype=torch.int64, device=logits.device)

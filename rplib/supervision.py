@@ -1,4 +1,4 @@
-"""The keywords of the objective that are not the loss's."""
+"""The keywords that the objective has in addition to those of the loss."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ _ALLOWED = {"supervised": ("dice", "cross_entropy", "dice+cross_entropy"), "mutu
 
 @dataclass(frozen=True)
 class Supervision:
-    """Keywords of `rplib.MutualObjective`, where they are documented, that are not the loss's.
+    """The keywords that `rplib.MutualObjective`, which documents them, has in addition to those of the loss.
 
     Raises:
-        ValueError, TypeError: a keyword has a value that it does not know.
+        ValueError, TypeError: a keyword has an invalid value.
     """
 
     dice_weight: float = 0.5
@@ -37,7 +37,7 @@ class Supervision:
             raise TypeError(f"statistics is {self.statistics!r}; expected True or False.")
 
     def check_classes(self, z: Tensor) -> None:
-        """Refuse classes that logits z (B, C, *spatial) do not have."""
+        """Reject classes that logits z (B, C, *spatial) do not have."""
         if self.dice_classes is not None and max(self.dice_classes) >= z.shape[1]:
             raise ValueError(f"dice_classes is {self.dice_classes} but logits[0] has {z.shape[1]} classes.")
 
@@ -46,7 +46,7 @@ def check_dice_classes(dice_classes: Sequence[int] | None) -> tuple[int, ...] | 
     """Different, non-negative class indices.
 
     Raises:
-        ValueError: says what came and what was expected.
+        ValueError: states what was given and what was expected.
     """
     if dice_classes is None:
         return None

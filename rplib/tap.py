@@ -1,4 +1,4 @@
-"""Features for the loss from networks as they are: what the layer that makes the logits reads."""
+"""Features for the loss from unmodified networks: the input of the layer that produces the logits."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,28 +12,28 @@ Layers = str | Sequence[str] | Sequence[Sequence[str]]
 
 
 class FeatureTap:
-    """Reads the features that networks compute on their way to the logits.
+    """Records the features that networks compute from which they produce the logits.
 
-    With no ``layer`` the first forward pass of each network shows which layer makes its logits: the convolution whose output the
-    network returns. From then on its input is kept until `features` reads it. A network that returns logits of several
-    decoders, in whatever nesting, gives one tensor per decoder, in their order; of deep supervision outputs those at the
-    full resolution count.
+    Without ``layer``, the first forward pass of each network shows which layer produces its logits: the convolution whose output
+    the network returns. From then on, the input of this layer is kept until `features` reads it. A network that returns the
+    logits of several decoders, in any nesting, gives one tensor per decoder, in the same order. With deep supervision, only the
+    full-resolution outputs are considered.
 
     Args:
         networks: the networks in the order of the logits given to the loss, or a single network with several decoders.
-        layer: name of the layer to read the input of, as in ``network.named_modules()``: one for all networks, or a sequence
+        layer: name of the layer whose input to record, as in ``network.named_modules()``: one for all networks, or a sequence
             with one per network (per decoder for a single network). None: found as above.
-        resize: interpolate features of another resolution than the logits (linearly); without it they are an error.
+        resize: interpolate features (linearly) if their resolution differs from that of the logits; otherwise this is an error.
 
     Raises:
-        TypeError, ValueError: what is no network, a network given twice or already compiled, a name that does not exist.
-        RuntimeError: in the first forward pass: no layer makes the logits (a sum of two, an interpolation, a softmax does); the
-            message lists the convolutions that ran last, to choose ``layer`` from.
+        TypeError, ValueError: not a network, a network given twice or already compiled, or a name that does not exist.
+        RuntimeError: in the first forward pass: no layer produces the logits (they are a sum, an interpolation, a softmax); the
+            message lists the convolutions that ran last, as candidates for ``layer``.
 
-    Works under ``torch.compile``, DistributedDataParallel, activation checkpointing, ``copy.deepcopy`` and ``torch.save``. Order
-    for compiling: tap, one forward pass (or `find`, or ``layer=``), then ``torch.compile``; hooks set after a first compiled call
-    would never run. A copied network keeps its hooks, and needs a FeatureTap of its own to be read; a network has one tap, and a
-    new one replaces it.
+    Works with ``torch.compile``, DistributedDataParallel, activation checkpointing, ``copy.deepcopy`` and ``torch.save``. To
+    compile a network, first tap it, then run one forward pass (or `find`, or ``layer=``), then call ``torch.compile``; hooks set
+    after a first compiled call would never run. A copied network keeps its hooks, but needs its own FeatureTap. A network has one
+    tap at a time, and a new one replaces it.
 
     Source: the features f_j of Su et al., Medical Image Analysis 94 (2024) 103111.
 
@@ -61,11 +61,11 @@ class FeatureTap:
 
     @property
     def layers(self) -> list[list[str] | None]:
-        """Per network the names of the layers that are read; None where no forward pass has shown them yet."""
+        """Per network, the names of the layers whose inputs are recorded; None before they are found in a forward pass."""
         return [None if r.layers is None else [layer.name for layer in r.layers] for r in self._recorders]
 
     def find(self, *inputs: Any) -> list[list[str] | None]:
-        """Find the layers now, by a forward pass of every network in evaluation mode without gradients; returns `layers`."""
+        """Find the layers with a forward pass of every network in evaluation mode without gradients; returns `layers`."""
         for network in self.networks:
             modes = {module: module.training for module in network.modules()}
             network.eval()
@@ -80,16 +80,16 @@ class FeatureTap:
         return self.layers
 
     def features(self) -> list[Tensor]:
-        """(B, F, *spatial) for each network (decoder) from its last forward pass, detached; forgets them.
+        """Return and discard the features of the last forward pass: detached (B, F, *spatial) for each network (decoder).
 
         Raises:
             RuntimeError: a network has not run since the last call.
-            ValueError: features of another resolution than the logits, without ``resize``.
+            ValueError: the resolution differs from that of the logits, without ``resize``.
         """
         return [f for recorder in self._recorders for f in recorder.take(self.resize)]
 
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for network in self.networks:
             remove_hooks(network)
 
@@ -109,12 +109,10 @@ def _as_networks(networks: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
         if not isinstance(network, nn.Module):
             raise TypeError(f"networks[{k}] is a {type(network).__name__}; expected a torch.nn.Module.")
         if any(network is other for other in found[:k]):
-            raise ValueError(
-                f"networks[{k}] is given twice; one network that runs twice keeps the features of its last pass alone."
-            )
+            raise ValueError(f"networks[{k}] is given twice; a network that runs twice keeps only the features of its last pass.")
         if hasattr(network, "_orig_mod") or getattr(network, "_compiled_call_impl", None) is not None:
             raise ValueError(
-                f"networks[{k}] is compiled already, where new hooks may never run; tap it first, then torch.compile."
+                f"networks[{k}] is compiled already, so new hooks may never run; tap it first, then call torch.compile."
             )
     return found
 
@@ -129,6 +127,6 @@ def _names_per_network(layer: Layers | None, networks: int) -> list[list[str] | 
         return [[str(entry) for entry in entries]]
     if len(entries) != networks:
         raise ValueError(
-            f"layer holds {len(entries)} entries for {networks} networks; expected one name, or one entry per network."
+            f"layer has {len(entries)} entries for {networks} networks; expected one name, or one entry per network."
         )
     return [[entry] if isinstance(entry, str) else list(entry) for entry in entries]

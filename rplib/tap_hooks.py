@@ -1,7 +1,7 @@
-"""The hooks behind `rplib.FeatureTap`: what one network's forward pass shows of the layer that makes its logits.
+"""The hooks of `rplib.FeatureTap`: they find the layer that produces a network's logits and record its input.
 
-Every hook is a method of an object that holds all it knows, so that copying or pickling a network copies or pickles the hooks
-with it: a copy never writes into the original's features.
+Every hook is a method of an object with all of its state. Copying or pickling a network copies or pickles the hooks with it,
+so a copy never writes into the original's features.
 """
 
 import difflib
@@ -20,7 +20,7 @@ _INTERPOLATION = {3: "linear", 4: "bilinear", 5: "trilinear"}
 
 
 class _Layer(NamedTuple):
-    """A layer by its name, and which of its calls in one forward pass is meant."""
+    """The name of a layer, and the index of one of its calls in a forward pass."""
 
     name: str
     call: int
@@ -35,12 +35,12 @@ class _Call(NamedTuple):
 
 
 class Recorder:
-    """What the hooks of one network know."""
+    """The state of one network's hooks."""
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.layers: list[_Layer] | None = None
-        self.checked = False  # the number of channels, once
+        self.checked = False  # whether the number of channels was checked
         self.clear()
 
     def clear(self) -> None:
@@ -74,7 +74,7 @@ class Recorder:
             if name not in known or name == "":
                 close = difflib.get_close_matches(name, known, n=5, cutoff=0.3)
                 raise ValueError(
-                    f"layer {name!r} is no layer of networks[{self.index}] ({type(network).__name__}); names like it: "
+                    f"layer {name!r} is not a layer of networks[{self.index}] ({type(network).__name__}); similar names: "
                     f"{', '.join(map(repr, close)) or 'none'}."
                 )
             known[name].register_forward_pre_hook(_Reader(self, name).read)
@@ -104,8 +104,8 @@ class Recorder:
         """The calls that made the returned tensors of full resolution, and these tensors."""
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                f"FeatureTap does not know yet which layer of networks[{self.index}] makes the logits, and a compiled network "
-                "cannot show it: run one forward pass before torch.compile, call tap.find(images), or pass layer=."
+                f"FeatureTap has not found the layer of networks[{self.index}] that produces the logits, and cannot find it in a "
+                "compiled network: run one forward pass before torch.compile, call tap.find(images), or pass layer=."
             )
         made = [(call, t) for t in returned for call in reversed(self.calls) if _same_memory(call.output, t)]
         if not made:
@@ -118,7 +118,7 @@ class Recorder:
         return list(chosen), list(chosen.values())
 
     def watch_no_longer(self, network: nn.Module) -> None:
-        """The layers are known: keep the inputs of their calls, and read them alone from now on."""
+        """Stop watching all convolutions: the layers are known. Keep their inputs, and record only these from now on."""
         assert self.layers is not None
         names = {layer.name for layer in self.layers}
         for call in self.calls:
@@ -135,28 +135,28 @@ class Recorder:
             read = self.inputs.get(layer.name, [])
             if layer.call < len(read) and read[layer.call].shape[1] <= classes:
                 warnings.warn(
-                    f"layer {layer.name!r} of networks[{self.index}] reads F = {read[layer.call].shape[1]} channels for "
-                    f"C = {classes} classes: too few for prototypes to say more than the logits do; consider layer= with the "
-                    "layer before it.",
+                    f"the input of layer {layer.name!r} of networks[{self.index}] has F = {read[layer.call].shape[1]} channels "
+                    f"for C = {classes} classes: too few for prototypes to add information to the logits; consider passing the "
+                    "layer before it as layer=.",
                     stacklevel=2,
                 )
 
     def candidates(self) -> str:
         lines = [
-            f"  layer={call.layer.name!r}: reads {tuple(call.input.shape)}, gives {tuple(call.output.shape)}"
+            f"  layer={call.layer.name!r}: input {tuple(call.input.shape)}, output {tuple(call.output.shape)}"
             for call in self.calls[-6:]
         ]
         return (
-            f"no layer of networks[{self.index}] makes what it returns: it is computed from layers' outputs (a sum, an "
-            "interpolation, a stack, a softmax). Pass layer= with the name of one whose input should be the features; the last "
-            "convolutions that ran:\n" + ("\n".join(lines) or "  none")
+            f"no layer of networks[{self.index}] produces its output directly: it is computed from the outputs of layers (a sum, "
+            "an interpolation, a stack, a softmax). Pass layer= with the name of a layer whose input should be the features; the "
+            "last convolutions that ran:\n" + ("\n".join(lines) or "  none")
         )
 
     def take(self, resize: bool) -> list[Tensor]:
         if not self.complete or self.layers is None:
             raise RuntimeError(
                 f"networks[{self.index}] has not run since its features were last read; call every network before features(). "
-                "(A network compiled before it was tapped never shows them: tap first, then torch.compile.)"
+                "(A network compiled before it was tapped never records them: tap it first, then call torch.compile.)"
             )
         result = []
         for layer in self.layers:
@@ -171,8 +171,9 @@ class Recorder:
             if tuple(f.shape[2:]) != size:
                 if not resize:
                     raise ValueError(
-                        f"layer {layer.name!r} of networks[{self.index}] reads {tuple(f.shape)} but the network returns "
-                        f"{self.size}; pass resize=True to interpolate the features, or layer= with one of full resolution."
+                        f"the input of layer {layer.name!r} of networks[{self.index}] is {tuple(f.shape)} but the network "
+                        f"returns {self.size}; pass resize=True to interpolate the features, or layer= with a full-resolution "
+                        "layer."
                     )
                 f = F.interpolate(f, size=size, mode=_INTERPOLATION[f.ndim], align_corners=False)
             result.append(f)
@@ -199,7 +200,7 @@ class _Reader:
 
 
 def remove_hooks(network: nn.Module) -> None:
-    """Take away the hooks of the tap on this network itself, not those of taps on its parts."""
+    """Remove the hooks of the tap on this network itself, but not those of taps on its submodules."""
     owners = [getattr(hook, "__self__", None) for hook in network._forward_pre_hooks.values()]
     recorders = [owner for owner in owners if isinstance(owner, Recorder)]
 
@@ -251,5 +252,5 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _in_backward() -> bool:
-    """True while activation checkpointing computes a forward pass again."""
+    """True while activation checkpointing recomputes a forward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -1,4 +1,4 @@
-"""Checks of what the supervised term reads: which samples have a target, and whether its values are classes."""
+"""Checks of the target of the supervised term: which samples it belongs to, and whether its values are classes."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,18 +12,18 @@ Labelled = int | Sequence[int] | Sequence[bool] | Tensor | None
 
 
 class Target(NamedTuple):
-    """classes: (B_l, *spatial) as given; rows: the samples of the batch that they belong to, in that order."""
+    """classes: (B_l, *spatial) as given; rows: indices of their samples in the batch, in the same order."""
 
     classes: Tensor
     rows: list[int]
 
     @property
     def first(self) -> bool:
-        """The labelled samples are the first ones, as the kernels read them."""
+        """Whether the labelled samples are the first ones, as the kernels require."""
         return self.rows == list(range(len(self.rows)))
 
     def samples(self, tensor: Tensor) -> Tensor:
-        """The labelled samples of (B, ...): a slice where they lie side by side, else a copy."""
+        """The labelled samples of (B, ...): a slice if they are contiguous, else a copy."""
         runs: list[list[int]] = []
         for row in self.rows:
             if runs and row == runs[-1][1]:
@@ -37,10 +37,10 @@ class Target(NamedTuple):
 
 
 def check_target(target: Tensor, z: Tensor, labelled: Labelled = None) -> Target:
-    """A target that belongs to logits z (B, C, *spatial).
+    """Check a target for logits z (B, C, *spatial).
 
     Raises:
-        TypeError, ValueError: says what came and what was expected.
+        TypeError, ValueError: states what was given and what was expected.
     """
     if not isinstance(target, Tensor):
         raise TypeError(f"target is a {type(target).__name__}; expected a torch.Tensor of class indices.")
@@ -68,12 +68,12 @@ def check_target(target: Tensor, z: Tensor, labelled: Labelled = None) -> Target
             + "; expected one target per labelled sample"
             + ("." if labelled is None else ", or one per sample of the batch.")
         )
-    whole = Target(target, rows)  # a target per sample of the batch: those of unlabelled ones are not read
+    whole = Target(target, rows)  # one target per sample of the batch: those of unlabelled samples are ignored
     return Target(whole.samples(target), rows)
 
 
 def bad_labels(target: Target, classes: int, ignore_index: int | None, mask: Tensor | None) -> Tensor | None:
-    """(B_l, *spatial) bool, True where a label that counts is no class; None where the dtype rules that out."""
+    """(B_l, *spatial) bool, True where a label that counts is not a class; None if the dtype rules that out."""
     t = target.classes
     if t.dtype == torch.bool:
         return None
@@ -86,7 +86,7 @@ def bad_labels(target: Target, classes: int, ignore_index: int | None, mask: Ten
 
 
 def is_index(target: Tensor, index: int) -> Tensor:
-    """Where target has this value: False everywhere for a value that its dtype does not hold (-1 in uint8)."""
+    """Where target has this value: False everywhere for a value that its dtype cannot represent (-1 in uint8)."""
     if target.dtype == torch.bool:
         return torch.zeros_like(target) if index not in (0, 1) else target == bool(index)
     if not target.is_floating_point() and not torch.iinfo(target.dtype).min <= index <= torch.iinfo(target.dtype).max:
@@ -95,13 +95,13 @@ def is_index(target: Tensor, index: int) -> Tensor:
 
 
 def check_labels(target: Target, bad: Tensor | None, classes: int, ignore_index: int | None, *, look: bool) -> Tensor | None:
-    """Answer to labels that are no classes: an error where values may be looked at, else a number that spoils the loss.
+    """Handle labels that are not classes: raise an error if values may be read, else return a number that makes the loss NaN.
 
     Args:
-        look: wait for the device to look, also on a GPU.
+        look: read values on a GPU too, which waits for the device.
 
     Returns:
-        None where all is well; else 0-dim float32: 0, or NaN where some label is bad.
+        None if all labels are valid; else, if values may not be read, 0-dim float32: 0, or NaN if a label is invalid.
     """
     if bad is None:
         return None
@@ -120,7 +120,7 @@ def check_labels(target: Target, bad: Tensor | None, classes: int, ignore_index:
         else "pass ignore_index= for voxels without a label, and map the labels to 0..C-1 otherwise"
     )
     raise ValueError(
-        f"target holds {found.numel()} voxels whose values are no class ({values}); expected 0..{classes - 1}{known}; {advice}."
+        f"target has {found.numel()} voxels whose values are not classes ({values}); expected 0..{classes - 1}{known}; {advice}."
     )
 
 
@@ -158,12 +158,12 @@ def _hint(target: Tensor, z: Tensor) -> str:
     shape, spatial = tuple(target.shape[1:]), tuple(z.shape[2:])
     if shape == (z.shape[1], *spatial):
         return (
-            " It has a channel per class: pass target.argmax(dim=1) of a one-hot target, and for overlapping regions "
-            "(sigmoid outputs) one binary problem each, see rplib.regions."
+            " It has one channel per class: for a one-hot target, pass target.argmax(dim=1); for overlapping regions "
+            "(sigmoid outputs), use one binary problem per region, see rplib.regions."
         )
     if shape in (spatial[1:], (1, *spatial[1:])):
         return (
-            " The logits have an axis more than the target: a stack of deep supervision outputs (B, outputs, C, *spatial)? "
+            " The logits have one more axis than the target: a stack of deep supervision outputs (B, outputs, C, *spatial)? "
             "Unpack it with rplib.unstack."
         )
     return ""

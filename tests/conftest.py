@@ -33,6 +33,24 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.line(f"{value:>16}  {nodeid}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m "not slow"
+def pytest_collection_modifyitems(items):
+    """Of a test marked slow_cases(IDS), the cases of those ids are slow; an id that no longer exists is an error."""
+    found = {}
+    for item in items:
+        marker = item.get_closest_marker("slow_cases")
+        if marker is None:
+            continue
+        found.setdefault((item.path, item.originalname), (marker.args, set()))[1].add(item.callspec.id)
+        if item.callspec.id in marker.args:
+            item.add_marker(pytest.mark.slow)
+    for (path, name), (named, ids) in found.items():
+        # With fewer cases than ids are named, the caller chose some of them.
+        if len(ids) > len(named) and not ids.issuperset(named):
+            unknown = sorted(set(named) - ids)
+            raise pytest.UsageError(f"{path.name}::{name}: slow_cases names {unknown}, which are not among its cases")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(1337)

@@ -1,4 +1,4 @@
-"""The ahead-of-time report: right about known machine code; the kernels of the loss need no more than they did."""
+"""The ahead-of-time report: correct for known machine code; the kernels of the loss use no more resources than before."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ LONG = pytest.mark.slow
 
 
 def without_interpreter(*arguments, interpret=None):
-    """Run Python in a process of its own: here Triton interprets, and decided so when it was imported."""
+    """Run Python in a separate process: in this one, Triton uses its interpreter, which is decided at import."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     if interpret:
@@ -97,8 +97,8 @@ def test_widths_of_amd_instructions():
 
 COMPILE = """
 import json, sys
-from rplib.bench.ahead_of_time import Case, report
-print(json.dumps([[row.__dict__ for row in report(Case(**case))] for case in json.loads(sys.argv[1])]))
+from rplib.bench.ahead_of_time import Point, report
+print(json.dumps([[row.__dict__ for row in report(Point(**case))] for case in json.loads(sys.argv[1])]))
 """
 
 
@@ -153,7 +153,7 @@ def test_kernels_of_the_loss_need_no_more_than_they_did(target):
 @LONG
 @pytest.mark.timeout(3600)
 def test_every_pair_of_options_compiles_without_spills():
-    """What the interpreter takes the compiler may refuse; the report above has the default options alone."""
+    """The compiler may reject what the interpreter accepts; the report above has only the default options."""
     done = without_interpreter(str(ROOT / "tests" / "compiled_options.py"))
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)

@@ -55,6 +55,7 @@ def test_every_variant_once(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2 * 2 * 6
 
 
+@pytest.mark.slow
 def test_candidates_of_the_sweep_compute_the_same():
     logits, features = gpu_checks.networks(1, 2, 16, (9, 8, 7), torch.float32, DEVICE)
     import rplib

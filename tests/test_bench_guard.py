@@ -1,4 +1,4 @@
-"""Nobody makes the kernels move more, unseen: bytes per voxel and launches of one forward and backward pass, as ceilings.
+"""The kernels must not move more bytes unnoticed: limits on bytes per voxel and launches of one forward and backward pass.
 
 python tests/test_bench_guard.py        prints the table CEILINGS as it is now (PYTHONPATH=. TRITON_INTERPRET=1)
 """
@@ -44,7 +44,7 @@ LAUNCHES = 5
 
 
 def floor(classes, features, size):
-    """Bytes per voxel that nothing can go below: logits and features read, logits and the teacher's features read, gradients."""
+    """Lower bound of bytes per voxel: logits and features read, logits and the teacher's features read, gradients written."""
     return (2 * (classes + features) + 2 * classes + features + 2 * classes) * size
 
 

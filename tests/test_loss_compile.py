@@ -75,6 +75,7 @@ def test_fullgraph_with_a_non_contiguous_input_and_an_upstream_factor(impl):
     assert_right(loss, [g / -7.5 for g in gradients], logits, features)
 
 
+@pytest.mark.slow_cases("naive")
 @EVERY_IMPL
 def test_fullgraph_for_changing_shapes(impl):
     step = torch.compile(rplib.ReliableMutualLoss(impl=impl), fullgraph=True, dynamic=True, backend="aot_eager")
@@ -145,6 +146,7 @@ def test_mutual_objective_fullgraph(impl):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow_cases("triton")
 @pytest.mark.parametrize("impl", FAST_IMPLS)
 def test_a_weight_that_changes_is_not_recompiled(impl):
     """The ramp gives a new number every 150 iterations."""

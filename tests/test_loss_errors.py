@@ -1,4 +1,4 @@
-"""Mistakes of the caller: one clear sentence that names the argument, what came and what was expected."""
+"""Mistakes of the caller: one clear sentence that names the argument, what was given and what was expected."""
 
 import pytest
 import torch

@@ -35,6 +35,7 @@ def test_pieces_cover_every_voxel_of_every_sample_once():
         assert (seen == 1).all()
 
 
+@pytest.mark.slow_cases("triton-33")
 @pytest.mark.parametrize(
     ("impl", "classes"),
     [

@@ -28,7 +28,7 @@ def box_mask(batch: int) -> torch.Tensor:
 
 
 def spoiled(tensors, mask):
-    """The same values inside, and at every masked voxel what no formula survives."""
+    """The same values inside the mask, and NaN at every masked voxel."""
     return [torch.where(mask[:, None], t, torch.full_like(t, float("nan"))) for t in tensors]
 
 
@@ -110,7 +110,7 @@ def test_a_mask_of_nothing_is_zero_and_connected(impl):
 @pytest.mark.parametrize(("classes", "supervised"), [(2, "dice"), (4, "dice"), (4, "cross_entropy"), (3, "dice+cross_entropy")])
 @EVERY_IMPL
 def test_objective_is_that_of_the_cropped_problem(impl, classes, supervised):
-    """Labels under the mask are not read: 255 there is no mistake."""
+    """Labels at masked voxels are ignored: 255 is allowed there."""
     logits, features = networks((5, 6, 7), classes, 6, batch=3, dtype=torch.float64)
     target = torch.randint(0, classes, (2, 5, 6, 7), device=DEVICE)
     mask = box_mask(3)

@@ -38,6 +38,7 @@ def test_the_guard_bites():
         assert done.returncode < 0 and done.stdout == "inside\n", done.stderr
 
 
+@pytest.mark.slow_cases("triton-float32-14-33-37-contiguous-end", "triton-float32-2-5-517-contiguous-start")
 @pytest.mark.parametrize(
     ("dtype", "classes", "features", "voxels", "layout", "side"),
     [

@@ -46,6 +46,7 @@ def assert_right(result, gradients, reference, tolerance=2e-6):
         assert (g.double() - exact).norm() <= tolerance * exact.norm()
 
 
+@pytest.mark.slow_cases("triton-14-None")
 @pytest.mark.parametrize(("classes", "dice_classes"), [(2, None), (4, None), (4, (1,)), (4, (0, 3)), (14, None)])
 @EVERY_IMPL
 def test_values_and_gradients(impl, classes, dice_classes):

@@ -162,7 +162,7 @@ def test_values_that_do_not_fit():
         with pytest.raises(ValueError, match=keyword):
             rplib.MutualObjective(**{keyword: value})
     logits, features = problem()
-    with pytest.raises(ValueError, match=r"class_weights holds 2 numbers.*3 classes"):
+    with pytest.raises(ValueError, match=r"class_weights has 2 numbers.*3 classes"):
         rplib.ReliableMutualLoss(class_weights=(1.0, 2.0))(logits, features)
 
 

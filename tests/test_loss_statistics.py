@@ -1,4 +1,4 @@
-"""`MutualObjective(statistics=True)`: what the passes know besides the loss, against counts by hand."""
+"""`MutualObjective(statistics=True)`: the statistics from the passes of the loss, against counts by hand."""
 
 import pytest
 import torch
@@ -91,6 +91,7 @@ def test_compiled_together():
         torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow_cases("triton-18-dtype2-spatial2-{}", "triton-18-dtype2-spatial2-{'weighting': None}")
 @pytest.mark.parametrize("keywords", [{}, {"confidence": None, "weighting": None}, {"weighting": None}], ids=str)
 @pytest.mark.parametrize(
     ("classes", "dtype", "spatial"), [(2, torch.float32, (7, 5, 3)), (4, torch.bfloat16, (67,)), (18, torch.float32, (1,))]

@@ -1,4 +1,4 @@
-"""The objective's own options: labels and what is none, ignore_index, labelled=, supervised=, students=, the weight."""
+"""The options of the objective: valid and invalid labels, ignore_index, labelled=, supervised=, students=, the weight."""
 
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def test_whole_numbers_of_any_type_and_bool_are_classes(impl):
 @pytest.mark.parametrize("supervised", ["dice", "cross_entropy", "dice+cross_entropy"])
 @PLAIN_IMPL
 def test_ignore_index(impl, supervised, dtype):
-    """Scribbles: most voxels carry 255. The supervised term forgets them, the mutual one does not."""
+    """Scribbles: most voxels are 255. The supervised term ignores them, the mutual term does not."""
     logits, features, target = problem()
     scribbles = torch.where(torch.rand_like(target, dtype=torch.float32) < 0.2, target, 255)
     result, gradients = run(
@@ -291,6 +291,7 @@ def test_cross_entropy_and_the_mean_of_both(impl, dtype, classes):
             assert (g - e).norm() <= rounding * e.norm()
 
 
+@pytest.mark.slow_cases("triton-dice+cross_entropy-18-dtype2-spatial2-keywords2-spatial_slice")
 @pytest.mark.parametrize("layout", [None, *(LAYOUTS[name] for name in ("channels_last", "spatial_slice"))])
 @pytest.mark.parametrize(
     ("classes", "dtype", "spatial", "keywords"),
@@ -304,7 +305,7 @@ def test_cross_entropy_and_the_mean_of_both(impl, dtype, classes):
 @pytest.mark.parametrize("supervised", ["cross_entropy", "dice+cross_entropy"])
 @pytest.mark.parametrize("impl", [TRITON])
 def test_cross_entropy_inside_the_kernels(impl, supervised, classes, dtype, spatial, keywords, layout):
-    """Beside the mutual term, as the naive form has it in float64 with the kernels' own tie-breaking out of play."""
+    """Together with the mutual term, against the naive form in float64, on random inputs without near-ties."""
     logits, features = networks(spatial, classes, 6, batch=3, dtype=dtype)
     target = torch.randint(0, classes, (2, *spatial), device=DEVICE)
     laid = [[t if layout is None else layout(t) for t in ts] for ts in (logits, features)]
@@ -436,7 +437,7 @@ def test_numbers_of_numpy_are_weights():
 
 
 class Annotated(torch.Tensor):
-    """A tensor that carries notes along, as MONAI's MetaTensor does: every operation passes them on."""
+    """A tensor with metadata, like MONAI's MetaTensor: every operation passes it on."""
 
     calls = 0
 

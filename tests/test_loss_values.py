@@ -69,6 +69,7 @@ def test_closed_gradient_of_the_truth_is_its_autograd_gradient(count, options):
 # -------------------------------------------------------------------------------------------------- dtypes and shapes
 
 
+@pytest.mark.slow_cases("triton-14-1", "triton-14-16", "triton-14-32")
 @pytest.mark.parametrize("features", [1, 5, 16, 32])
 @pytest.mark.parametrize("classes", [2, 3, 4, 14])
 @pytest.mark.parametrize("impl", IMPLS)
@@ -82,6 +83,7 @@ def test_classes_and_features_in_float64(impl, classes, features):
     check(impl, *networks((5, 7, 3), classes, features, dtype=F64))
 
 
+@pytest.mark.slow_cases("triton-dtype1-14-32")
 @pytest.mark.parametrize(("classes", "features"), [(2, 16), (4, 5), (14, 32)])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("impl", IMPLS)
@@ -101,6 +103,7 @@ def test_voxel_counts_around_a_block(impl, voxels):
     check(impl, *networks((voxels,), 2, 16, batch=1 if voxels > 200 else 2, seed=voxels))
 
 
+@pytest.mark.slow_cases("triton-511", "triton-512")
 @pytest.mark.parametrize("voxels", around(blocks(5, 3)))
 @pytest.mark.parametrize("impl", FAST_IMPLS)
 def test_voxel_counts_around_a_block_with_many_classes(impl, voxels):
@@ -494,6 +497,7 @@ def half_precision_excess(impl, logits, features, upstream, **keywords):
     return worst
 
 
+@pytest.mark.slow_cases("triton-dtype0-4-8.0-65536.0", "triton-dtype1-4-8.0-65536.0")
 @pytest.mark.parametrize(("scale", "upstream"), [pytest.param(2.0, 1.0, marks=pytest.mark.slow), (8.0, 65536.0)])
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("dtype", HALF)

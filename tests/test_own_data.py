@@ -1,4 +1,4 @@
-"""One's own data as it lies on the disk: nnU-Net folders, DICOM series, slips in labels, odd files among good ones."""
+"""Users' own data as found on disk: nnU-Net folders, DICOM series, mistakes in labels, odd files among valid ones."""
 
 import contextlib
 import csv
@@ -229,7 +229,7 @@ def test_folders_that_are_no_one_series(tmp_path, capsys):
     (tmp_path / "images" / "notes" / "read.me").write_text("no image")
     code, out = check(capsys, tmp_path)
     assert code == 2
-    assert "b holds 2 folders of DICOM files (b, again); keep one series" in out
+    assert "b contains 2 folders of DICOM files (b, again); keep one series" in out
     assert "4.00 mm apart, the others 2.00 mm; a slice is missing" in out
     assert "notes" not in out and "images/a" not in out
 

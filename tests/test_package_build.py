@@ -1,4 +1,4 @@
-"""Wheel and sdist hold the tree, whole and under the right names; pyproject says what it should."""
+"""Wheel and sdist contain the whole tree under the right names; pyproject is consistent with it."""
 
 import os
 import re
@@ -77,7 +77,7 @@ def test_wheel_from_the_sdist_is_the_same(built, tmp_path):
 
 @pytest.mark.slow
 def test_released_as_the_guide_says(tmp_path):
-    """`python -m build`, `twine check --strict`, and the wheel in an environment that knows nothing of the checkout."""
+    """`python -m build`, `twine check --strict`, and the wheel in an environment without access to the checkout."""
     pytest.importorskip("twine")
     source = copy_source(tmp_path / "source")
     out = tmp_path / "dist"

@@ -60,7 +60,7 @@ def test_options_table_is_the_signature():
 
 
 def test_every_implementation_is_in_the_table():
-    named = {row[0].strip('`"') for row in rows("`impl`", "is")}
+    named = {row[0].strip('`"') for row in rows("`impl`", "description")}
     assert named == set(options._ALLOWED["impl"])
 
 

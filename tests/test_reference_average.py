@@ -135,7 +135,7 @@ def test_evaluate_scores_the_last_weights_beside_the_averaged(finished, data, tm
 def test_a_run_without_averaged_weights_says_how_to_get_them(data, tmp_path, capsys):
     train(data, tmp_path / "run", "average=0", "iterations=2")
     line = mistake(capsys, "evaluate", tmp_path / "run", "--data", data, "--weights", "averaged")
-    assert "holds no averaged weights; train with average=0.99, or take --weights best or last" in line
+    assert "has no averaged weights; train with average=0.99, or use --weights best or last" in line
 
 
 def test_rates_and_weights_follow_their_schedules(data, tmp_path):

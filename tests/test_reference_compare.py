@@ -130,7 +130,7 @@ def test_a_difference_of_other_seeds_has_no_deviation():
 
 
 def test_mistakes(runs, tmp_path, capsys):
-    assert "holds no config.toml" in mistake(capsys, "compare", tmp_path / "none")
+    assert "has no config.toml" in mistake(capsys, "compare", tmp_path / "none")
     assert "run `rplib evaluate" in mistake(capsys, "compare", runs[0], "--split", "train")
     longer = evaluated(tmp_path / "long", "la-16", [0.5, 0.9, 0.8])
     assert "not scored on the same cases as la-8-supervised (for example case c2" in mistake(capsys, "compare", runs[0], longer)

@@ -399,7 +399,7 @@ def test_withdrawn_cases_are_left_out_of_published_lists(tmp_path, capsys):
     assert "image0025" in out and "withdrawn" in out
     assert open_dataset(tmp_path / "dest", "pancreas").names("train") == ["image0002"]
     (lists / "train.list").write_text("image0003\nimage0002\n")
-    assert "names image0003 (1 in all)" in mistake(
+    assert "lists image0003 (1 in all)" in mistake(
         capsys, "data", "pancreas", tmp_path / "raw", tmp_path / "new", "--lists", lists
     )
 
@@ -534,7 +534,7 @@ def test_bad_raw_files_are_reported_and_the_rest_still_run(tmp_path, capsys):
         ("B", "flair", "cannot be read"),
         ("C", "seg", "is not on the grid"),
         ("D", "flair", "no voxel above 0"),
-        ("E", "seg", "background everywhere"),
+        ("E", "seg", "contains only background"),
         ("F", "flair", "NaN or infinite"),
         ("G", "flair", "expected a 3-D volume with one channel"),
     ]:
@@ -549,7 +549,7 @@ def test_mistakes_of_conversion(tmp_path, capsys):
     empty.mkdir()
     assert "no folder" in mistake(capsys, "data", "brats", tmp_path / "nowhere", tmp_path / "dest")
     line = mistake(capsys, "data", "left-atrium", empty, tmp_path / "dest")
-    assert "holds none of <case>/lgemri.nrrd" in line
+    assert "contains no <case>/lgemri.nrrd" in line
     assert not (tmp_path / "dest").exists()
     raw_left_atrium(tmp_path / "raw" / "one", "A")
     raw_left_atrium(tmp_path / "raw" / "two", "A")

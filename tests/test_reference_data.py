@@ -258,7 +258,7 @@ def test_check_lists_every_problem(tmp_path, capsys):
         (names[1], "outside the classes"),
         (names[2], "has no file"),
         (names[3], "not a readable h5 file"),
-        (names[5], "background everywhere"),
+        (names[5], "contains only background"),
         (names[6], "lacks the key 'label'"),
         (names[4], "is in train.list and in test.list"),
     ]:
@@ -276,7 +276,7 @@ def test_check_names_a_missing_folder_a_missing_list_and_a_repeated_case(tmp_pat
     assert cli.main(["data", "check", str(tmp_path)]) == 2
     out = capsys.readouterr().out
     assert "no test.list" in out
-    assert f"names {names[0]} more than once" in out
+    assert f"lists {names[0]} more than once" in out
     (tmp_path / "train.list").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "test.list").write_text("\n")
     assert cli.main(["data", "check", str(tmp_path)]) == 2

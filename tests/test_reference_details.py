@@ -162,7 +162,7 @@ def _no_curves(monkeypatch):
 def test_a_validation_that_finds_nothing_says_what_best_holds(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "case_dice", lambda network, cases, *_: [0.0] * len(cases))
     train(data, tmp_path / "run", "validation=1")
-    assert "no validation gave a Dice above 0: best.pt holds the last weights" in capsys.readouterr().err
+    assert "no validation gave a Dice above 0: best.pt contains the last weights" in capsys.readouterr().err
     train(data, tmp_path / "none", "validation=0")
     assert "no validation" not in capsys.readouterr().err
 

@@ -361,7 +361,7 @@ def test_mistakes(run, data, tmp_path, capsys):
     assert "no run folder" in mistake(capsys, "evaluate", tmp_path / "nowhere", "--data", data)
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "holds no last.pt" in mistake(capsys, "evaluate", empty, "--data", data)
+    assert "has no last.pt" in mistake(capsys, "evaluate", empty, "--data", data)
     assert not any(empty.iterdir())
     assert "no data folder" in mistake(capsys, "evaluate", run, "--data", tmp_path / "nodata")
     assert "stride (17, 4, 4) does not fit" in mistake(capsys, "evaluate", run, "--data", data, "--stride", "17", "4", "4")

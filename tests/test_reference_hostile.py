@@ -153,7 +153,7 @@ def test_a_list_cannot_lead_out_of_its_folder(data, trained, tmp_path, capsys, n
         message = capsys.readouterr().out
     else:
         message = mistake(capsys, *arguments)
-    assert "train.list names '" in message or "test.list names '" in message
+    assert "train.list contains '" in message or "test.list contains '" in message
     assert "not a case name; expected" in message
     assert "\x1b" not in message and "\x00" not in message
     assert {k: v for k, v in everything(tmp_path).items() if not k.startswith("out/")} == before
@@ -169,7 +169,7 @@ def test_no_output_path_leaves_its_folder(tmp_path, part):
 def test_a_long_name_is_reported_before_the_network_is_asked(data, trained, tmp_path, capsys):
     image = tmp_path / f"{'x' * 248}.nii"
     nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((16, 16, 16), np.float32), np.eye(4)), image)
-    assert "at most 255 bytes, it has 266" in mistake(capsys, "predict", trained, image, "--out", tmp_path / "out")
+    assert "a name of at most 255 bytes, not 266" in mistake(capsys, "predict", trained, image, "--out", tmp_path / "out")
 
 
 def test_names_are_neither_formulas_nor_markup(data, tmp_path, capsys):
@@ -249,7 +249,7 @@ def test_a_huge_empty_data_set_is_not_allocated(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"8\.4 GB of memory, more than the limit of 8 GB; .*RPLIB_MOST_GB=9"):
         read_h5(path)
     monkeypatch.setenv(headers.LIMIT, "20")
-    with pytest.raises(UserError, match="the file holds 0 bytes; it is cut short"):
+    with pytest.raises(UserError, match="the file has 0 bytes; the file is truncated"):
         read_h5(path)
     monkeypatch.setenv(headers.LIMIT, "much")
     with pytest.raises(UserError, match="RPLIB_MOST_GB is 'much'"):
@@ -273,7 +273,7 @@ def test_a_nifti_header_that_declares_more_than_the_file_holds(tmp_path, suffix)
     content[42:48] = np.array([800, 800, 800], "<i2").tobytes()
     path = tmp_path / f"a{suffix}"
     path.write_bytes(gzip.compress(bytes(content)) if suffix == ".nii.gz" else bytes(content))
-    with pytest.raises(UserError, match="declares 800 x 800 x 800 voxels of 4 bytes, and the file holds"):
+    with pytest.raises(UserError, match="declares 800 x 800 x 800 voxels of 4 bytes, but the file has"):
         open_nifti(path)
     content[42:48] = np.array([8000, 8000, 8000], "<i2").tobytes()
     path.write_bytes(gzip.compress(bytes(content)) if suffix == ".nii.gz" else bytes(content))
@@ -281,7 +281,7 @@ def test_a_nifti_header_that_declares_more_than_the_file_holds(tmp_path, suffix)
         open_nifti(path)
 
 
-@pytest.mark.parametrize(("sizes", "reason"), [("9000 9000 9000", "more than the limit"), ("400 400 400", "the file holds")])
+@pytest.mark.parametrize(("sizes", "reason"), [("9000 9000 9000", "more than the limit"), ("400 400 400", "the file has")])
 @pytest.mark.parametrize("compressed", [False, True])
 def test_an_nrrd_header_that_declares_more_than_the_file_holds(tmp_path, sizes, reason, compressed):
     from rplib.reference.conversion.geometry import read_volume
@@ -483,7 +483,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(data, tmp
     arguments = ["train", "--resume", "--out", str(run), "--set", "iterations=12"]
     line = mistake(capsys, *arguments)
     assert f"{run / 'last.pt'} is not a readable checkpoint (the checksum of " in line
-    assert f"the checkpoint before it is kept: put {run / 'last.previous.pt'} in its place" in line
+    assert f"the previous checkpoint is kept: replace it with {run / 'last.previous.pt'}" in line
     (run / "last.previous.pt").replace(run / "last.pt")
     assert cli.main(arguments) == 0
     ends = [torch.load(folder / "last.pt", weights_only=True)["network"] for folder in (whole, run)]

@@ -267,7 +267,7 @@ def test_bad_nifti_files_are_reported(tmp_path, capsys):
         (labels / "c.nii.gz", "has shape (5, 5, 4) but"),
         (labels / "d.nii.gz", "affines that differ by 0.60 mm at the corners"),
         (labels / "e.nii.gz", "outside the classes"),
-        (images / "f.nii.gz", "background everywhere"),
+        (images / "f.nii.gz", "contains only background"),
         (images / "g.nii.gz", "NaN or infinite"),
         (images / "h.nii.gz", "has 2 channels; expected 1"),
         (images / "nobody.nii.gz", "has no file"),

@@ -16,7 +16,7 @@ from rplib.reference import checkpoint
 from rplib.reference.config import load_recipe
 from rplib.reference.datasets.layouts import open_dataset
 from rplib.reference.inference import window_bar
-from rplib.reference.inference.new_images import find_inputs, group_channels
+from rplib.reference.inference.new_images import find_inputs, group_inputs
 from rplib.reference.inference.windows import DECODER_1, MEAN, Segmentation, segment, segment_outputs
 from rplib.reference.network import MutualVNet
 
@@ -251,12 +251,12 @@ def test_files_that_are_one_image(tmp_path):
         (tmp_path / name).touch()
     inputs, refused = find_inputs([*sorted(tmp_path.iterdir()), tmp_path / "nobody.nii"])
     assert refused == [("nobody.nii", f"no file {tmp_path / 'nobody.nii'}.")]
-    assert [item.name for item in group_channels(inputs, 1)[0]] == ["a_0000", "a_0001", "b_0007", "c"]
-    (both, single), refused = group_channels(inputs, 2)
+    assert [item.name for item in group_inputs(inputs, 1)[0]] == ["a_0000", "a_0001", "b_0007", "c"]
+    (both, single), refused = group_inputs(inputs, 2)
     assert refused == [("b", "the channels 0007 of b were given; expected 0000, 0001.")]
     assert (both.name, [path.name for path in both.files]) == ("a", ["a_0000.nii.gz", "a_0001.nii.gz"])
     assert (single.name, len(single.files)) == ("c", 1)
-    found, ((name, reason),) = group_channels(inputs[:2], 3)
+    found, ((name, reason),) = group_inputs(inputs[:2], 3)
     assert (found, name) == ([], "a")
     assert "the channels 0000, 0001 of a were given; expected 0000, 0001, 0002" in reason
 

@@ -105,6 +105,6 @@ def test_mistakes(tmp_path, capsys):
     assert "3 cases" in mistake(capsys, *arguments, "--by", "60")  # could not be converted
     (tmp_path / "own" / "images").mkdir(parents=True)
     write_nifti(tmp_path / "own" / "images" / "a.nii.gz", np.ones((4, 4, 4), np.float32), np.eye(4))
-    assert "holds NIfTI files" in mistake(capsys, "data", "shrink", str(tmp_path / "own"), str(tmp_path / "small"))
+    assert "contains NIfTI files" in mistake(capsys, "data", "shrink", str(tmp_path / "own"), str(tmp_path / "small"))
     (tmp_path / "data" / "test.list").unlink()
     assert "lacks one of train.list, test.list" in mistake(capsys, *arguments)

@@ -82,7 +82,7 @@ def test_patterns_that_name_no_patient(slices_of_h5, capsys):
     arguments = ["evaluate", slices_of_h5 / "run", "--data", slices_of_h5, "--device", "cpu", "--patients"]
     assert "has 0 groups; expected one" in mistake(capsys, *arguments, "patient")
     assert "is not a regular expression" in mistake(capsys, *arguments, "(")
-    assert "names no patient in case patient3_frame0" in mistake(capsys, *arguments, "(frame1)")
+    assert "finds no patient in case patient3_frame0" in mistake(capsys, *arguments, "(frame1)")
 
 
 def test_slices_in_separate_files_are_pooled_to_volumes(tmp_path, capsys):

@@ -73,7 +73,7 @@ def at_step(monkeypatch, iteration: int, act):
 def test_too_little_room_is_reported_before_the_data_is_read(tmp_path, capsys):
     with files_of_at_most(1 << 20):
         line = mistake(capsys, *start(tmp_path / "no data", tmp_path / "run"))
-    assert "has no room for the 9 MB that this run may write (File too large; " in line
+    assert "has no space for the 9 MB that this run may write (File too large; " in line
     assert list((tmp_path / "run").iterdir()) == []
 
 

@@ -208,7 +208,7 @@ def test_a_sweep_trains_scores_compares_and_then_has_nothing_to_do(tiny, tmp_pat
         other.replace('out = "other"\nadopt = ["sweep/*"]', 'out = "sweep"').replace("average = 0.9", "average = 0.8")
     )
     line = mistake(capsys, "sweep", tiny)
-    assert "alone-5 was trained with average=0.9, the sweep asks for average=0.8; give the cell another name" in line
+    assert "alone-5 was trained with average=0.9, the sweep has average=0.8; give the cell another name" in line
     assert InProcess.commands == []
 
 
@@ -231,7 +231,7 @@ def test_what_was_interrupted_resumes_and_what_fails_stops_nothing_else(tiny, tm
 
 
 def test_a_report_of_nothing(tiny, capsys):
-    assert "is scored yet; leave --report out" in mistake(capsys, "sweep", tiny, "--report")
+    assert "is scored yet; omit --report" in mistake(capsys, "sweep", tiny, "--report")
     assert InProcess.commands == []
 
 

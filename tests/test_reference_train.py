@@ -278,7 +278,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(finished, data, tmp_path, capsy
 def test_missing_checkpoints(tmp_path, finished):
     with pytest.raises(UserError, match=r"no checkpoint .*nowhere"):
         checkpoint.load_network(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"holds no last\.pt"):
+    with pytest.raises(UserError, match=r"has no last\.pt"):
         checkpoint.load_network(tmp_path)
     checkpoint.save(tmp_path / "last.pt", {"network": {}, "config": tiny().to_toml()})
     (tmp_path / "config.toml").write_text(tiny().to_toml())
@@ -408,7 +408,7 @@ def test_unlabelled_cases_train_without_labels_and_labels_there_change_nothing(t
         (["--recipe", "la-4", "--device", "cpu", "--set", "amp=bfloat16"], "amp=bfloat16 on a CPU: "),
         (["--recipe", "la-4", "--device", "warp"], "--device warp does not work on this machine"),
         (["--recipe", "la-4", "--set", "impl=triton"], "impl=triton: "),
-        (["--resume"], "holds no run to resume"),
+        (["--resume"], "has no run to resume"),
         (["--recip", "la-8", "--bogus"], "unrecognized arguments: --bogus"),
     ],
 )

@@ -103,7 +103,7 @@ def test_find_shows_the_layers_and_leaves_the_network_as_it_was():
 def test_impossible_is_an_error_with_candidates():
     network = Interpolated()
     rplib.FeatureTap(network)
-    with pytest.raises(RuntimeError, match=r"(?s)networks\[0\].*layer='body'.*layer='classifier': reads \(2, 6, 2, 3\)"):
+    with pytest.raises(RuntimeError, match=r"(?s)networks\[0\].*layer='body'.*layer='classifier': input \(2, 6, 2, 3\)"):
         network(IMAGE)
 
 
@@ -128,7 +128,7 @@ def test_layers_per_network_and_per_decoder():
     _ = [network(IMAGE) for network in networks]
     assert [f.shape[1] for f in tap.features()] == [6, 5, 6]
     assert rplib.FeatureTap(TwoDecoders(), layer=["heads.1.1", "heads.0.1"]).layers == [["heads.1.1", "heads.0.1"]]
-    with pytest.raises(ValueError, match="layer holds 3 entries for 2 networks"):
+    with pytest.raises(ValueError, match="layer has 3 entries for 2 networks"):
         rplib.FeatureTap(networks, layer=["out_conv"] * 3)
 
 
@@ -136,7 +136,7 @@ def test_few_channels_are_remarked_on_once():
     network = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 3, 1))
     for layer in (None, "1"):
         tap = rplib.FeatureTap(network, layer=layer)
-        with pytest.warns(UserWarning, match=r"'1' of networks\[0\] reads F = 3 channels for C = 3 classes.*layer="):
+        with pytest.warns(UserWarning, match=r"'1' of networks\[0\] has F = 3 channels for C = 3 classes.*layer="):
             network(IMAGE)
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""Executes the compiled PTX of Triton kernels on a CPU; see README.md beside this file."""
+"""Executes the compiled PTX of Triton kernels on a CPU; see README.md in this folder."""
 
 from rplib.bench.machine.driver import ARCHITECTURES, Ran, Session, compiled, execute
 from rplib.bench.machine.findings import Finding

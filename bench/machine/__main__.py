@@ -1,4 +1,4 @@
-"""``python -m rplib.bench.machine``: what the kernels of the loss do per voxel, as compiled."""
+"""``python -m rplib.bench.machine``: counts per voxel of the compiled kernels of the loss."""
 
 import sys
 

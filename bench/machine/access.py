@@ -31,7 +31,7 @@ _COPY = re.compile(rf"cp\.async\.(?:ca|cg)\.shared(?:::cta)?\.global{_HINTS}(?:\
 
 
 def build(ins: Instruction, program: "Program") -> "Step | None":
-    """The instruction as a function, or None where it is none of this module's."""
+    """The instruction as a function, or None if this module does not handle it."""
     if found := _LOAD_STORE.fullmatch(ins.opcode):
         what, space, count, type = found.group("what", "space", "count", "type")
         if space == "param":
@@ -201,7 +201,7 @@ def _matrices(ins: Instruction, program: "Program", load: bool, count: int, tran
 
 
 def _copy(ins: Instruction, program: "Program") -> "Step":
-    """cp.async: what it copies lands when the lane waits for it; until then its target holds nothing."""
+    """cp.async: the copied values arrive when the lane waits for them; until then the target is undefined."""
     size = int(str(ins.operands[2]), 0) if len(ins.operands) > 2 else 0
     if size not in (4, 8, 16):
         raise Unsupported(f"line {ins.line}: {ins}")
@@ -236,7 +236,7 @@ def _commit(chunk: "Chunk") -> None:
 
 
 def _wait(chunk: "Chunk", left: int) -> None:
-    """All but the last ``left`` groups of the active lanes land."""
+    """Complete all but the last ``left`` groups of copies of the active lanes."""
     active, still = np.zeros(chunk.lanes, bool), []
     active[chunk.who()] = True
     for ins, who, group, target, values, known in chunk.copies:

@@ -1,7 +1,7 @@
-"""Instructions whose result depends on their operands alone: arithmetic, logic, comparisons, conversions.
+"""Instructions whose result depends only on their operands: arithmetic, logic, comparisons, conversions.
 
-`decode` looks an opcode up in a table of rules. A rule is a regular expression for the whole opcode, so that an unknown
-modifier matches nothing, and what it makes of a match: types of operands and result, and a function of numpy arrays.
+`decode` looks up an opcode in a table of rules. A rule has a regular expression for the whole opcode, so that an unknown
+modifier matches nothing, and for a match gives the types of operands and result, and a function of numpy arrays.
 
 >>> rule = decode("add.s32")
 >>> rule.function(np.int32([1, 2]), np.int32([10, 20]))
@@ -20,8 +20,8 @@ from rplib.bench.machine.ptx import Unsupported
 
 
 class Rule(NamedTuple):
-    """inputs: types as PTX writes them; result: likewise. selects: a choice between the first two operands by the third, of which
-    the other may be undefined. decides: a logical operation whose result is known where one operand settles it (its value)."""
+    """inputs, result: types in PTX notation. selects: the third operand chooses one of the first two; the other may be
+    undefined. decides: operand value that alone determines the result of a logical operation."""
 
     inputs: tuple[str, ...]
     result: str
@@ -33,7 +33,7 @@ class Rule(NamedTuple):
 _TABLE: list[tuple[re.Pattern[str], Callable[..., Rule]]] = []
 FLOAT = "f32|f64|f16|bf16|f16x2|bf16x2|f32x2"
 INTEGER = "[us](?:16|32|64)"
-BITS = "b(?:16|32|64)"
+BIT_TYPE = "b(?:16|32|64)"
 
 
 def _rule(pattern: str) -> Callable[[Callable[..., Rule]], Callable[..., Rule]]:
@@ -45,7 +45,7 @@ def _rule(pattern: str) -> Callable[[Callable[..., Rule]], Callable[..., Rule]]:
 
 
 def decode(opcode: str) -> Rule | None:
-    """The rule of an opcode, or None where the table has none."""
+    """The rule of an opcode, or None if the table has none."""
     for pattern, make in _TABLE:
         if found := pattern.fullmatch(opcode):
             return make(**found.groupdict())
@@ -168,13 +168,13 @@ def _integer_extreme(name: str, type: str) -> Rule:
 _LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
 
-@_rule(rf"(?P<name>and|or|xor)\.(?P<type>pred|{BITS})")
+@_rule(rf"(?P<name>and|or|xor)\.(?P<type>pred|{BIT_TYPE})")
 def _logic(name: str, type: str) -> Rule:
     decides = {"and": False, "or": True}.get(name) if type == "pred" else None
     return Rule((type, type), type, _LOGIC[name], decides=decides)
 
 
-@_rule(rf"not\.(?P<type>pred|{BITS})")
+@_rule(rf"not\.(?P<type>pred|{BIT_TYPE})")
 def _complement(type: str) -> Rule:
     return Rule((type,), type, np.invert)
 
@@ -191,12 +191,12 @@ def _three_way_logic() -> Rule:
     return Rule(("b32", "b32", "b32", "b32"), "b32", function)
 
 
-@_rule(rf"shl\.(?P<type>{BITS})")
+@_rule(rf"shl\.(?P<type>{BIT_TYPE})")
 def _left(type: str) -> Rule:
     return Rule((type, "u32"), type, arithmetic.shift_left)
 
 
-@_rule(rf"shr\.(?P<type>{BITS}|{INTEGER})")
+@_rule(rf"shr\.(?P<type>{BIT_TYPE}|{INTEGER})")
 def _right(type: str) -> Rule:
     return Rule((type, "u32"), type, arithmetic.shift_right)
 
@@ -245,7 +245,7 @@ _COMPARE: dict[str, Any] = {
 _COMPARE |= {"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
 
 
-@_rule(rf"setp\.(?P<name>eq|ne|lt|le|gt|ge|lo|ls|hi|hs)\.(?P<type>{INTEGER}|{BITS})")
+@_rule(rf"setp\.(?P<name>eq|ne|lt|le|gt|ge|lo|ls|hi|hs)\.(?P<type>{INTEGER}|{BIT_TYPE})")
 def _compare(name: str, type: str) -> Rule:
     return Rule((type, type), "pred", _COMPARE[name])
 
@@ -270,7 +270,7 @@ def _select(kind: str, bits: str) -> Rule:
     return Rule((type, type, "pred"), type, lambda a, b, p: np.where(p, a, b), selects=True)
 
 
-@_rule(rf"mov\.(?P<type>pred|{BITS}|{INTEGER}|f32|f64|f16|bf16)")
+@_rule(rf"mov\.(?P<type>pred|{BIT_TYPE}|{INTEGER}|f32|f64|f16|bf16)")
 def _move(type: str) -> Rule:
     type = type if type == "pred" else "b" + "".join(filter(str.isdigit, type.replace("bf", "")))
     return Rule((type,), type, lambda a: a)

@@ -41,7 +41,7 @@ def two_sum(x: Array, y: Array) -> tuple[Array, Array]:
 def to_odd_float32(high: Array, low: Array) -> Array:
     """high + low, |low| at most half a unit of high, rounded to float32 once.
 
-    The sum is first rounded to odd in float64: its last bit says that something was cut off, so that rounding again is right.
+    The sum is first rounded to odd in float64: its last bit records that bits were cut off, so the second rounding is correct.
     """
     bits = np.ascontiguousarray(high).view(np.int64)
     inexact = (low != 0) & np.isfinite(high) & (bits & 1 == 0)

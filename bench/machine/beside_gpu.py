@@ -1,10 +1,10 @@
-"""On a CUDA GPU: the time of every kernel of the loss beside what the machine predicted for it.
+"""On a CUDA GPU: the measured time of every kernel of the loss next to the predicted one.
 
     python -m rplib.bench.machine.beside_gpu [--csv FILE]
 
 Forward and backward at the paper's shape and at 14 classes, each dtype and layout of the committed table
-(bench/results/machine.csv). A kernel that takes much longer than predicted shows where the model is wrong: README.md says what it
-leaves out.
+(bench/results/machine.csv). A kernel that takes much longer than predicted shows where the model is wrong: README.md lists what
+it ignores.
 """
 
 import argparse
@@ -80,12 +80,12 @@ def kernel_seconds(case: Case, device: torch.device) -> dict[str, float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the figures to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
-        raise UserError("torch finds no CUDA GPU here; the predictions alone: python -m rplib.bench.machine.")
+        raise UserError("torch finds no CUDA GPU here; for predictions only, run python -m rplib.bench.machine.")
     name = torch.cuda.get_device_name()
     gpu = gpu_named(name)
     if gpu is None:

@@ -1,4 +1,4 @@
-"""What a launch did: instructions, barriers, accesses to shared and global memory."""
+"""Counts of a launch: instructions, barriers, accesses to shared and global memory."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -8,10 +8,10 @@ import numpy as np
 
 @dataclass
 class Access:
-    """All executions of one instruction on memory, warps together.
+    """All executions of one memory instruction, over all warps.
 
     requests: by warps. bytes: of the lanes that took part. units: sectors of 32 bytes (global memory), or passes through the
-    banks (shared memory: one pass serves each of 32 banks once; 64- and 128-bit accesses need at least two and four).
+    banks (shared memory: one pass uses each of 32 banks once; 64- and 128-bit accesses need at least two and four).
     """
 
     requests: int = 0
@@ -21,8 +21,8 @@ class Access:
 
 @dataclass
 class Counts:
-    """warps: of a block. blocks: of the launch. executed: number of a basic block -> warps that ran it. global_accesses,
-    shared_accesses: line of the PTX -> what the instruction there did; `opcodes` names it."""
+    """warps: per block. blocks: of the launch. executed: number of a basic block -> warps that ran it. global_accesses,
+    shared_accesses: line of the PTX -> accesses of the instruction there; `opcodes` names it."""
 
     warps: int
     blocks: int
@@ -35,7 +35,7 @@ class Counts:
 
     @property
     def barriers(self) -> float:
-        """Barriers that a block passes, all blocks together."""
+        """Barriers passed by blocks, over all blocks."""
         return self.barrier_warps / self.warps
 
     @property
@@ -44,7 +44,7 @@ class Counts:
 
     @property
     def sectors(self) -> int:
-        """32-byte sectors that warps asked for, once per instruction and warp."""
+        """32-byte sectors requested by warps, counted once per instruction and warp."""
         return sum(access.units for access in self.global_accesses.values())
 
     def on_global(self, line: int, opcode: str, who: np.ndarray, address: np.ndarray, size: int) -> None:
@@ -56,7 +56,7 @@ class Counts:
             self._add(self.global_accesses, line, opcode, who, size, len(np.unique(sectors)))
 
     def on_shared(self, line: int, opcode: str, who: np.ndarray, address: np.ndarray, size: int) -> None:
-        """Likewise for shared memory."""
+        """The same for shared memory."""
         if len(who):
             key = hash((size, who.tobytes(), address.tobytes()))  # loops repeat themselves
             if key not in self._passes:
@@ -74,8 +74,8 @@ class Counts:
 def passes(who: np.ndarray, address: np.ndarray, size: int) -> int:
     """Passes through the 32 banks of shared memory.
 
-    Lanes are served in groups that take at most 128 bytes together. A group needs as many passes as its busiest bank has
-    different words to serve.
+    Lanes are processed in groups of at most 128 bytes. A group needs as many passes as its busiest bank has different
+    4-byte words.
 
     >>> lanes = np.arange(32)
     >>> [passes(lanes, 4 * stride * lanes, 4) for stride in (0, 1, 2, 32, 33)]

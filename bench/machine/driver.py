@@ -1,4 +1,4 @@
-"""Triton's own way to a launch, with this machine at its end instead of a GPU."""
+"""A Triton driver whose launches run on this machine instead of a GPU."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -29,10 +29,10 @@ _SCALARS |= {"i1": "i1", "u1": "u1", "fp16": "f2", "fp32": "f4", "f32": "f4", "f
 
 @dataclass
 class Ran:
-    """One launch as it ran: see `Counts` for what it did.
+    """One executed launch; see `Counts` for its counts.
 
-    ptx, cubin: what was compiled. shared: bytes of shared memory of a block. sectors: argument -> different 32-byte sectors
-    (loaded, stored); arguments that lie in one piece of memory are joined by "=".
+    ptx, cubin: the compiled code. shared: bytes of shared memory per block. sectors: argument -> distinct 32-byte sectors
+    (loaded, stored); arguments that share memory are joined by "=".
     """
 
     name: str
@@ -47,7 +47,7 @@ class Ran:
 
     @property
     def different_bytes(self) -> int:
-        """Of all sectors that the launch touched, loads and stores once each: what the memory must move at least."""
+        """Bytes of all distinct sectors loaded, plus those stored: the minimum that the memory must move."""
         return 32 * sum(loaded + stored for loaded, stored in self.sectors.values())
 
     @property
@@ -62,7 +62,7 @@ class Ran:
 
 @dataclass
 class Session:
-    """What happened inside `compiled`. launches: in order. findings: of all launches."""
+    """The record of `compiled`. launches: in order. findings: of all launches."""
 
     architecture: int
     launches: list[Ran] = field(default_factory=list)
@@ -77,11 +77,11 @@ class Session:
 
     @property
     def notes(self) -> list[Finding]:
-        """What breaks no rule and may be worth a look."""
+        """Observations that violate no rule but may be of interest."""
         return self._findings.notes
 
     def clear(self) -> None:
-        """Forget launches and findings so far."""
+        """Discard all launches and findings so far."""
         self.launches, self._findings = [], Findings()
 
     def _launch(self, loaded: Any, signature: dict[str, Any], metadata: Any, grid: tuple[int, int, int], arguments: Any) -> None:
@@ -168,14 +168,14 @@ def compiled(architecture: int = 90) -> Iterator[Session]:
 
     Raises:
         UserError: this process runs Triton's interpreter, or the architecture is not one of these.
-        Unsupported: (at a launch) the compiled kernel holds something that the machine does not know.
+        Unsupported: (at a launch) the compiled kernel has something that the machine does not support.
     """
     if architecture not in ARCHITECTURES:
         raise UserError(f"architecture is {architecture}; expected one of {', '.join(map(str, ARCHITECTURES))}.")
     import triton
 
     if triton.knobs.runtime.interpret:
-        raise UserError("TRITON_INTERPRET is set, so there is no compiler in this process; unset it and start again.")
+        raise UserError("TRITON_INTERPRET is set, so there is no compiler in this process; unset it and restart.")
     session = Session(architecture)
     before = triton.runtime.driver._active
     with ExitStack() as stack:
@@ -195,7 +195,7 @@ def _tracked(make: Any, session: Session) -> Any:
 
 
 def _driver(session: Session, stack: ExitStack) -> Any:
-    """The driver that Triton asks for everything: devices, compilers' targets, how to load and to launch."""
+    """The driver that Triton uses for everything: devices, compilation targets, loading and launching."""
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
@@ -244,7 +244,7 @@ def _driver(session: Session, stack: ExitStack) -> Any:
             return torch.device("cpu")
 
         def get_current_device(self) -> int:
-            return session.architecture  # Triton keeps what it has compiled by device
+            return session.architecture  # Triton caches compiled kernels by device
 
         def get_current_stream(self, device: Any = None) -> int:
             return 0
@@ -256,7 +256,7 @@ def _driver(session: Session, stack: ExitStack) -> Any:
     return Driver()
 
 
-_SESSIONS: dict[int, Session] = {}  # kernels that Triton has kept belong to an architecture, not to a session
+_SESSIONS: dict[int, Session] = {}  # kernels that Triton has cached belong to an architecture, not to a session
 
 
 def _current(session: Session) -> Session:
@@ -264,7 +264,7 @@ def _current(session: Session) -> Session:
 
 
 def _flat(signature: Any, arguments: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(name, type, value) of what reaches the compiled kernel; tuples are taken apart, constants are left out."""
+    """(name, type, value) of the arguments of the compiled kernel: tuples are flattened, constants omitted."""
     named = signature.items() if isinstance(signature, dict) else ((str(n), type) for n, type in enumerate(signature))
     for (name, type), value in zip(named, arguments, strict=True):
         if isinstance(type, tuple):

@@ -1,8 +1,8 @@
 """Runs a program: the threads of many blocks as lanes of numpy arrays, basic blocks one after the other under masks.
 
-Of the basic blocks that some lanes have reached the first in the text runs next, for all of those lanes, so that lanes
-which a branch has parted meet again where their ways join. A barrier holds lanes until all lanes of their thread block
-have come.
+Of the basic blocks that some lanes have reached, the first in the text runs next, for all of those lanes, so that lanes
+separated by a branch run together again where their paths join. A barrier holds lanes until all lanes of their thread block
+have reached it.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,9 +28,9 @@ _MOST_STEPS = 2_000_000
 
 
 class Launch:
-    """One launch: what all of its blocks share.
+    """One launch: the state that all of its blocks share.
 
-    parameters: name -> array of one unsigned integer. grid: blocks along x, y and z. shared: bytes of shared memory of a block.
+    parameters: name -> array of one unsigned integer. grid: blocks along x, y and z. shared: bytes of shared memory per block.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Launch:
 
 
 class Chunk:
-    """The lanes of some blocks of a launch, and where each of them is."""
+    """The lanes of some blocks of a launch, and the basic block that each of them has reached."""
 
     SPECIAL = ("%laneid", "%warpid", *(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"))
 
@@ -188,12 +188,12 @@ class Chunk:
                 raise RuntimeError(f"{self.launch.name} has run {steps} basic blocks and does not end")
 
     def reach(self, number: int, mask: np.ndarray) -> None:
-        """These lanes go on at a basic block."""
+        """These lanes continue at a basic block."""
         if mask.any():
             self._reached[number] = self._reached[number] | mask if number in self._reached else mask
 
     def hold(self, number: int, ins: Instruction, mask: np.ndarray) -> None:
-        """These lanes wait at a barrier; blocks whose lanes have all come go on."""
+        """These lanes wait at a barrier; blocks whose lanes have all reached it continue."""
         self.counts.barrier_warps += int(mask.reshape(-1, WARP).any(1).sum())
         self._held.append((number, mask, ins))
         here = np.logical_or.reduce([held for _, held, _ in self._held]).reshape(self.blocks, -1)

@@ -1,4 +1,4 @@
-"""What a run found: violations of the rules of memory and barriers, and notes that break none."""
+"""Findings of a run: violations of the rules of memory and barriers, and notes that violate none."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ SAME_VALUE = "two warps write the same value without a barrier"  # a note: layou
 
 @dataclass
 class Finding:
-    """kind: one of the constants of this module, with particulars behind it. count: of threads; example: the first of them."""
+    """kind: one of the constants of this module, followed by details. count: number of threads; example: the first of them."""
 
     kind: str
     kernel: str
@@ -35,7 +35,7 @@ class Finding:
 
 
 class Findings:
-    """Findings, one per kind and instruction; ``notes`` are those that break no rule."""
+    """Findings, one per kind and instruction; ``notes`` are those that violate no rule."""
 
     def __init__(self) -> None:
         self._all: dict[tuple[str, str, int], Finding] = {}

@@ -1,11 +1,11 @@
-"""torch.compile as a rival, predicted the same way: inductor's own Triton kernels for a CUDA GPU, made without one and run here.
+"""torch.compile for comparison, predicted the same way: inductor's Triton kernels for a CUDA GPU, compiled and run without one.
 
     python -m rplib.bench.machine.inductor [--dtypes float32,bfloat16] [--classes 2] [--features 16]
 
-The vectorised form's loss and gradient are traced as one graph, with all that autograd would save kept inside, and given to
-inductor as CUDA tensors that hold no data, with the properties of an H200. The code that it writes then runs on the machine: of
-the configurations that inductor would try, the one with the shortest predicted time. Products by cuBLAS count with their bytes
-alone. The result is compared with eager PyTorch before it counts.
+The vectorised form's loss and gradient are traced as one graph, which keeps everything that autograd would save. Inductor gets it
+with CUDA tensors without data and the properties of an H200. The code that it writes then runs on the machine: of
+the configurations that inductor would try, the one with the shortest predicted time. For cuBLAS products, only the bytes are
+counted. The result is first compared with eager PyTorch.
 """
 
 import argparse
@@ -42,7 +42,7 @@ _files = count()
 
 
 def loss_and_gradients(za: Tensor, zb: Tensor, fa: Tensor, fb: Tensor) -> tuple[Tensor, ...]:
-    """What is compiled: the loss and the gradients of both logits."""
+    """The function to compile: the loss and the gradients of both logits."""
     z = [t.detach().requires_grad_() for t in (za, zb)]
     loss = vectorised(z, [fa, fb])
     return (loss.detach(), *torch.autograd.grad(loss, z))
@@ -93,7 +93,7 @@ def inductor_code(function: Callable[..., Any], inputs: Sequence[Tensor]) -> str
 
 @contextmanager
 def _pretended_gpu() -> Iterator[None]:
-    """Inductor asks torch about the GPU: answer as if there were an H200."""
+    """Answer inductor's queries about the GPU as if there were an H200."""
     import torch._dynamo.utils
     from torch._dynamo.device_interface import CudaInterface
 
@@ -193,7 +193,7 @@ def rival(classes: int, features: int, dtype: str, layout: str) -> list[tuple[st
     """Needs of every launch of the compiled vectorised form, per voxel.
 
     Raises:
-        UserError: its result is not that of eager PyTorch.
+        UserError: its result differs from eager PyTorch.
     """
     shape = Shape("machine", 1, classes, features, SPATIAL)
     z, f = make_inputs(Case(shape, dtype, layout), torch.device("cpu"))
@@ -205,7 +205,7 @@ def rival(classes: int, features: int, dtype: str, layout: str) -> list[tuple[st
         for a, b in zip(ours, exact, strict=True):
             error = ((a.double() - b.double()).norm() / b.double().norm()).item()
             if not error < 1e-2:
-                raise UserError(f"inductor's code is off by {error:.1e} from eager PyTorch; its time means nothing.")
+                raise UserError(f"inductor's code differs from eager PyTorch by {error:.1e}; its time has no meaning.")
         for finding in session.findings:  # where a layout holds values twice, one warp may store in place before another has read
             print(f"note: {finding}", file=sys.stderr)
     voxels = prod(SPATIAL)
@@ -213,10 +213,10 @@ def rival(classes: int, features: int, dtype: str, layout: str) -> list[tuple[st
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtypes", default=",".join(DTYPES), help="of %(default)s")
-    parser.add_argument("--layouts", default=LAYOUTS[0], help=f"of {','.join(LAYOUTS)} (default %(default)s)")
-    parser.add_argument("--classes", type=int, default=2, metavar="C", help="default %(default)s")
-    parser.add_argument("--features", type=int, default=16, metavar="F", help="default %(default)s")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="comma-separated (default %(default)s)")
+    parser.add_argument("--layouts", default=LAYOUTS[0], help=f"one or more of {','.join(LAYOUTS)} (default %(default)s)")
+    parser.add_argument("--classes", type=int, default=2, metavar="C", help="number of classes (default %(default)s)")
+    parser.add_argument("--features", type=int, default=16, metavar="F", help="number of features (default %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,6 +10,6 @@ from rplib.bench.machine.driver import Session, compiled
 
 @contextmanager
 def compiled_library(architecture: int = 90) -> Iterator[Session]:
-    """As `compiled`; inside, ``impl="triton"`` also takes CPU tensors, without Triton's interpreter."""
+    """Like `compiled`; inside, ``impl="triton"`` also accepts CPU tensors, without Triton's interpreter."""
     with mock.patch.object(dispatch, "interpreting", return_value=True), compiled(architecture) as session:
         yield session

@@ -23,7 +23,7 @@ SECTOR = 32
 
 @dataclass
 class Allocation:
-    """Memory of one or several arguments of a kernel that lie in one piece.
+    """One piece of memory, of one or several arguments of a kernel.
 
     names: of the arguments. base: address. bytes: the memory itself. place: bytes per entry of the masks, the smallest element.
     allowed: places that belong to an element of an argument; None: all. defined: places that hold a value; None: all.
@@ -66,7 +66,7 @@ def by_component(known: np.ndarray, count: int) -> Any:
 
 
 class GlobalMemory:
-    """What the tensors of a launch allow."""
+    """Global memory: the tensors of a launch."""
 
     def __init__(self, allocations: Sequence[Allocation]) -> None:
         self.allocations = sorted((a for a in allocations if len(a.bytes)), key=lambda a: a.base)
@@ -190,7 +190,7 @@ class SharedMemory:
     def store(
         self, chunk: "Chunk", ins: Instruction, who: Any, address: np.ndarray, values: np.ndarray, defined: Any, size: int
     ) -> None:
-        """values (count, lanes); defined likewise, or True."""
+        """values (count, lanes); defined has the same shape, or is True."""
         count = len(values)
         lanes, offset, places = self._resolve(chunk, ins, who, address, size * count)
         memory, at = self.bytes.view(f"u{size}"), (offset // size)[None, :] + np.arange(count)[:, None]

@@ -1,4 +1,4 @@
-"""From counts to a time: the largest of what three parts of a GPU need. What this leaves out is in README.md.
+"""From counts to a time: the maximum over three parts of a GPU. README.md lists what this ignores.
 
 >>> needed = Needs(instructions=8.0, shared_passes=0.5, bytes=144.0)  # of a voxel, say
 >>> {part: f"{1e12 * seconds:.1f} ps" for part, seconds in times(needed, GPUS["H200"]).items()}
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class GPU(NamedTuple):
-    """multiprocessors; clock in Hz, as it holds under load; bandwidth of the memory in bytes/s, as its maker states it."""
+    """multiprocessors; clock in Hz, as sustained under load; memory bandwidth in bytes/s, as stated by the manufacturer."""
 
     name: str
     multiprocessors: int
@@ -38,7 +38,7 @@ class Needs(NamedTuple):
 
 
 def times(needs: Needs, gpu: GPU) -> dict[str, float]:
-    """Seconds that each part of the GPU is busy, all multiprocessors at work."""
+    """Seconds that each part of the GPU is busy, with all multiprocessors in use."""
     return {
         "issue": needs.instructions / (_SCHEDULERS * gpu.multiprocessors * gpu.clock),
         "shared": needs.shared_passes / (gpu.multiprocessors * gpu.clock),
@@ -52,7 +52,7 @@ def predicted(needs: Needs, gpu: GPU) -> float:
 
 
 def gpu_named(name: str) -> GPU | None:
-    """The known GPU that a driver's name means.
+    """The known GPU with this driver name, or None.
 
     >>> gpu_named("NVIDIA H100 80GB HBM3").name
     'H100'

@@ -15,7 +15,7 @@ from rplib.bench.machine.registers import Halves, as_type, halves, meet, simplif
 
 
 class Program:
-    """A kernel whose instructions have become functions. What is not known raises `Unsupported` here, before anything runs."""
+    """A kernel with its instructions as functions. Anything not supported raises `Unsupported` here, before anything runs."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -149,7 +149,7 @@ def _pure(program: Program, ins: Instruction, rule: Rule) -> Step:
 
 
 def _join(program: Program, opcode: str, target: Any, parts: tuple[str, ...]) -> Step:
-    """mov.b64 %rd, {%r, %r} and its like."""
+    """mov.b64 %rd, {%r, %r} and similar instructions."""
     slot = program.register(target)
     each = int(opcode.rpartition(".b")[2]) // len(parts)
     slots = [program.operand(part, f"b{each}") for part in parts]
@@ -166,7 +166,7 @@ def _join(program: Program, opcode: str, target: Any, parts: tuple[str, ...]) ->
 
 
 def _part(program: Program, opcode: str, targets: tuple[str, ...], source: Any) -> Step:
-    """mov.b64 {%r, %r}, %rd and its like."""
+    """mov.b64 {%r, %r}, %rd and similar instructions."""
     bits = opcode.rpartition(".")[2]
     each = int(bits[1:]) // len(targets)
     slot = program.operand(source, bits)

@@ -22,7 +22,7 @@ BITS = {"pred": 1} | {f"{kind}{bits}": bits for kind in "bus" for bits in (8, 16
 
 
 class Unsupported(Exception):  # noqa: N818
-    """Something in the PTX that the machine does not know. Nothing is ever skipped in silence."""
+    """Something in the PTX that the machine does not support. Nothing is ever skipped silently."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ _ENDS_BLOCK = {"bra", "ret", "exit", "bar", "barrier"}
 
 
 def parse(text: str) -> Kernel:
-    """Parse the one kernel that ``text`` holds.
+    """Parse the only kernel in ``text``.
 
     Raises:
-        Unsupported: it holds none or several, or something that is not known.
+        Unsupported: it contains no kernel, several, or something that is not supported.
     """
     lines = text.splitlines()
     starts = [n for n, line in enumerate(lines) if _ENTRY.match(line.strip())]

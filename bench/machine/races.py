@@ -1,4 +1,4 @@
-"""Who touched which place of memory last, so that the next access can be compared with it."""
+"""The last accesses to each place of memory, so that the next access can be compared with them."""
 
 import numpy as np
 
@@ -8,8 +8,8 @@ _NOBODY, _SEVERAL = -1, -2
 class Touched:
     """Last writer and last reader of every place, with the epoch of each.
 
-    An agent is a number, such as that of a warp; an epoch is what separates accesses that are in order, such as the number of
-    barriers passed. Two accesses of one place in one epoch by two agents, one of them a write, are a race.
+    An agent is a number, such as that of a warp. An epoch is, for example, the number of barriers passed; accesses in different
+    epochs are ordered. Two accesses to one place in one epoch by two agents, one of them a write, are a race.
 
     >>> places = Touched(4)
     >>> at, warps, epochs = np.array([[0], [1]]), np.array([0, 1]), np.array([7, 7])

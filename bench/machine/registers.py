@@ -1,7 +1,7 @@
 """Registers as numpy arrays of unsigned integers, read and written as the types that instructions name; and what is defined.
 
-A value has shape (lanes,), or (1,) where all lanes agree. Beside it stands whether it is defined: True, False, or an array of
-booleans (lanes,). Undefined values may travel, as in compiled code they do.
+A value has shape (lanes,), or (1,) if all lanes agree. It comes with a flag whether it is defined: True, False, or an array of
+booleans (lanes,). Undefined values may be passed on, as they are in compiled code.
 """
 
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ def as_type(bits: np.ndarray, type: str) -> np.ndarray:
 
 
 def to_bits(value: np.ndarray, type: str, register: Any) -> np.ndarray:
-    """The opposite: a result of ``type`` as the bits that a register of numpy type ``register`` holds."""
+    """The inverse: a result of ``type`` as bits in a register of numpy type ``register``."""
     if type == "pred":
         return value.astype(np.bool_)
     if type.endswith("x2"):

@@ -1,8 +1,8 @@
-"""What the kernels of the loss do per voxel, as compiled, and the time that this predicts.
+"""Counts per voxel of the compiled kernels of the loss, and the predicted time.
 
     python -m rplib.bench.machine [--csv FILE] [--shapes 2x16,4x16] [--dtypes bfloat16] [--layouts contiguous] [--target sm_90]
 
-Forward and backward of the mutual loss on one sample of 32 x 32 x 16 voxels, the teacher alternating in cubes of 16 voxels' edge:
+Forward and backward of the mutual loss on one sample of 32 x 32 x 16 voxels; the teacher alternates in cubes of 16^3 voxels:
 4 programs of 4,096 voxels each, about as many as a program has at the paper's shape on 132 multiprocessors.
 """
 
@@ -69,7 +69,7 @@ def measure(classes: int, features: int, dtype: str, layout: str, architecture: 
     """Run forward and backward on the machine; one row per kernel, in the order of the launches.
 
     Raises:
-        UserError: the run broke a rule of memory or barriers, so that its counts mean nothing.
+        UserError: the run violated a rule of memory or barriers, so its counts have no meaning.
     """
     import rplib
 
@@ -99,7 +99,7 @@ def measure(classes: int, features: int, dtype: str, layout: str, architecture: 
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Fixed-width text: the kernels of every case, then what they take together."""
+    """Fixed-width text: the kernels of every case, then their sum."""
     heads = ["kernel", "PTX", "SASS", "barriers", "passes", "sectors B", "bytes"]
     heads += [f"{name} ps" for name in _SHOWN] + ["bound by"]
     lines = []
@@ -136,7 +136,7 @@ def _ratio(case: Iterable[Row], gpu: GPU) -> float:
 
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:
-    """One line a row, and the version of the compiler that the figures hold for."""
+    """Write one line per row, with the version of the compiler that the figures apply to."""
     import triton
 
     with path.open("w", newline="") as file:
@@ -156,11 +156,11 @@ def read_csv(path: Path = TABLE) -> dict[Row, str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the figures to FILE")
     shapes = ",".join(f"{c}x{f}" for c, f in SHAPES)
     parser.add_argument("--shapes", default=shapes, metavar="CxF,...", help="classes x features (default %(default)s)")
-    parser.add_argument("--dtypes", default=",".join(DTYPES), help="of %(default)s")
-    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="of %(default)s")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="comma-separated (default %(default)s)")
+    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="comma-separated (default %(default)s)")
     parser.add_argument("--target", default="sm_90", help="sm_80, sm_90 or sm_100 (default %(default)s)")
 
 
@@ -178,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
         if wrong := [name for name in asked if name not in known]:
             raise UserError(f"--{what}: unknown {wrong[0]!r}; expected some of {', '.join(known)}.")
     if args.csv and not args.csv.parent.is_dir():
-        raise UserError(f"--csv: there is no folder {args.csv.parent}; make it first.")
+        raise UserError(f"--csv: there is no folder {args.csv.parent}; create it first.")
     rows: list[Row] = []
     for (classes, features), dtype, layout in product(shapes, args.dtypes.split(","), args.layouts.split(",")):
         rows += (found := measure(classes, features, dtype, layout, architecture))

@@ -1,9 +1,9 @@
-"""Machine code (SASS) behind the executed PTX: which of its instructions ran, and how often.
+"""Machine code (SASS) of the executed PTX: which of its instructions ran, and how often.
 
-The machine executes PTX; the GPU executes what ptxas makes of it. ptxas keeps a table of lines, from the ``.loc`` directives of
-the PTX: here every PTX instruction gets a ``.loc`` with its own line, so that every SASS instruction names the PTX instruction
-that it came from. The code itself stays the same, which is checked. A basic block of the SASS then counts as run as often as
-most of the PTX instructions that it came from.
+The machine executes PTX; the GPU executes the machine code that ptxas generates from it. ptxas writes a table of lines from the
+``.loc`` directives of the PTX. Here every PTX instruction gets a ``.loc`` with its own line, so every SASS instruction refers to
+the PTX instruction that it came from. The code itself stays the same, which is checked. A basic block of SASS is then counted
+as often as most of its PTX instructions were executed.
 """
 
 import re
@@ -45,7 +45,7 @@ def machine_code(ptx: str, cubin: bytes, architecture: int) -> list[MachineInstr
     """The instructions of a compiled kernel, each with the line of the PTX that it came from.
 
     Raises:
-        UserError: ptxas makes other code of the PTX with these lines than Triton got.
+        UserError: with these lines, ptxas generates different code than for Triton.
     """
     from triton import knobs
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
@@ -63,7 +63,7 @@ def machine_code(ptx: str, cubin: bytes, architecture: int) -> list[MachineInstr
         before = _run(knobs.nvidia.nvdisasm.path, "-c", str(theirs))
     found = list(_instructions(text))
     if [i.text for i in found] != [i.text for i in _instructions(before)]:
-        raise UserError("ptxas makes other machine code of the PTX than Triton got (are options for ptxas set?).")
+        raise UserError("ptxas generates different machine code than for Triton (are options for ptxas set?).")
     return found
 
 
@@ -84,7 +84,7 @@ def executed(code: list[MachineInstruction], ran: Ran) -> Counter[str]:
 
 
 def _numbered(ptx: str) -> str:
-    """The PTX with a ``.loc`` of its own line before every instruction, and no other."""
+    """The PTX with a ``.loc`` with its own line before every instruction, and no others."""
     out, depth = [], 0
     for number, line in enumerate(ptx.splitlines(), start=1):
         text = line.partition("//")[0].strip()

@@ -5,7 +5,7 @@ import torch
 
 from rplib.bench.machine.memory import Allocation
 
-_POISON = 0xD7  # every byte of memory that nothing has written
+_UNWRITTEN = 0xD7  # fills memory that has not been written
 
 
 class Tensors:
@@ -15,12 +15,12 @@ class Tensors:
         self._empty: dict[int, tuple[torch.Tensor, np.ndarray]] = {}
 
     def made_empty(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Fill new memory with a pattern and remember that it holds no value."""
+        """Fill new memory with a pattern and remember that it has no values."""
         plain = type(tensor) is torch.Tensor and tensor.device.type == "cpu" and tensor.layout == torch.strided
         if plain and tensor.untyped_storage().nbytes():
             memory = _bytes(tensor)
-            memory[:] = _POISON
-            # The tensor is kept: memory that was freed and used again would be taken for undefined.
+            memory[:] = _UNWRITTEN
+            # Keep the tensor: memory that is freed and reused would be treated as undefined.
             self._empty[tensor.untyped_storage().data_ptr()] = tensor, np.zeros(len(memory), bool)
         return tensor
 
@@ -40,13 +40,13 @@ class Tensors:
             a = Allocation(tuple(n for n, _ in members), start, memory, place, None if allowed.all() else allowed)
             if start in self._empty:
                 mask = self._empty[start][1]
-                mask |= memory != _POISON  # written by the host meanwhile
+                mask |= memory != _UNWRITTEN  # written by the host in the meantime
                 a.defined = np.asarray(mask[: len(mask) // place * place].reshape(-1, place).any(1))
             made.append(a)
         return made
 
     def written(self, allocations: list[Allocation]) -> None:
-        """After a launch: what its stores have defined stays so."""
+        """After a launch, record the memory that its stores have defined."""
         for a in allocations:
             if a.defined is not None:
                 self._empty[a.base][1][: len(a.defined) * a.place] |= np.repeat(a.defined, a.place)

@@ -18,7 +18,7 @@ _REDUCTIONS: dict[str, Any] = {
 
 
 def build(ins: Instruction, program: "Program") -> "Step | None":
-    """The instruction as a function, or None where it is none of this module's."""
+    """The instruction as a function, or None if this module does not handle it."""
     if found := re.fullmatch(r"shfl\.sync\.(bfly|idx|up|down)\.b32", ins.opcode):
         return _shuffle(ins, program, found.group(1))
     if found := re.fullmatch(r"redux\.sync\.(add|min|max|and|or|xor)\.([usb]32)|redux\.sync\.(min|max)\.(f32)", ins.opcode):

@@ -21,8 +21,8 @@ _SIZES = {
 }  # fmt: skip
 
 
-_MOST_HEADER = 1 << 20  # bytes of an NRRD header that are looked at
-_MOST_LINE = 500  # bytes of a field of it
+_MOST_HEADER = 1 << 20  # bytes of an NRRD header that are read
+_MOST_LINE = 500  # bytes of one of its fields
 
 
 class Placed(NamedTuple):
@@ -36,7 +36,7 @@ def read_volume(path: Path) -> sitk.Image:
     """Read a 3-D volume with one channel: a file, or a folder with a DICOM series.
 
     Raises:
-        UserError: unreadable, truncated, of another kind, or with NaN or infinity.
+        UserError: unreadable, truncated, not a 3-D volume with one channel, or with NaN or infinity.
     """
     if path.is_dir():
         return read_dicom_series(path)
@@ -60,7 +60,7 @@ def read_volume(path: Path) -> sitk.Image:
             "expected a 3-D volume with one channel."
         )
     if sitk.GetArrayViewFromImage(volume).dtype.kind not in "fiu":
-        raise UserError(f"{path} holds values of type {volume.GetPixelIDTypeAsString()}; expected numbers.")
+        raise UserError(f"{path} has values of type {volume.GetPixelIDTypeAsString()}; expected numbers.")
     _check_finite(sitk.GetArrayViewFromImage(volume), path)
     checked_affine(affine_of(volume), path, "the grid of its header")
     return volume
@@ -129,7 +129,7 @@ def _check_nifti(path: Path) -> None:
     stored = open_nifti(path)
     if path.name.endswith(".nii.gz"):
         with gzip.open(path) as file:
-            while file.read(1 << 24):  # to the end, which verifies length and checksum
+            while file.read(1 << 24):  # reading to the end verifies length and checksum
                 pass
     if path.suffix == ".nii" or stored.get_data_dtype().kind == "f":
         _check_finite(np.asanyarray(stored.dataobj), path)
@@ -149,7 +149,7 @@ def _check_nrrd(path: Path) -> tuple[int | None, bool]:
     """The most bytes that an NRRD file has for its voxels, and whether they are compressed; None for other formats.
 
     Raises:
-        UserError: a header line that ITK would not survive: its parser overflows a buffer on long ones.
+        UserError: a header line that would crash ITK, whose parser overflows a buffer on long lines.
     """
     with open(path, "rb") as file:
         content = file.read(_MOST_HEADER)
@@ -160,7 +160,7 @@ def _check_nrrd(path: Path) -> tuple[int | None, bool]:
     longest = max(map(len, fields))
     if longest > _MOST_LINE:
         raise UserError(
-            f"{path} has a header line of {longest} bytes, at most {_MOST_LINE} are usual; it is damaged: copy it again from its "
+            f"{path} has a header line of {longest} bytes; expected at most {_MOST_LINE}. It is damaged: copy it again from its "
             "source."
         )
     encoding = re.search(rb"^encoding:\s*(\w+)", head.lower(), re.MULTILINE)
@@ -168,7 +168,7 @@ def _check_nrrd(path: Path) -> tuple[int | None, bool]:
         return None, False
     if encoding[1] in (b"raw", b"gzip", b"gz"):
         return path.stat().st_size, encoding[1] != b"raw"
-    return None, False  # text takes at least two bytes per value, bzip2 has no bound
+    return None, False  # text needs at least two bytes per value, bzip2 has no bound
 
 
 def _check_finite(values: np.ndarray, path: Path) -> None:

@@ -83,7 +83,7 @@ class PancreasRelease(Release):
         grid = resample(to_lps(sitk.Cast(placed.label != 0, sitk.sitkUInt8)), SPACING, sitk.sitkNearestNeighbor)
         label = xyz(grid).astype(np.float32)
         if not label.any():
-            raise UserError(f"{source.label} is background everywhere; remove it if the case is unlabelled.")
+            raise UserError(f"{source.label} contains only background; remove it if the case is unlabelled.")
         (x0, x1), (y0, y1) = (
             widened(first, last, size, LEAST, MARGIN, MARGIN)
             for (first, last), size in zip(bounds(label)[:2], label.shape[:2], strict=True)

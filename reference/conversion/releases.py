@@ -56,7 +56,7 @@ class Release(ABC):
     @property
     @abstractmethod
     def settings(self) -> dict[str, object]:
-        """Settings that the written voxels depend on, besides the raw files."""
+        """Settings that the written voxels depend on, in addition to the raw files."""
 
     @abstractmethod
     def find(self, raw: Path) -> dict[str, Source]:
@@ -106,13 +106,15 @@ def convert(release: Release, raw: Path, dest: Path, lists: Path | None = None, 
     if dest.exists() and not dest.is_dir():
         raise UserError(f"DEST {dest} is a file; expected a folder.")
     sources = release.find(raw)
-    for name, source in sources.items():  # it will stand in lists, and be the name of a file
-        expected = name_mistake(name) or ("no comma, and no space at its ends" if "," in name or name != name.strip() else None)
+    for name, source in sources.items():  # the name is used in lists and as a file name
+        expected = name_mistake(name) or (
+            "a name without commas and without spaces at its ends" if "," in name or name != name.strip() else None
+        )
         if expected is not None:
             shown = printable(name)[:80]
             raise UserError(f"{printable(str(source.image))} would be case {shown!r}; expected {expected}: rename it.")
     if not sources:
-        raise UserError(f"{raw} holds none of {release.files}; expected the folder that the release was unpacked into.")
+        raise UserError(f"{raw} contains no {release.files}; expected the folder that the release was unpacked into.")
     done = Converted(unlabelled=[name for name, source in sources.items() if source.label is None])
     with output_folder(dest, f"DEST {dest}"):
         _convert(release, raw, dest, lists, seed, sources, done)
@@ -122,7 +124,7 @@ def convert(release: Release, raw: Path, dest: Path, lists: Path | None = None, 
 def _convert(
     release: Release, raw: Path, dest: Path, lists: Path | None, seed: int, sources: dict[str, Source], done: Converted
 ) -> None:
-    """`convert` once DEST is ours."""
+    """`convert` once DEST is locked."""
     dataset = release.layout(dest)
     split = _split(release, dataset, sources, raw, lists, seed, done)
     remove_leftovers(dest, deep=True)
@@ -218,10 +220,10 @@ def _split(
             done.remarks.append(f"{', '.join(gone)} of {path} skipped: withdrawn from the archive.")
         absent = [name for name in names if name not in sources and name not in gone]
         if absent:
-            raise UserError(f"{path} names {', '.join(absent[:3])} ({len(absent)} in all), absent from {raw}; add the raw files.")
+            raise UserError(f"{path} lists {', '.join(absent[:3])} ({len(absent)} in all), absent from {raw}; add the raw files.")
         bare = [name for name in names if part != "train" and name not in labelled]
         if bare:
-            raise UserError(f"{path} names {', '.join(bare[:3])}, unlabelled in {raw}; use such cases for training only.")
+            raise UserError(f"{path} lists {', '.join(bare[:3])}, unlabelled in {raw}; use such cases only for training.")
         split[part] = [name for name in names if name not in gone]
     listed = {name for names in split.values() for name in names}
     rest = sorted(set(sources) - listed)
@@ -268,7 +270,7 @@ def _is_done(path: Path, release: Release, source: Source) -> bool:
     if made_with != release.settings:
         raise UserError(
             f"{path} was converted with other settings ({_settings_text(made_with)}; now {_settings_text(release.settings)}); "
-            "choose another DEST, or the same settings."
+            "choose another DEST, or use the same settings."
         )
     return True
 
@@ -279,11 +281,11 @@ def _settings_text(settings: dict[str, object]) -> str:
 
 def _check(prepared: Prepared, source: Source) -> None:
     if prepared.label is not None and not prepared.label.any():
-        raise UserError(f"{source.label} is background everywhere; take it away if the case is unlabelled.")
+        raise UserError(f"{source.label} contains only background; remove it if the case is unlabelled.")
 
 
 def _inside(dest: Path, path: Path) -> Path:
-    """The path of a case, every part of it checked."""
+    """The path of a case, with every part checked."""
     return output_path(dest, *path.relative_to(dest).parts)
 
 

@@ -29,7 +29,7 @@ class Shrunk(Release):
             raise UserError(f"--by is {by}; expected 2 or more voxels along each edge of a block.")
         dataset = open_dataset(root, guess_layout(root))
         if not isinstance(dataset, H5Dataset):
-            raise UserError(f"{root} holds NIfTI files; expected h5 files. Resample NIfTI files with your own tools.")
+            raise UserError(f"{root} contains NIfTI files; expected h5 files. Resample NIfTI files with your own tools.")
         self.dataset, self.by = dataset, by
         self.layout, self.files = type(dataset), dataset.expected
         self.shares = {}  # the existing lists are used
@@ -65,7 +65,7 @@ class Shrunk(Release):
         image, label = checked_image(arrays["image"], source.image), arrays.get("label")
         if image.ndim != 3 or (label is not None and label.shape != image.shape):
             raise UserError(f"{source.image}: 'image' has shape {image.shape}; expected three axes, and a label of that shape.")
-        if label is not None:  # what no data set could use is not carried on; the type stays
+        if label is not None:  # reject labels that no data set accepts; keep the dtype
             checked_label(label, image.shape, source.image, MOST_CLASSES)
         if min(image.shape) < self.by:
             raise UserError(f"{source.image} has {' x '.join(map(str, image.shape))} voxels; --by {self.by} leaves none.")

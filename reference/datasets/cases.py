@@ -21,7 +21,7 @@ class Case(NamedTuple):
         image: (*spatial) float32; with several channels (channels, *spatial).
         label: (*spatial) uint8 in 0..C-1, or None for an unlabelled case.
         affine: (4, 4) from voxel indices to millimetres (x to the right, y to the front, z upwards, as in NIfTI), or
-            None if the files do not hold it.
+            None if the files do not contain it.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Case(NamedTuple):
 
 
 def voxel_sizes(case: Case) -> tuple[float, ...] | None:
-    """Edge lengths of a voxel in mm, one per axis of the image; None if the files do not hold them.
+    """Edge lengths of a voxel in mm, one per axis of the image; None if the files do not contain them.
 
     >>> voxel_sizes(Case("a", np.zeros((4, 4)), np.zeros((4, 4)), np.diag([2.0, 0.5, 1.0, 1.0])))
     (2.0, 0.5)
@@ -111,10 +111,10 @@ def read_list(path: Path) -> list[str]:
         raise UserError(f"{path} is empty; expected one case name per line.")
     for name in names:
         if (expected := name_mistake(name)) is not None:
-            raise UserError(f"{path} names {printable(name)[:80]!r}, which is not a case name; expected {expected}.")
+            raise UserError(f"{path} contains {printable(name)[:80]!r}, which is not a case name; expected {expected}.")
     twice = sorted(name for name, times in Counter(names).items() if times > 1)
     if twice:
-        raise UserError(f"{path} names {', '.join(twice[:3])} more than once; remove the duplicates.")
+        raise UserError(f"{path} lists {', '.join(twice[:3])} more than once; remove the duplicates.")
     return names
 
 

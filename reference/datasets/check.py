@@ -12,7 +12,7 @@ from rplib.reference.datasets.cases import MOST_CLASSES
 from rplib.reference.datasets.layouts import NiftiFolder, guess_layout, open_dataset
 from rplib.reference.progress import progress
 
-_MANY = 4  # labelled cases from which on a label in a single case is worth a remark
+_MANY = 4  # with at least this many labelled cases, a label value that occurs in only one is reported
 
 
 def check(root: Path, layout: str | None = None, classes: int | None = None, channels: int | None = None) -> int:
@@ -69,7 +69,7 @@ def check(root: Path, layout: str | None = None, classes: int | None = None, cha
             bare += 1  # normal for slices
         elif not case.label.any():
             problems.append(
-                f"{dataset.path(name)}: 'label' is background everywhere; "
+                f"{dataset.path(name)}: 'label' contains only background; "
                 f"{'remove the label file' if own else 'remove the key'} if the case is unlabelled."
             )
 

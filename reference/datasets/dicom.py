@@ -22,7 +22,7 @@ def series_folder(path: Path) -> Path | None:
     folders = [folder for folder in (path, *sorted(path.rglob("*"))) if folder.is_dir() and _holds_dicom(folder)]
     if len(folders) > 1:
         names = ", ".join(folder.name for folder in folders[:3])
-        raise UserError(f"{path} holds {len(folders)} folders of DICOM files ({names}); keep one series.")
+        raise UserError(f"{path} contains {len(folders)} folders of DICOM files ({names}); keep one series.")
     return folders[0] if folders else None
 
 
@@ -39,7 +39,7 @@ def read_dicom_series(folder: Path) -> sitk.Image:
     """
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if len(series) != 1:
-        raise UserError(f"{folder} holds {len(series)} DICOM series; expected one: remove the others.")
+        raise UserError(f"{folder} contains {len(series)} DICOM series; expected one: remove the others.")
     files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
     names = {Path(file).name for file in files}
     strangers = [path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".dcm" and path.name not in names]
@@ -71,7 +71,7 @@ def read_series(path: Path) -> nibabel.Nifti1Image:
     """Read the series in or below a folder, with the axes (X, Y, Z) and the affine of NIfTI.
 
     Raises:
-        UserError: as `series_folder` and `read_dicom_series`; several values per voxel, or an invalid grid.
+        UserError: see `series_folder` and `read_dicom_series`; also several values per voxel, or an invalid grid.
     """
     folder = series_folder(path)
     if folder is None:
@@ -116,7 +116,7 @@ def _holds_dicom(folder: Path) -> bool:
 
 
 def _is_dicom(path: Path) -> bool:
-    """By its suffix, or without one by the letters DICM after the preamble."""
+    """Whether a file is DICOM: by its suffix, or if it has none, by the letters DICM after the preamble."""
     if not path.is_file() or path.name.upper() == "DICOMDIR":
         return False
     if path.suffix.lower() in (".dcm", ".ima"):

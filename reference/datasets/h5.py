@@ -64,7 +64,7 @@ def read_h5(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray | None, str]:
         UserError: unreadable, or without an image.
     """
     with reading(path, "h5 file"), h5py.File(path, "r") as file:
-        # Headers of all first: nothing is allocated for a file that is refused.
+        # Check all headers first: nothing is allocated for a file that is rejected.
         found = {key: file[key] for key in ("image", "label") if isinstance(file.get(key), h5py.Dataset)}
         for key, dataset in found.items():
             _check_header(dataset, path, key)
@@ -77,11 +77,11 @@ def read_h5(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray | None, str]:
 
 
 def _check_header(dataset: h5py.Dataset, path: Path, key: str) -> None:
-    """Type and size, without the values."""
+    """Check type and size, without reading the values."""
     if dataset.shape is None or dataset.dtype.kind not in "fiub":
         expected = "float32" if key == "image" else "uint8"
         raise UserError(f"{path}: {key!r} has type {dataset.dtype}; expected {expected}.")
-    # A file may leave out chunks that were never written; one that holds none of its values was never written at all.
+    # A file may lack chunks that were never written. Without any stored value, it was never written at all.
     plain = dataset.chunks is None and not dataset.is_virtual and dataset.external is None
     stored = dataset.id.get_storage_size()
     known = stored if plain or (stored == 0 and not dataset.is_virtual and dataset.external is None) else None

@@ -1,4 +1,4 @@
-"""What a file declares about itself, checked before anything is allocated: shape, size, affine."""
+"""Checks of what a file declares (shape, size, affine), before anything is allocated."""
 
 import math
 import os
@@ -10,17 +10,17 @@ import numpy as np
 
 from rplib.errors import UserError, printable
 
-LIMIT = "RPLIB_MOST_GB"  # environment variable: the largest volume that is read, in GB (2^30 bytes) of memory
+LIMIT = "RPLIB_MOST_GB"  # environment variable: size limit of a volume, in GB (2^30 bytes) of memory
 _USUAL_LIMIT = 8.0
-_DEFLATE = 1032  # no deflate stream (gzip, zlib) unpacks to more than this many times its size
+_DEFLATE = 1032  # a deflate stream (gzip, zlib) expands to at most this many times its size
 _SLACK = 1 << 16  # bytes
 
 
 def limit() -> float:
-    """The largest volume that is read, in GB.
+    """The size limit of a volume, in GB.
 
     Raises:
-        UserError: the environment variable is no number above 0.
+        UserError: the environment variable is not a number above 0.
     """
     text = os.environ.get(LIMIT, "")
     try:
@@ -35,13 +35,13 @@ def limit() -> float:
 def check_size(
     path: Path, shape: Sequence[int], item: int, stored: int | None = None, compressed: bool = False, what: str = "the image"
 ) -> None:
-    """Refuse what a header declares where it cannot be, or is larger than the limit.
+    """Reject a declared size that is impossible or above the limit.
 
     Args:
-        shape: declared.
-        item: bytes of a value.
-        stored: bytes that the file has for the values; None where that is not known.
-        compressed: whether those are a deflate stream (gzip, zlib), which unpacks to 1,032 times its size at most.
+        shape: as declared in the header.
+        item: bytes per value.
+        stored: bytes that the file has for the values; None if unknown.
+        compressed: whether those are a deflate stream (gzip, zlib), which expands to at most 1,032 times its size.
 
     Raises:
         UserError: a size below 0, more values than the file can hold, or more than the limit allows.
@@ -60,16 +60,16 @@ def check_size(
         )
     if stored is not None and declared > (stored * _DEFLATE + _SLACK if compressed else stored):
         raise UserError(
-            f"{path}: the header of {what} declares {shown} voxels of {item} bytes, and the file holds {stored} bytes; "
-            "it is cut short or its header damaged, copy it again from its source."
+            f"{path}: the header of {what} declares {shown} voxels of {item} bytes, but the file has {stored} bytes; "
+            "the file is truncated or its header is damaged: copy it again from its source."
         )
 
 
 def checked_affine(value: Any, path: Path, what: str = "the affine", axes: int = 3) -> np.ndarray:
-    """As (4, 4) float64.
+    """Check an affine and return it as (4, 4) float64.
 
     Args:
-        axes: of the image; as many columns, the first ones, must be directions.
+        axes: number of axes of the image; that many first columns must be independent directions.
 
     Raises:
         UserError: not numbers, another shape, NaN, infinity, a column of zeros, or columns that are not independent.
@@ -85,13 +85,13 @@ def checked_affine(value: Any, path: Path, what: str = "the affine", axes: int =
         raise UserError(f"{path}: {what} has shape {array.shape}; expected (4, 4), from voxel indices to millimetres.")
     affine = array.astype(np.float64)
     if not np.isfinite(affine).all():
-        raise UserError(f"{path}: {what} holds NaN or infinity; write the file again with the right one.")
+        raise UserError(f"{path}: {what} contains NaN or infinity; write the file again with a valid one.")
     directions = affine[:3, :axes]
     with np.errstate(over="ignore"):
         sizes = np.linalg.norm(directions, axis=0)
     if not (sizes > 0).all() or sizes.min() < 1e-9 * sizes.max() or np.abs(affine[:3]).max() > 1e12:
         shown = ", ".join(f"{size:.3g}" for size in sizes)
-        raise UserError(f"{path}: {what} gives voxels of {shown} mm; write the file again with the right one.")
+        raise UserError(f"{path}: {what} gives voxels of {shown} mm; write the file again with a valid one.")
     if np.linalg.matrix_rank(directions / sizes, tol=1e-6) < axes or not np.allclose(affine[3], (0, 0, 0, 1), atol=1e-6):
-        raise UserError(f"{path}: {what} does not give every voxel a place of its own; write the file again with the right one.")
+        raise UserError(f"{path}: {what} has dependent directions, so voxels coincide; write the file again with a valid one.")
     return affine

@@ -76,7 +76,7 @@ def guess_layout(root: str | Path) -> str:
     """Infer the layout from the folders and lists in `root`.
 
     Raises:
-        UserError: none of them exists; lists what was looked for and what is there.
+        UserError: no known layout; the message lists the names looked for and the names found.
     """
     root = Path(root)
     if not root.is_dir():
@@ -90,7 +90,7 @@ def guess_layout(root: str | Path) -> str:
     for layout, names in signs.items():
         if any((root / name).is_dir() if name.endswith("/") else any(root.glob(name)) for name in names):
             return layout
-    if (root / "train.list").is_file():  # its cases are then reported as missing, one by one
+    if (root / "train.list").is_file():  # the check then reports its cases as missing, one by one
         return LeftAtrium.layout
     looked = "; ".join(f"{layout}: {', '.join(names)}" for layout, names in signs.items())
     there = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
@@ -120,7 +120,7 @@ def split_training(dataset: Dataset, config: Config) -> Split:
         rest = [name for name in names if name not in set(labelled)]
     if not rest and not config.labelled_only:
         raise UserError(
-            f"labelled={config.labelled} takes all cases of {shown} and leaves none unlabelled; lower labelled, "
+            f"labelled={config.labelled} uses all cases of {shown} and leaves none unlabelled; lower labelled, "
             f"or set batch_size={config.labelled_per_batch} for labelled-only training."
         )
     kept = len(labelled) - config.validation

@@ -16,7 +16,7 @@ from rplib.reference.datasets.dicom import holds_series, read_series
 from rplib.reference.datasets.headers import check_size, checked_affine
 from rplib.reference.files import name_mistake
 
-nibabel.imageglobals.logger.setLevel(logging.CRITICAL)  # what it mends in headers, on stderr, lines long
+nibabel.imageglobals.logger.setLevel(logging.CRITICAL)  # else it reports every header that it repairs on stderr
 
 NORMALISATIONS = ("z-score", "z-score-nonzero", "percentiles", "none")
 _SUFFIXES = (".nii.gz", ".nii")
@@ -53,7 +53,7 @@ class NiftiFolder(Dataset):
     expected = "images/ and labels/ of NIfTI files or DICOM series"
     images_folder: ClassVar[str] = "images"
     labels_folder: ClassVar[str] = "labels"
-    label_names: dict[int, str]  # value -> name, where the data set says it
+    label_names: dict[int, str]  # value -> name, if the data set defines names
 
     def __init__(
         self,
@@ -255,7 +255,7 @@ def image_files(folder: Path, series: bool = True) -> dict[str, Path]:
             continue
         name = path.name.removesuffix(suffix)
         if (expected := name_mistake(name)) is not None:
-            raise UserError(f"{folder} holds {printable(path.name)[:80]!r}, whose name is no case name; expected {expected}.")
+            raise UserError(f"{folder} contains {printable(path.name)[:80]!r}, which is not a case name; expected {expected}.")
         if name in files:
             raise UserError(f"{path} and {files[name].name} have the same name; remove one of them.")
         files[name] = path
@@ -309,7 +309,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def open_nifti(path: Path) -> nibabel.Nifti1Image:
-    """Open a file without reading its voxels; of a folder, read the DICOM series in it.
+    """Open a file without reading its voxels; if it is a folder, read the DICOM series in it.
 
     Raises:
         UserError: missing, damaged, or not NIfTI.
@@ -336,7 +336,7 @@ def open_nifti(path: Path) -> nibabel.Nifti1Image:
 
 def _values(nifti: nibabel.Nifti1Image, path: Path) -> np.ndarray:
     if nifti.get_data_dtype().kind not in "fiu":
-        raise UserError(f"{path} holds values of type {nifti.get_data_dtype()}; expected numbers.")
+        raise UserError(f"{path} has values of type {nifti.get_data_dtype()}; expected numbers.")
     with reading(path, "NIfTI file", "write it again"), np.errstate(all="ignore"):
         return np.asarray(nifti.dataobj)
 
@@ -355,7 +355,7 @@ def _check_grid(
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first three, and how many more.
+    """The first three names, and the number of further ones.
 
     >>> _some(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'

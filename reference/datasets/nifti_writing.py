@@ -26,7 +26,7 @@ def write_nifti(
         volume: (*spatial), or with channels last.
         affine: (4, 4).
         millimetres: whether the affine is known to be in mm.
-        header: of the source image; its description of the grid (both transforms and their codes, units)
+        header: header of the source image, whose description of the grid (both transforms and their codes, units)
             is kept.
         description: up to 79 characters for the header.
     """

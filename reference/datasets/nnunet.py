@@ -20,16 +20,16 @@ class Description(NamedTuple):
 class NnunetFolder(NiftiFolder):
     """nnU-Net's folder; the recipe `generic` reads it.
 
-        DIR/imagesTr/<case>_0000.nii.gz, <case>_0001...  one file a channel, or one file with the channels at the end
+        DIR/imagesTr/<case>_0000.nii.gz, <case>_0001...  one file per channel, or one file with the channels as last axis
         DIR/labelsTr/<case>.nii.gz                       a case without one is unlabelled
         DIR/imagesTs, DIR/labelsTs                       optional: the test cases, where they have labels
         DIR/dataset.json                                 channels and labels; "unlabelled": cases whose labels are ignored
         DIR/train.list, DIR/test.list                    optional, as in `NiftiFolder`
 
-    Args and the rest: as `NiftiFolder`.
+    Arguments and methods are those of `NiftiFolder`.
 
     Raises:
-        UserError: besides what `NiftiFolder` raises, settings that contradict dataset.json.
+        UserError: see `NiftiFolder`; also settings that contradict dataset.json.
     """
 
     images_folder, labels_folder = "imagesTr", "labelsTr"

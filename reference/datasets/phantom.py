@@ -92,7 +92,7 @@ def write_phantoms(dest: Path, cases: int, test_cases: int, size: tuple[int, int
     with output_folder(dest, f"DEST {dest}"):
         try:
             easiest = _write(dest, names, cases, size, seed, made)
-        except BaseException:  # nothing of a set that is not whole: the command can be given again
+        except BaseException:  # remove an incomplete set, so that the command can be run again
             for path in made:
                 path.unlink(missing_ok=True)
                 if path.parent != dest:
@@ -105,7 +105,7 @@ def write_phantoms(dest: Path, cases: int, test_cases: int, size: tuple[int, int
 
 
 def _write(dest: Path, names: list[str], cases: int, size: tuple[int, int, int], seed: int, made: list[Path]) -> float:
-    """Draw and write all cases and the lists; every path goes into `made` first. The best Dice of a threshold."""
+    """Draw and write all cases and the lists, and return the best Dice of a threshold. Every path is first added to `made`."""
     easiest = 0.0
     for index, name in enumerate(progress(names, "generating phantoms")):
         case = phantom_case(name, size, seed, index)
@@ -129,10 +129,10 @@ def _write(dest: Path, names: list[str], cases: int, size: tuple[int, int, int],
 
 
 def check_new(dest: Path, cases: int, test_cases: int) -> None:
-    """Refuse a folder with something in it, and sets without a case.
+    """Reject a folder that is not empty, and sets without a case.
 
     Raises:
-        UserError: either.
+        UserError: in either case.
     """
     if dest.exists() and (not dest.is_dir() or not is_empty(dest)):
         raise UserError(f"{dest} exists and is not an empty folder; choose another DEST or empty it.")

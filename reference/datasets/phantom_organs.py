@@ -20,7 +20,7 @@ from rplib.reference.datasets.phantom import (
 )
 from rplib.reference.progress import progress
 
-MOST_CLASSES = 5
+MOST_ORGAN_CLASSES = 5
 _ATTEMPTS = 40
 # By class: radius as a share of the shortest axis, and range of the stripes' period in voxels (0: crossed; None: smooth).
 _ORGANS = ((0.20, (3.5, 5.0)), (0.17, (8.0, 11.0)), (0.14, None), (0.12, 0.0))
@@ -30,14 +30,14 @@ def organs_case(name: str, size: tuple[int, ...], classes: int, seed: int, index
     """One generated case with one body of each class; the same arguments give the same voxels.
 
     Args:
-        size: (X, Y, Z) or (X, Y) voxels; the first two grow by up to a quarter from case to case.
-        classes: with the background.
+        size: (X, Y, Z) or (X, Y) voxels; the first two vary by up to a quarter between cases.
+        classes: number of classes, background included.
 
     Raises:
-        UserError: a number that does not fit, or no attempt hid every organ from a threshold.
+        UserError: an invalid number, or no attempt hid every organ from a threshold.
     """
-    if not 3 <= classes <= MOST_CLASSES:
-        raise UserError(f"classes is {classes}; expected 3 to {MOST_CLASSES} for several organs, 2 for one.")
+    if not 3 <= classes <= MOST_ORGAN_CLASSES:
+        raise UserError(f"classes is {classes}; expected 3 to {MOST_ORGAN_CLASSES} for several organs, 2 for one.")
     if len(size) not in (2, 3) or min(size) < LEAST_SIZE:
         raise UserError(f"size is {size}; expected two or three axes of at least {LEAST_SIZE} voxels.")
     random = np.random.default_rng([seed, index, classes, len(size)])
@@ -56,7 +56,7 @@ def write_organs(dest: Path, cases: int, test_cases: int, size: tuple[int, ...],
         cases, test_cases: number in train.list and in test.list.
 
     Raises:
-        UserError: the folder holds something already, or a number does not fit.
+        UserError: the folder is not empty, or a number is invalid.
     """
     check_new(dest, cases, test_cases)
     names = [f"organs{index:03d}" for index in range(cases + test_cases)]
@@ -89,7 +89,7 @@ def _draw(size: tuple[int, ...], classes: int, random: np.random.Generator) -> t
         elif period is not None:
             texture = 2.0 * stripes(grid, random, (3.5, 5.0)) * stripes(grid, random, (3.5, 5.0))
         image[organ] = contrast + strength * texture[organ]
-    for _ in range(2):  # as bright as the organs, mottled
+    for _ in range(2):  # as bright as the organs, but mottled
         other = body(grid, scale * random.uniform(0.12, 0.18), random, taken)
         image[other] = contrast + strength * smooth_noise(shape, 3.0, random)[other]
     dark = body(grid, scale * random.uniform(0.12, 0.16), random, taken)  # with the first organ's texture

@@ -42,7 +42,7 @@ def fit_box(labels: Sequence[NDArray]) -> FixedBox:
     result; an exhaustive search would try 64^6 boxes.
 
     Args:
-        labels: nonempty; (*spatial) masks of any sizes, nonzero is inside.
+        labels: nonempty sequence of (*spatial) masks of any sizes; nonzero is inside.
 
     >>> label = np.zeros((64, 64, 64)); label[16:32, 8:24, 8:40] = 1
     >>> fit_box([label])

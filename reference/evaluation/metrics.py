@@ -18,7 +18,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one mask against the ground truth; NaN is missing: a mask has no surface.
+    """Scores of one mask against the ground truth; NaN is a missing score, for example a distance to an empty mask.
 
     ``hd95`` and ``asd`` are in voxels, ``hd95_mm`` and ``asd_mm`` in the unit of the spacing (NaN without one).
     """

@@ -26,17 +26,17 @@ def patient_pattern(text: str) -> re.Pattern[str]:
         raise UserError(f"--patients {text!r} is not a regular expression: {error}.") from error
     if pattern.groups != 1:
         raise UserError(
-            f"--patients {text!r} has {pattern.groups} groups; expected one, around what names the patient, such as "
+            f"--patients {text!r} has {pattern.groups} groups; expected one, around the part that names the patient, such as "
             "'(patient[0-9]+)_'."
         )
     return pattern
 
 
 def patient_of(pattern: re.Pattern[str], case: str) -> str:
-    """The patient that a case's name names.
+    """The patient in a case's name.
 
     Raises:
-        UserError: the pattern is not in the name.
+        UserError: the pattern does not match the name.
 
     >>> patient_of(re.compile("(patient[0-9]+)_"), "patient007_frame01")
     'patient007'
@@ -44,7 +44,7 @@ def patient_of(pattern: re.Pattern[str], case: str) -> str:
     match = pattern.search(case)
     if match is None or not match[1]:
         raise UserError(
-            f"--patients {pattern.pattern!r} names no patient in case {case}; expected a pattern that fits every name."
+            f"--patients {pattern.pattern!r} finds no patient in case {case}; expected a pattern that matches every name."
         )
     return match[1]
 
@@ -52,7 +52,7 @@ def patient_of(pattern: re.Pattern[str], case: str) -> str:
 def per_patient(rows: "Sequence[CaseScores]", pattern: re.Pattern[str]) -> "list[CaseScores]":
     """One row per patient, method and class; ``case`` is then the patient.
 
-    Dice and Jaccard are those of all voxels of the patient's cases together: of slices in separate files, those of the stacked
+    Dice and Jaccard are computed over all voxels of the patient's cases: for slices in separate files, over the stacked
     volume. Distances are means over the cases that have one.
     """
     groups: dict[tuple[str, int, str], list[CaseScores]] = {}

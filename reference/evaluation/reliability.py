@@ -30,7 +30,7 @@ class ReliabilityMaps(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Agreement of the maps with the ground truth of one case; NaN if there is nothing to count."""
+    """Agreement of the maps with the ground truth of one case; NaN where no voxel qualifies."""
 
     taught_dice: float  # of the pseudo-labels, mean over the foreground classes
     disagreement: int  # voxels where the decoders differ

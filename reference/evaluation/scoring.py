@@ -67,7 +67,7 @@ class Report:
     run: Path | None = None  # the run folder, if given
     maps: dict[str, ReliabilityMaps] = field(default_factory=dict)  # of the N worst cases
     kept: dict[str, Case] = field(default_factory=dict, repr=False)  # the worst cases, in memory
-    patients: re.Pattern[str] | None = None  # what names the patient in a case's name
+    patients: re.Pattern[str] | None = None  # its group matches the patient in a case's name
 
     def case(self, name: str) -> Case:
         """A case with its label; read from disk only if it is not in memory."""
@@ -77,14 +77,14 @@ class Report:
 
     @property
     def over_patients(self) -> "Report | None":
-        """This report with a row per patient instead of one per case, if it knows the patients."""
+        """This report with a row per patient instead of one per case; None without a pattern for the patients."""
         if self.patients is None:
             return None
         return replace(self, rows=per_patient(self.rows, self.patients), patients=None)
 
     @property
     def names(self) -> list[str]:
-        """Of the cases (patients) in the order of the list."""
+        """Names of the cases (or patients) in the order of the list."""
         return list(dict.fromkeys(row.case for row in self.rows))
 
     @property
@@ -115,10 +115,10 @@ class Report:
         return found
 
     def worst_first(self) -> list[str]:
-        """Case names by Dice of decoder 1, ascending: mean over the classes that it is defined for.
+        """Case names by Dice of decoder 1, ascending: mean over the classes for which it is defined.
 
-        A class in neither truth nor prediction has no Dice. A case without any (a slice of background that was segmented as
-        such) has nothing to show and comes last.
+        A class in neither truth nor prediction has no Dice. A case without any Dice (a slice of background that was segmented as
+        such) comes last.
         """
         return _worst_first(self.rows)
 
@@ -145,7 +145,7 @@ def evaluate(
     Args:
         run: run folder of a training, or a checkpoint file.
         data: folder of the data set.
-        weights: ``"best"``, ``"last"`` or ``"averaged"``; None uses best if it exists. Beside averaged weights, decoder 1 is
+        weights: ``"best"``, ``"last"`` or ``"averaged"``; None uses best if it exists. With averaged weights, decoder 1 is
             also evaluated with the last ones.
         split: ``"test"``, ``"train"`` or, if the data set has one, ``"val"``; unlabelled training cases are
             skipped.
@@ -156,7 +156,7 @@ def evaluate(
         on_case: called with every case and its segmentations, for example to save them.
         maps: number of worst cases with reliability maps.
         pictures: number of worst cases to keep in memory for pictures, so that each is read once.
-        patients: pattern of one group that names the patient in a case's name; adds scores per patient.
+        patients: pattern whose one group matches the patient in a case's name; adds scores per patient.
 
     Raises:
         UserError: no readable checkpoint, missing or damaged data, no labels, invalid stride or device.
@@ -175,7 +175,7 @@ def evaluate(
     if spacing is not None and len(spacing) != len(config.patch):
         raise UserError(f"--spacing has {len(spacing)} numbers; expected one per axis of the image: {len(config.patch)}.")
     names = dataset.names(split)[:cases]
-    if patients is not None:  # before anything is segmented
+    if patients is not None:  # report mistakes before anything is segmented
         for name in names:
             patient_of(patients, name)
     boxes, box_note = _fit_boxes(dataset, config)
@@ -244,7 +244,7 @@ def _worst_first(rows: Sequence[CaseScores]) -> list[str]:
 
 
 def _mean_of(values: Sequence[float], nothing: float = math.nan) -> float:
-    """Mean of the values that are there."""
+    """Mean of the values that are not NaN."""
     there = [value for value in values if not math.isnan(value)]
     return statistics.fmean(there) if there else nothing
 
@@ -272,7 +272,7 @@ def _fit_boxes(dataset: Dataset, config: Config) -> tuple[dict[int, FixedBox], s
 
 
 def _last_beside(run: Path, weights: str | None, config: Config) -> MutualVNet | None:
-    """The network with the last weights, where averaged ones are scored and the run has both."""
+    """The network with the last weights, if averaged ones are scored and the run has both."""
     if weights == "last" or not config.average or not run.is_dir() or not (run / checkpoint.LAST).is_file():
         return None
     return checkpoint.load_network(run, "last")[0]

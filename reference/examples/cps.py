@@ -1,4 +1,4 @@
-"""Two networks, a supervised loss each, and a term by which they teach each other on a whole batch."""
+"""Cross pseudo supervision: two networks, each with a supervised loss, teach each other on the whole batch."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The same from a bundle's configuration: monai_bundle.json says what monai_trainer.py says in Python."""
+"""The training of monai_trainer.py from the configuration of a bundle, monai_bundle.json."""
 
 from pathlib import Path
 

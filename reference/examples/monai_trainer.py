@@ -1,4 +1,4 @@
-"""MONAI's SupervisedTrainer: the pair of networks is the network, the objective is its loss function, nothing is subclassed."""
+"""MONAI's SupervisedTrainer without subclassing: one module holds both networks, and the objective is the loss function."""
 
 import torch
 from monai.engines import SupervisedTrainer
@@ -10,7 +10,7 @@ import rplib
 
 
 class Pair(torch.nn.Module):
-    """Two networks that see the same images; in evaluation the first one answers."""
+    """Two networks that see the same images; in evaluation mode, only the first is used."""
 
     def __init__(self, first: torch.nn.Module, second: torch.nn.Module) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Pair(torch.nn.Module):
 
 
 class PairLoss:
-    """What SupervisedTrainer calls with the outputs and the labels of the batch's first, labelled, samples."""
+    """The loss function: called with the outputs, and the labels of the labelled samples, which come first in the batch."""
 
     def __init__(self, pair: Pair, weight: float = 0.1, ramp_every: int = 1) -> None:
         self.tap, self.objective = rplib.FeatureTap(pair.networks), rplib.MutualObjective()

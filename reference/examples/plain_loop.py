@@ -1,4 +1,4 @@
-"""Two MONAI networks in a loop of one's own: 4 labelled and 28 unlabelled images, no change to the networks."""
+"""Two MONAI networks in a plain training loop: 4 labelled and 28 unlabelled images, no change to the networks."""
 
 import torch
 from monai.networks.nets import BasicUNet
@@ -13,7 +13,7 @@ def main(iterations: int = 60) -> float:
     unlabelled, _ = discs(28, seed=1)
 
     networks = [BasicUNet(spatial_dims=2, out_channels=2, features=(8, 8, 16, 16, 32, 8)) for _ in range(2)]
-    tap = rplib.FeatureTap(networks)  # reads what each network's last convolution reads
+    tap = rplib.FeatureTap(networks)  # records the input of each network's last convolution
     objective = rplib.MutualObjective()
     optimizer = torch.optim.SGD([p for network in networks for p in network.parameters()], lr=0.05, momentum=0.9)
 

@@ -1,4 +1,4 @@
-"""Scribbles: a few labelled voxels an image, 255 elsewhere; cross-entropy on those, pseudo-labels everywhere."""
+"""Scribbles: a few labelled voxels per image, 255 elsewhere; cross-entropy on those voxels, pseudo-labels everywhere."""
 
 import torch
 from monai.networks.nets import BasicUNet
@@ -10,7 +10,7 @@ UNLABELLED = 255
 
 
 def scribbled(labels: torch.Tensor, seed: int = 3, share: float = 0.03) -> torch.Tensor:
-    """Keeps that share of the labels of each image, the others become 255."""
+    """Keep the given share of each image's labels and set the others to 255."""
     kept = torch.rand(labels.shape, generator=torch.Generator().manual_seed(seed)) < share
     return torch.where(kept, labels, UNLABELLED)
 

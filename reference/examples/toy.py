@@ -1,4 +1,4 @@
-"""What the examples segment: a bright disc in noise, its edge soft and its brightness different in every image."""
+"""The toy task of the examples: a bright disc in noise, with a soft edge and a different brightness in every image."""
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ def discs(number: int, seed: int, size: int = 48) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def dice(network: nn.Module, seed: int = 99) -> float:
-    """Dice of the disc on 16 images that no training saw; the network gives logits (B, 2, H, W)."""
+    """Dice of the disc on 16 new images; the network returns logits (B, 2, H, W)."""
     images, labels = discs(16, seed)
     network.eval()
     found = network(images).argmax(1)

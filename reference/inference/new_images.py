@@ -91,7 +91,7 @@ def _input(path: Path) -> Input:
     return Input(name, (path,))
 
 
-def group_channels(inputs: Sequence[Input], channels: int) -> tuple[list[Input], list[Refused]]:
+def group_inputs(inputs: Sequence[Input], channels: int) -> tuple[list[Input], list[Refused]]:
     """Group `<name>_0000`, `<name>_0001`, ... of one folder, if the network has several input channels.
 
     Returns:

@@ -20,7 +20,7 @@ from rplib.reference.datasets.nifti_writing import write_nifti
 from rplib.reference.devices import find_device
 from rplib.reference.files import output_path
 from rplib.reference.inference.components import largest_components
-from rplib.reference.inference.new_images import Input, Ready, Refused, find_inputs, group_channels, read
+from rplib.reference.inference.new_images import Input, Ready, Refused, find_inputs, group_inputs, read
 from rplib.reference.inference.window_bar import window_bar
 from rplib.reference.inference.windows import DECODER_1, Segmentation, segment_outputs, window_overlap
 from rplib.reference.progress import progress
@@ -78,7 +78,7 @@ def predict(
     inputs, refused = find_inputs(images)
     where = find_device(device)
     network, config = checkpoint.load_network(run, weights)  # type: ignore[arg-type]
-    inputs, incomplete = group_channels(inputs, config.in_channels)
+    inputs, incomplete = group_inputs(inputs, config.in_channels)
     refused += incomplete
     wanted = len(inputs) + len(refused)
     for one in refused if wanted > 1 else []:

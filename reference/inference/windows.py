@@ -19,7 +19,7 @@ from rplib.reference.network import MutualVNet
 DECODER_1 = "decoder 1"
 MEAN = "mean of both"
 OUTPUTS = (DECODER_1, MEAN)
-LAST_WEIGHTS = "decoder 1, last weights"  # beside averaged ones
+LAST_WEIGHTS = "decoder 1, last weights"  # in addition to averaged ones
 
 
 class Segmentation(NamedTuple):
@@ -43,7 +43,7 @@ def segment(
     Args:
         network: in eval mode; maps (N, channels, *patch) to a pair (logits, features), a list of two tensors each.
         image: (*spatial) or (channels, *spatial), normalised as in training. Axes shorter than the patch are padded
-            with zeros on both sides (the odd voxel behind) and the result is cropped back.
+            with zeros on both sides (an odd voxel at the end) and the result is cropped back.
         patch: voxels of a window per axis.
         stride: voxels between windows per axis; the last window is shifted to end with the image.
         batch: windows per forward pass; affects time and memory, not the result (up to rounding).

@@ -23,7 +23,7 @@ _INK = "#010203"  # placeholder for the page's text colour
 
 
 def write_curves(run: Path) -> None:
-    """curves.png: the loss terms, and the validation Dice where there is one, over the iterations of metrics.csv."""
+    """Write curves.png: the loss terms, and the validation Dice if there is one, over the iterations of metrics.csv."""
     picture = curves_png(read_metrics(run / METRICS_FILE), load_config(run / CONFIG))
     write_atomically(run / CURVES, lambda file: file.write(picture))
 

@@ -2,8 +2,8 @@
 
     python -m rplib.reference.reporting.decisions RUN DATA PICTURE.png
 
-draws it for the test case with the median Dice of a training, for example of `rplib demo`: RUN is then ``demo/mutual``, DATA
-``demo/data``. The picture on the front page was made this way.
+draws it for the test case with the median Dice of a run, for example of `rplib demo` (RUN is then ``demo/mutual``, DATA
+``demo/data``). The picture in the root README was made this way.
 """
 
 import argparse
@@ -46,9 +46,9 @@ def write_decisions(report: Report, path: Path, name: str | None = None) -> None
     """Write the row as PNG.
 
     Args:
-        report: of `evaluate` with ``maps`` large enough to hold the case.
+        report: result of `evaluate`, with ``maps`` large enough to include the case.
         path: file to write.
-        name: which case; None takes the median one.
+        name: which case; None selects the median one.
 
     Raises:
         KeyError: the report has no reliability maps of this case.
@@ -66,7 +66,7 @@ def write_decisions(report: Report, path: Path, name: str | None = None) -> None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command of this module's first lines."""
+    """The command in the module docstring."""
     parser = argparse.ArgumentParser(prog="python -m rplib.reference.reporting.decisions", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="run folder of a training")
     parser.add_argument("data", type=Path, help="data set that it is evaluated on")

@@ -19,7 +19,7 @@ from rplib.reference.files import write_atomically
 
 AXES = ("x", "y", "z")
 TRUTH, PREDICTION, OTHER = "#56B4E9", "#E69F00", "#CC79A7"  # Okabe-Ito palette, distinguishable with colour blindness
-_ROW, _COLUMN, _BESIDE = 2.5, 2.9, 1.9  # inches: a panel's height and width, the text beside the panels
+_ROW, _COLUMN, _BESIDE = 2.5, 2.9, 1.9  # inches: height and width of a panel, width of the text beside the panels
 _BAR = 2.3  # inches of a colour bar
 _BAR_TITLE, _BAR_LABELS = 0.15, 0.2  # inches above and below the bars, clear of the sheet's and the panels' titles
 _SCREEN = 100  # dots per inch, for line widths in points
@@ -139,7 +139,7 @@ def write_sheet(
 
 @contextlib.contextmanager
 def plain_text() -> Iterator[None]:
-    """The one place where matplotlib learns that names are names: no `$` begins a formula, no missing glyph is warned of."""
+    """Make matplotlib draw names as plain text: `$` begins no formula, and missing glyphs give no warning."""
     with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield

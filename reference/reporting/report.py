@@ -21,8 +21,8 @@ RELIABILITY, MAPS, PAGE = "reliability.csv", "reliability.png", "report.html"
 
 
 def write(report: Report, out: Path, pictures: int = 6) -> None:
-    """Print the tables and write them to `out` (scores.csv, summary.csv, report.txt, and patients.csv if the report knows the
-    patients), with pictures of the worst cases, their reliability maps if the report has them, and the HTML report (report.html).
+    """Print the tables and write them to `out`: scores.csv, summary.csv, report.txt, and patients.csv if patients are scored.
+    Also write pictures of the worst cases, their reliability maps if the report has them, and the HTML report (report.html).
 
     The scores are written first: an error in a picture does not lose them.
     """

@@ -1,4 +1,4 @@
-"""What a run folder records: metrics.csv, TensorBoard events, environment.json."""
+"""The records of a run folder: metrics.csv, TensorBoard events, environment.json."""
 
 import contextlib
 import csv
@@ -36,7 +36,7 @@ class LogRow(NamedTuple):
         taught_by_1, taught_by_2: share of the voxels at which decoder 1 (2) teaches the other.
         mean_weight: of the pseudo-labels at those voxels.
         disagreement: share of the voxels where the decoders predict different classes.
-        pseudo_labels: for each decoder, the share of the voxels of each class, background first; in the file "0.9 0.1;0.8 0.2".
+        pseudo_labels: for each decoder, the share of voxels of each class, background first; in the file "0.9 0.1;0.8 0.2".
     """
 
     iteration: int
@@ -59,7 +59,7 @@ class RunLog:
 
     Args:
         run: the run folder.
-        done: iteration of the checkpoint that the run resumes from; later rows are removed. 0 is a new run.
+        done: iteration of the checkpoint from which the run resumes; later rows are removed. 0 is a new run.
     """
 
     def __init__(self, run: Path, done: int) -> None:
@@ -109,7 +109,7 @@ def read_metrics(path: Path) -> list[LogRow]:
     Raises:
         UserError: not a metrics.csv of `rplib train`.
     """
-    with reading(path, "metrics.csv", "take it away; a resumption writes a new one"):
+    with reading(path, "metrics.csv", "remove it; a resumed run writes a new one"):
         text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")  # a kill may leave a line of zeros
         whole = text[: text.rfind("\n") + 1]
         header, *lines = list(csv.reader(io.StringIO(whole, newline=""))) or [[]]

@@ -34,7 +34,7 @@ def render(report: Report, per_case: bool = False) -> str:
 
 
 def as_text(*parts: Table | str, width: int = 120) -> str:
-    """Tables and lines as text: the one place where rich draws them, and takes no name in them for markup or an emoji.
+    """Tables and lines as text, drawn by rich without interpreting names in them as markup or emoji.
 
     >>> print(as_text("recipe [/b], :smile:"), end="")
     recipe [/b], :smile:

@@ -18,8 +18,8 @@ def cases_png(
     """Mean and range over the seeds of every case's Dice, cases sorted by the baseline's mean, worst first.
 
     Args:
-        dice: cell -> seed -> case -> Dice, as `results.dice_by_seed` gives it.
-        coloured: all cells, where only some are shown, so that each keeps its colour from one picture to the next.
+        dice: cell -> seed -> case -> Dice, as returned by `results.dice_by_seed`.
+        coloured: all cells, if only some are shown, so that each has the same colour in every picture.
     """
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     axis = figure.subplots()

@@ -31,7 +31,7 @@ def comparison_rows(lines: Sequence[Comparison]) -> list[tuple[str, ...]]:
 
 
 def page(plan: Plan, results: Sequence[Result]) -> str:
-    """The whole page, of what is scored by now."""
+    """The whole page, with the runs scored so far."""
     scored = {(row.cell, row.seed) for row in results}
     title = f"Sweep {plan.out.name}: {len(scored)} of {len(plan.runs)} runs scored"
     lines, curves = compare_cells(results, plan.cells, plan.baseline), validation_curves(plan)
@@ -59,8 +59,8 @@ def page(plan: Plan, results: Sequence[Result]) -> str:
 <h1>{escape(title)}</h1>
 {table(HEADINGS, comparison_rows(lines), f"{plan.split} cases, decoder 1; the baseline is {plan.baseline}")}
 <p class="soft">Dice: mean and standard deviation of the seeds' means. Minus the baseline, lowest: of the differences seed by
-seed. p, seeds: paired t-test over the seeds. p, cases: Wilcoxon test over the cases, each the mean over the seeds. Nothing is
-corrected for several comparisons.</p>
+seed. p, seeds: paired t-test over the seeds. p, cases: Wilcoxon test over the cases, each the mean over the seeds. No
+correction for multiple comparisons.</p>
 {by_seed}
 {shown}
 </body>

@@ -1,4 +1,4 @@
-"""What a sweep trains: cells (a recipe and its settings) times seeds, read from one TOML file."""
+"""The plan of a sweep: cells (a recipe and its settings) times seeds, read from one TOML file."""
 
 import difflib
 import tomllib
@@ -11,13 +11,13 @@ from rplib.reference import checkpoint
 from rplib.reference.checkpoint import BEST, CONFIG, LAST
 from rplib.reference.config import Config, differences, load_config, load_recipe
 
-# Settings that change no number of a training.
+# Settings that do not affect the results of a training.
 _SAME = {"name", "cache", "checkpoint_every", "log_every", "window_batch"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One recipe with settings of its own, trained with every seed."""
+    """One recipe with its own settings, trained with every seed."""
 
     name: str
     recipe: str
@@ -29,8 +29,8 @@ class Planned:
     """One run: a cell with one seed.
 
     Attributes:
-        folder: where it lies, or will lie.
-        adopted: it was trained elsewhere and is only read.
+        folder: the run folder, existing or not.
+        adopted: whether it was trained elsewhere and is only read.
     """
 
     cell: str
@@ -43,10 +43,10 @@ class Planned:
 
     @property
     def finished(self) -> bool:
-        """Trained to the last iteration.
+        """Whether it is trained to the last iteration.
 
         Raises:
-            UserError: the folder holds a training with other settings.
+            UserError: the folder contains a run with other settings.
         """
         if not (self.folder / CONFIG).is_file():
             return False
@@ -56,7 +56,7 @@ class Planned:
             key = changed[0]
             raise UserError(
                 f"{self.folder} was trained with {key}={getattr(there, key)}, "
-                f"the sweep asks for {key}={getattr(self.config, key)}; "
+                f"the sweep has {key}={getattr(self.config, key)}; "
                 "give the cell another name, or delete the folder."
             )
         if not (self.folder / BEST).is_file() or not (self.folder / LAST).is_file():
@@ -74,11 +74,11 @@ class Plan:
 
     Attributes:
         data: folder of the data set.
-        out: where run folders, logs, table and page go.
+        out: folder for run folders, logs, table and page.
         baseline: name of the cell that the others are compared with.
-        split: which list is scored.
-        jobs: trainings at a time, each with one thread.
-        runs: seeds outside, cells inside, so that at any time all cells have nearly the same seeds.
+        split: the list that is scored.
+        jobs: number of trainings at a time, each with one thread.
+        runs: ordered by seed, then by cell, so that at any time all cells have nearly the same seeds.
     """
 
     data: Path
@@ -94,10 +94,10 @@ class Plan:
 
 
 def read_plan(path: Path) -> Plan:
-    """A plan from its file; paths in it are relative to the file.
+    """Read a plan from its file; paths in it are relative to the file.
 
     Raises:
-        UserError: the file is missing, is not TOML, or something in it does not fit.
+        UserError: the file is missing or not TOML, or has an invalid entry.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -152,7 +152,7 @@ def _cell(name: str, cell: Any, path: Path) -> Cell:
 
 
 def _settings(table: Any, path: Path) -> tuple[str, ...]:
-    """A table of settings as the options of `--set`."""
+    """A table of settings as options of `--set`."""
     if not isinstance(table, dict):
         raise UserError(f"{path}: set is {table!r}; expected a table of settings, for example set = {{ filters = 8 }}.")
     arguments = []
@@ -181,7 +181,7 @@ def _keys(table: dict[str, Any], known: set[str], where: str) -> None:
 
 
 def _slug(name: str) -> str:
-    """A folder's name.
+    """A name as a folder name.
 
     >>> _slug("labelled only, Dice + CE")
     'labelled-only-dice-ce'

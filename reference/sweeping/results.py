@@ -1,4 +1,4 @@
-"""What the runs of a sweep scored: one row a run, network, weights and case; means, spread and paired differences."""
+"""The scores of a sweep: one row per run, network, weights and case; means, spread and paired differences."""
 
 import csv
 import io
@@ -20,12 +20,12 @@ MEAN_OF_CASES, ALL_CLASSES = "mean", "all"
 
 
 class Result(NamedTuple):
-    """One row of sweep.csv; scores are fractions and voxels, empty where there is none.
+    """One row of sweep.csv; scores are fractions and voxels, empty if missing.
 
     Attributes:
         network: "decoder 1", "mean of both", or the fixed box.
-        weights: "last", "averaged", or "best" (chosen on validation or, under protocol 'paper', on test cases).
-        case: a case's name, or "mean": over the cases and classes that have the score.
+        weights: "last", "averaged", or "best" (selected on validation cases or, under protocol 'paper', on test cases).
+        case: a case's name, or "mean" for the mean over the cases and classes that have the score.
     """
 
     cell: str
@@ -40,16 +40,16 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One cell beside the baseline, by the mean Dice of decoder 1 of each run (with the weights that the run declares final).
+    """One cell compared with the baseline, by the mean Dice of decoder 1 of each run (with its final weights).
 
     Attributes:
-        seeds: of the runs, with `means` their mean Dice.
-        deviation: over the seeds (n - 1); NaN for one.
+        seeds, means: the seeds of the runs, and their mean Dice.
+        deviation: over the seeds (n - 1); NaN for one seed.
         difference, difference_deviation, lowest: mean, deviation and minimum of the differences to the baseline, seed by seed,
             over the seeds that both have; NaN for the baseline.
-        p_seeds: two-sided paired t-test of those differences; NaN below two seeds.
-        p_cases: two-sided Wilcoxon test of the paired cases, each the mean over those seeds; NaN below six cases.
-        better, cases: in how many cases it is better, of how many.
+        p_seeds: two-sided paired t-test of those differences; NaN for fewer than two seeds.
+        p_cases: two-sided Wilcoxon test of the paired cases, each the mean over those seeds; NaN for fewer than six cases.
+        better, cases: number of cases in which it is better, and number of cases compared.
     """
 
     cell: str
@@ -67,12 +67,12 @@ class Comparison:
 
 
 def read_results(plan: Plan) -> list[Result]:
-    """All rows of all runs that are scored by now."""
+    """All rows of all runs scored so far."""
     return [row for run in plan.runs if run.scores(plan.split).is_file() for row in _read(run, plan.split)]
 
 
 def final(results: Sequence[Result]) -> list[Result]:
-    """Decoder 1 with the weights that its run declares final."""
+    """The rows of decoder 1 with the final weights of its run."""
     beside = {(row.cell, row.seed) for row in results if row.weights != "last"}
     return [row for row in results if row.network == DECODER_1 and (row.weights != "last" or (row.cell, row.seed) not in beside)]
 

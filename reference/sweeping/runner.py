@@ -1,4 +1,4 @@
-"""Trains and scores what a plan asks for and what is not there yet, several runs at a time."""
+"""Trains and scores the missing runs of a plan, several at a time."""
 
 import os
 import subprocess
@@ -12,17 +12,17 @@ from rplib.reference.checkpoint import CONFIG
 from rplib.reference.sweeping.plan import Plan, Planned
 
 LOGS = "logs"
-_POLL = 0.2  # seconds between looks at the running commands
+_POLL = 0.2  # seconds between checks of the running commands
 
 
 def run_plan(plan: Plan, say: Callable[[str], None] = print) -> None:
-    """Train and evaluate every run that is not finished; what a kill interrupted resumes.
+    """Train and evaluate every run that is not finished; an interrupted run is resumed.
 
-    Every run is two commands, `rplib train` and `rplib evaluate`, in processes of their own with one thread each; what they
-    print goes into a log. A run that fails does not stop the others.
+    Every run is two commands, `rplib train` and `rplib evaluate`, each in its own process with one thread. Their output
+    goes to a log. A run that fails does not stop the others.
 
     Raises:
-        UserError: some failed (reported at the end), or a folder holds other settings (reported before the first starts).
+        UserError: some failed (reported at the end), or a folder has other settings (reported before the first starts).
     """
     commands = {run: _commands(run, plan) for run in plan.runs}
     waiting = [run for run, left in commands.items() if left]
@@ -58,7 +58,7 @@ def run_plan(plan: Plan, say: Callable[[str], None] = print) -> None:
 
 
 def _commands(run: Planned, plan: Plan) -> list[list[str]]:
-    """What is left to do for a run."""
+    """The commands that a run still needs."""
     commands: list[Sequence[str | Path]] = []
     finished = run.finished
     if not finished:

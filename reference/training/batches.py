@@ -42,7 +42,7 @@ class Crop(NamedTuple):
     start: tuple[int, ...]
 
 
-class Plan(NamedTuple):
+class BatchPlan(NamedTuple):
     """The crops of one batch by stream, and the case names, labelled ones first."""
 
     crops: list[list[Crop]]
@@ -115,7 +115,7 @@ class TwoStreamBatches:
         """The next batch."""
         return self.cut(self.draw())
 
-    def draw(self) -> Plan:
+    def draw(self) -> BatchPlan:
         """Draw the next batch and advance the state."""
         labelled, *others = self._streams
         if self._as_authors and labelled.epoch_ends():
@@ -123,9 +123,9 @@ class TwoStreamBatches:
                 stream.restart()
         crops = [[self._crop(stream, case) for case in stream.take()] for stream in self._streams]
         names = [stream.cases[crop.case].name for stream, found in zip(self._streams, crops, strict=True) for crop in found]
-        return Plan(crops, names)
+        return BatchPlan(crops, names)
 
-    def cut(self, plan: Plan, pinned: bool = False) -> Batch:
+    def cut(self, plan: BatchPlan, pinned: bool = False) -> Batch:
         """This rank's part of a drawn batch; does not change the state or synchronise the device.
 
         Args:
@@ -173,7 +173,7 @@ class TwoStreamBatches:
             shape[:2] = shape[1::-1]
         start = []
         for size, edge, (before, after) in zip(shape, patch, padding(shape, patch, self._as_authors), strict=True):
-            margin = self._config.crop_margin if edge > 1 else 0  # beyond the last axis of slices there is no slice
+            margin = self._config.crop_margin if edge > 1 else 0  # no margin across slices
             before, after = before + margin, after + margin
             spare = before + size + after - edge
             start.append(int(random.integers(spare if self._as_authors else spare + 1)) - before)

@@ -1,4 +1,4 @@
-"""How a semi-supervised training stands beside labelled-only training: what is known when it ends, and how to find out."""
+"""Comparison of a semi-supervised training with labelled-only training at its end: the result, or the command to get it."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from rplib.reference import checkpoint
 from rplib.reference.checkpoint import BEST, CONFIG
 from rplib.reference.config import Config, differences, load_config, load_recipe, recipe_names
 
-# A baseline may differ from its run in these: what acts on unlabelled samples, and what changes no number.
+# Settings in which a baseline may differ from its run: they act only on unlabelled samples, or do not affect results.
 _MUTUAL = {"batch_size", "labelled_per_batch", "consistency", "warmup", "ramp_length", "ramp_every", "method", "confidence"}
 _MUTUAL |= {"temperature", "cross_entropy_on"}
 _SAME = {"name", "cache", "checkpoint_every", "log_every", "window_batch", "impl"}
@@ -15,23 +15,23 @@ _SUPERVISED = "-supervised"
 
 
 def beside_labelled_only(config: Config, out: Path, data: Path, recipe: str | None = None) -> str:
-    """One or two sentences for the end of a training; none for a labelled-only one.
+    """One or two sentences for the end of a training; empty for labelled-only training.
 
     Args:
-        recipe: the name that was asked for; None: that of the settings.
+        recipe: the name given on the command line; None uses the name in the settings.
     """
     if config.labelled_only or not config.consistency:
         return ""
     baseline = find_baseline(config, out)
     if baseline is None:
         return (
-            "Whether the unlabelled images helped shows beside labelled-only training, which is not there yet; start it with: "
+            "To see whether the unlabelled images helped, compare with labelled-only training; start it with: "
             f"{_command(config, out, data, recipe or config.name)}"
         )
     ours, theirs = _score(out), _score(baseline)
     compare = f"rplib compare {baseline} {out}"
     if ours is None or theirs is None:
-        return f"Labelled-only training lies in {baseline}; evaluate both, then compare them with: {compare}"
+        return f"Labelled-only training is in {baseline}; evaluate both, then compare them with: {compare}"
     gap = 100 * (ours - theirs)
     verdict = (
         f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'} labelled-only"
@@ -46,7 +46,7 @@ def beside_labelled_only(config: Config, out: Path, data: Path, recipe: str | No
 
 
 def find_baseline(config: Config, out: Path) -> Path | None:
-    """The finished labelled-only run beside `out` with the same seed and settings, if there is one."""
+    """The finished labelled-only run next to `out` with the same seed and settings, or None."""
     for path in sorted(out.resolve().parent.glob(f"*/{CONFIG}")):
         try:
             other = load_config(path)

@@ -1,4 +1,4 @@
-"""Distributed training by torchrun: one process per GPU, on one or more machines, each with its part of every batch.
+"""Distributed training with torchrun: one process per GPU, on one or more machines, each with its part of every batch.
 
 N ranks are equivalent to one process: the loss is that of the whole batch (`process_group` of `rplib.MutualObjective`),
 batch normalisation uses the whole batch, DistributedDataParallel averages the gradients. Only dropout differs: each rank
@@ -59,7 +59,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A user error on any rank inside ends all of them and is reported once, by rank 0."""
+        """Inside, a user error on any rank ends all ranks and is reported once, by rank 0."""
         mistake = None
         try:
             yield

@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from rplib.reference.training.batches import Batch, Plan, TwoStreamBatches
+from rplib.reference.training.batches import Batch, BatchPlan, TwoStreamBatches
 
 
 class Feed:
@@ -46,7 +46,7 @@ class Feed:
     def _start(self) -> Future[Batch]:
         return self._pool.submit(self._ready, self._batches.draw())
 
-    def _ready(self, plan: Plan) -> Batch:
+    def _ready(self, plan: BatchPlan) -> Batch:
         with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             batch = self._batches.cut(plan, pinned=self._stream is not None)
             images = batch.images.to(self._device, non_blocking=True, memory_format=self._memory_format)

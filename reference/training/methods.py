@@ -8,7 +8,7 @@
 | `cross-pseudo-supervision` | everywhere, with weight 1: Chen et al., CVPR 2021, with two decoders instead of two networks |
 | `mutual-consistency` | squared difference to the other's sharpened probabilities: Wu et al., MICCAI 2021 (MC-Net) |
 
-All but the last are options of `rplib.MutualObjective`. Data, network, supervised term and ramp-up do not change.
+All except the last are options of `rplib.MutualObjective`. Data, network, supervised term and ramp-up do not change.
 """
 
 from collections.abc import Sequence

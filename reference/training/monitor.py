@@ -1,4 +1,4 @@
-"""Sees trouble coming: one sentence when the mutual loss starts to override the labels, with the settings to change."""
+"""Early warnings: one sentence when the mutual loss starts to override the labels, with the settings to change."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -7,19 +7,19 @@ from rplib.reference.reporting.run_log import LogRow
 
 _RISE, _LEAST_RISE = 1.3, 0.1  # of the supervised loss over its lowest so far: factor, and absolute for both decoders together
 _GONE, _THERE = 0.02, 0.2  # share of a class among the pseudo-labels, as a fraction of its share among the labels
-_KNOWN = 0.5  # the same, from which on a class counts as known
-_RAMPED = 0.05  # part of the maximum weight from which on a class that never came is missed
+_KNOWN = 0.5  # the same fraction; from here on a class counts as known
+_RAMPED = 0.05  # fraction of the maximum weight; from here on a class that was never predicted is reported
 
 
 class Monitor:
     """Watches the rows of metrics.csv; every warning is given once.
 
-    Means over `window` iterations are compared, since crops scatter.
+    Means over `window` iterations are compared, because single crops vary.
 
     Args:
         shares: share of each class among the labels of the training cases, background first.
-        maximum: of the consistency weight; 0: nothing to watch.
-        iterations: of the whole training.
+        maximum: maximum consistency weight; 0: nothing to watch.
+        iterations: number of iterations of the training.
 
     Example:
         >>> monitor = Monitor([0.9, 0.1], 1.0, 400)
@@ -42,7 +42,7 @@ class Monitor:
         self._was_there: set[int] = set()
 
     def look(self, rows: Sequence[LogRow]) -> list[str]:
-        """Take in new rows; the warnings that they give rise to."""
+        """Add new rows and return the warnings that they cause."""
         if not self._maximum:
             return []
         found = []
@@ -54,7 +54,7 @@ class Monitor:
         return found
 
     def knows_every_class(self) -> bool:
-        """Whether, over the last window, both decoders predict every class that the labels have at half its share or more."""
+        """Whether, over the last window, both decoders predict every class of the labels at half its share or more."""
         known = [row.pseudo_labels for row in self._rows if row.pseudo_labels]
         if len(self._rows) < self.window or not known:
             return False
@@ -100,7 +100,7 @@ class Monitor:
                 which = "neither decoder predicts" if len(gone) == networks else f"decoder {gone[0]} does not predict"
                 warnings.append(
                     f"iteration {t}: {which} class {k}, which has {100 * share:.2g} % of the labelled voxels: pseudo-labels "
-                    f"teach that it is not there; set dropout=0, lower consistency (now {self._maximum:g}), raise ramp_every or "
+                    f"teach that it is absent; set dropout=0, lower consistency (now {self._maximum:g}), raise ramp_every or "
                     "warmup, or set supervised=dice+cross_entropy."
                 )
         return warnings

@@ -1,9 +1,9 @@
-"""The network's narrow convolutions, computed on fewer and wider positions: the same sums in another order.
+"""The network's narrow convolutions, computed on fewer positions with more channels: the same sums in another order.
 
-With 8 channels a CPU's 3x3x3 convolution has half of its vector lanes to spare. Here two neighbours along the first axis
-become the two halves of one position with twice the channels: a kernel of 3 taps over single voxels is one of 3 taps over
-pairs, half of whose weights are 0. A nearest upsampling by 2 before a kernel of 3 taps is a kernel of 3 taps on the small
-grid with 2 outputs a position and axis. Parameters, their names and the gradients' meaning stay.
+With 8 channels, a 3x3x3 convolution on a CPU uses only half of the vector lanes. Here two neighbours along the first axis
+become one position with twice the channels. A kernel of 3 taps over voxels becomes a kernel of 3 taps over pairs, half of
+whose weights are 0. Nearest upsampling by 2 followed by a kernel of 3 taps becomes a kernel of 3 taps on the small grid, with
+2 outputs per position and axis. Parameters, their names and the meaning of their gradients do not change.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-NARROW = 8  # output channels up to which pairs of voxels are faster
+NARROW = 8  # pairs of voxels are faster up to this number of output channels
 
 
 def pack(network: nn.Module) -> nn.Module:
@@ -75,7 +75,7 @@ class _Paired:
 
 
 class _Upsampled:
-    """A nearest upsampling by 2 and the convolution after it, on the small grid."""
+    """Nearest upsampling by 2 and the following convolution, computed on the small grid."""
 
     def __init__(self, layer: nn.Conv3d | nn.Conv2d) -> None:
         self.layer = layer

@@ -40,7 +40,7 @@ def prepared(out: Path, resume: bool, config: Config) -> Iterator[None]:
             _check_free(out, resume)
             out.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(out, f"--out {out}"))
-            _check_free(out, resume)  # what another process has put there before the lock was ours
+            _check_free(out, resume)  # again: another process may have written to it before we held the lock
             remove_leftovers(out)
             _reserve(out, room_needed(out, config))
         except OSError as error:
@@ -61,10 +61,10 @@ def _check_free(out: Path, resume: bool) -> None:
 
 
 def check_memory(config: Config, device: torch.device) -> None:
-    """Refuse settings that need more memory than the machine has.
+    """Reject settings that need more memory than the machine has.
 
     Raises:
-        UserError: states how much they need.
+        UserError: states how much memory they need.
     """
     if device.type == "cuda":
         there, where = torch.cuda.get_device_properties(device).total_memory, f"{device} has"
@@ -90,7 +90,7 @@ def memory_needed(config: Config) -> int:
 
 
 def room_needed(out: Path, config: Config) -> int:
-    """Bytes that a run may still write: last.pt (weights, their average, momentum) exists three times while it is replaced."""
+    """Bytes that a run may still write; while last.pt (weights, their average, momentum) is replaced, three copies exist."""
     with torch.device("meta"):
         network = checkpoint.build_network(config)
     weights = sum(t.numel() * t.element_size() for t in network.state_dict().values())
@@ -101,7 +101,7 @@ def room_needed(out: Path, config: Config) -> int:
 
 
 def _reserve(out: Path, needed: int) -> None:
-    """Write and remove a file of that size: this also respects quotas and limits, unlike the reported free space."""
+    """Write and remove a file of that size, which also checks quotas and limits, unlike the reported free space."""
     path = temporary(out / "room")
     try:
         with open(path, "wb") as file:
@@ -114,7 +114,7 @@ def _reserve(out: Path, needed: int) -> None:
             return
         if error.errno in _FULL | _UNKNOWN:
             raise UserError(
-                f"--out {out} has no room for the {needed / 2**20:.0f} MB that this run may write "
+                f"--out {out} has no space for the {needed / 2**20:.0f} MB that this run may write "
                 f"({error.strerror}; {shutil.disk_usage(out).free / 2**20:.0f} MB are free); free space or choose another."
             ) from error
         raise
@@ -152,12 +152,12 @@ def check_checkpoint(saved: dict[str, Any], case_names: list[str], config: Confi
 
 @contextlib.contextmanager
 def termination() -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM ends nothing by itself: the yielded function tells whether it has come.
+    """Inside, SIGTERM does not end the process; the yielded function returns whether it was received.
 
-    A cluster scheduler sends it some time before it kills: time for the step, and a checkpoint.
+    A cluster scheduler sends it some time before it kills the process: time to finish the step and write a checkpoint.
     """
     came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield lambda: False
         return
     before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))

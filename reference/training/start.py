@@ -54,7 +54,7 @@ def start(
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error):
                 raise UserError(
-                    f"the memory of {where} is full with batch_size={config.batch_size}, patch={list(config.patch)}, "
+                    f"{where} is out of memory with batch_size={config.batch_size}, patch={list(config.patch)}, "
                     f"filters={config.filters}; lower one of them{', set cache=ram or amp=bfloat16' * (where.type == 'cuda')}."
                 ) from error
             # For example a missing compiler; matched by name to avoid importing the modules.
@@ -87,7 +87,7 @@ def _settings(
     """All settings, the data folder, and whether the resumed run was deterministic."""
     saved = load_config(out / CONFIG) if resume and (out / CONFIG).is_file() else None
     if recipe is None and saved is None:
-        missing = f"{out} holds no run to resume" if resume else "--recipe is missing"
+        missing = f"{out} has no run to resume" if resume else "--recipe is missing"
         raise UserError(f"{missing}; name a recipe, for example: rplib train --recipe la-8 --data DIR --out {out}.")
     if recipe is not None:
         config = load_recipe(recipe, overrides)

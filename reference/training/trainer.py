@@ -41,8 +41,8 @@ PAPER_WARNING = (
     "protocol 'paper': weights are selected on the {} list, as in the published results. "
     "Scores of this run are optimistic; compare them only with scores selected in the same way."
 )
-_AWAIT_EVERY = 50  # iterations between looks whether every class is predicted, under await_classes
-_AVERAGE_EVERY = 10  # iterations between updates of the averaged weights, with the decay of that many iterations
+_AWAIT_EVERY = 50  # iterations between checks whether every class is predicted, under await_classes
+_AVERAGE_EVERY = 10  # iterations between updates of the averaged weights, with the decay of as many iterations
 _DEVICE_SHARE = 0.2  # fraction of GPU memory for volumes under cache=auto
 
 
@@ -132,7 +132,7 @@ class Training:
         if device.type == "cpu":
             pack(self.network)
         self.averaged: AveragedModel | None = None
-        if config.average:  # every rank averages the same weights; plain batch normalisation is all that a scoring needs
+        if config.average:  # every rank averages the same weights; for scoring, plain batch normalisation is enough
             update = get_ema_multi_avg_fn(config.average**_AVERAGE_EVERY)
             self.averaged = AveragedModel(self.network, multi_avg_fn=update, use_buffers=True)
         synchronise_batch_norm(self.network, ranks, device)
@@ -150,10 +150,10 @@ class Training:
         if saved is not None:
             with reading(out / LAST, "checkpoint", "use another one or train again"):
                 self._restore(saved, batches)
-        of_images = torch.contiguous_format if config.slices else memory_format  # slices come with a third axis of one voxel
+        of_images = torch.contiguous_format if config.slices else memory_format  # slices have a third axis of one voxel
         self.batches, self.feed = batches, Feed(batches, device, of_images)
 
-        if saved is None:  # the iteration that the ramp-up counts from; None: not yet
+        if saved is None:  # the iteration from which the ramp-up counts; None: not started
             self.ramp_from: int | None = None if config.await_classes and config.consistency else config.warmup
         self.monitor = Monitor(_class_shares(labelled, config.classes), config.consistency, config.iterations)
         self.log: RunLog | None = None
@@ -202,7 +202,7 @@ class Training:
                 deciding = self.ramp_from is None and t >= config.warmup and t % _AWAIT_EVERY == 0
                 if not (validating or saving or stopping or deciding or t % config.log_every == 0):
                     continue
-                if self.ranks.size > 1:  # one rank may hear of it a step before another: they stop together
+                if self.ranks.size > 1:  # ranks may receive the signal one step apart: stop them together
                     stopping = any(self.ranks.gather(terminated()))
                 saving = saving or stopping
                 rows = self._look_at(pending, window_began)
@@ -240,7 +240,7 @@ class Training:
         return rows
 
     def _check_weights(self, t: int, names: list[str]) -> None:
-        """Weights can become non-finite while the loss is finite: they must not be saved."""
+        """Check the weights, which can become non-finite while the loss is finite; such weights must not be saved."""
         state = {name: value for name, value in self.network.state_dict().items() if value.is_floating_point()}
         finite = torch.stack([value.isfinite().all() for value in state.values()]).tolist()
         bad = [name for name, good in zip(state, finite, strict=True) if not good]
@@ -248,7 +248,7 @@ class Training:
             self._not_finite(f"{len(bad)} of {len(state)} weights are not finite after iteration {t} ({bad[0]}", names)
 
     def _not_finite(self, what: str, names: list[str]) -> NoReturn:
-        """Raised on every rank, since all have the same loss and weights."""
+        """Raise an error, on every rank, since all have the same loss and weights."""
         if not self.ranks.first:
             raise SystemExit(2)
         kept = f"the last good checkpoint is {self.out / LAST}" if (self.out / LAST).is_file() else "no checkpoint yet"
@@ -264,7 +264,7 @@ class Training:
 
     @property
     def scored(self) -> nn.Module:
-        """The network that is validated and declared final: the averaged one where there is one."""
+        """The network that is validated and saved as final: the averaged one if there is one."""
         return self.network if self.averaged is None else self.averaged.module
 
     def _set_learning_rate(self, t: int) -> float:
@@ -292,7 +292,7 @@ class Training:
         # Restore list order, so that the sum does not depend on the number of ranks.
         scores = [found[i % self.ranks.size][i // self.ranks.size] for i in range(len(self.validation))]
         there = [score for score in scores if not math.isnan(score)]
-        mean = float(np.mean(there)) if there else math.nan  # no case shows a class
+        mean = float(np.mean(there)) if there else math.nan  # NaN: no case contains a class
         if mean > self.best_score:
             self.best_score, self.best_iteration = mean, t
             self._save_best(t, f"best mean decoder-1 Dice on {self._validated_on()}", mean)
@@ -374,7 +374,7 @@ class Training:
         t, config = self.config.iterations, self.config
         if not self.best_iteration:
             if self.validation and self.ranks.first:
-                print("no validation gave a Dice above 0: best.pt holds the last weights", file=sys.stderr)
+                print("no validation gave a Dice above 0: best.pt contains the last weights", file=sys.stderr)
             averaged = "" if self.averaged is None else ", averaged weights"
             self._save_best(t, f"last iteration{averaged}", None)
             final = f"best.pt: iteration {t}, the last{averaged}"
@@ -392,7 +392,7 @@ class Training:
 
 
 def _read_cases(config: Config, data: Path, ranks: Ranks) -> tuple[list[Case], list[Case], list[Case]]:
-    """Labelled, unlabelled and validation cases, in memory. The test list is read under `paper` only."""
+    """Labelled, unlabelled and validation cases, in memory. The test list is read only under `paper`."""
     dataset = open_for(config, data)
     for remark in dataset.remarks() if ranks.first else []:
         print(remark, file=sys.stderr)

@@ -12,9 +12,9 @@ from rplib.reference.progress import progress
 
 
 def case_dice(network: nn.Module, cases: Sequence[Case], config: Config, device: torch.device) -> list[float]:
-    """Decoder-1 Dice of each case, mean over the foreground classes; an empty prediction of a class that is there counts 0.
+    """Decoder-1 Dice of each case, mean over the foreground classes; an empty prediction of a class that is present counts 0.
 
-    A class in neither truth nor prediction has no Dice and is left out; a case of such classes alone (a slice of background)
+    A class in neither truth nor prediction has no Dice and is excluded; a case with only such classes (a slice of background)
     gives NaN. Protocol `paper` counts 0 for both, as the authors do.
     Windows, averages, decision and counts stay on the device, which is synchronised once per case. The precision is
     that of the training (`amp`, `tf32`).

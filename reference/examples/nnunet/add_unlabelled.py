@@ -1,4 +1,4 @@
-"""Makes nnU-Net v2 take images without a label: those in DATASET/imagesUn become cases that are 'ignore' everywhere."""
+"""Add unlabelled images to an nnU-Net v2 data set: those in DATASET/imagesUn become cases labelled 'ignore' everywhere."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""An nnU-Net v2 trainer that learns from unlabelled cases, too: two networks of the plan, each teaching the other.
+"""An nnU-Net v2 trainer that also learns from unlabelled cases: two networks of the plan teach each other.
 
 python add_unlabelled.py $nnUNet_raw/Dataset001_NAME       # once, before plan and preprocess
 export nnUNet_extTrainer=<this folder>
@@ -12,7 +12,7 @@ import rplib
 
 
 class Pair(torch.nn.Module):
-    """In training the outputs of both networks; else those of the first, which validation and prediction use."""
+    """Returns the outputs of both networks in training, else those of the first, which validation and prediction use."""
 
     def __init__(self, *networks: torch.nn.Module) -> None:
         super().__init__()
@@ -39,13 +39,13 @@ class nnUNetTrainerMutual(nnUNetTrainer):  # noqa: N801
             network.decoder.deep_supervision = enabled
 
     def do_split(self):
-        """Unlabelled cases never validate; labelled ones are repeated until half of the draws are labelled."""
+        """Use only labelled cases for validation, and repeat them in training until half of the draws are labelled."""
         unlabelled = sorted(self.dataset_json["unlabelled"])
         train, val = ([name for name in names if name not in unlabelled] for names in super().do_split())
         return train * max(1, len(unlabelled) // len(train)) + unlabelled, val
 
     def _build_loss(self):
-        supervised, mutual = super()._build_loss(), rplib.ReliableMutualLoss()  # nnU-Net's own leaves out what is 'ignore'
+        supervised, mutual = super()._build_loss(), rplib.ReliableMutualLoss()  # nnU-Net's own loss skips 'ignore' voxels
 
         def loss(outputs, target):
             if not isinstance(outputs[0], list | tuple):  # validation: one network's outputs at all resolutions
