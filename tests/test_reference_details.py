@@ -126,7 +126,7 @@ def test_probabilities_are_averaged_in_float32_under_autocast_and_else_in_the_ne
 )
 def test_a_checkpoint_of_something_else_says_of_what(tmp_path, content, what):
     torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(UserError, match=f"other.pt holds {what}"):
+    with pytest.raises(UserError, match=f"other.pt contains {what}"):
         checkpoint.load(tmp_path / "other.pt")
 
 
