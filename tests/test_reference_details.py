@@ -94,7 +94,7 @@ def test_two_classes_are_decided_by_the_foreground_alone():
 @pytest.mark.parametrize(
     ("weights", "autocast", "computed", "error"),
     [(torch.float32, None, torch.float32, 1e-6), (torch.float32, torch.bfloat16, torch.float32, 1e-6),
-     (torch.float64, None, torch.float64, 1e-14)],
+     (torch.float32, torch.float16, torch.float32, 1e-6), (torch.float64, None, torch.float64, 1e-14)],
 )  # fmt: skip
 def test_probabilities_are_averaged_in_float32_under_autocast_and_else_in_the_networks_type(weights, autocast, computed, error):
     """The softmax too: of two bfloat16 logits it would be off by 1e-3, of float64 ones in float32 by 1e-8."""
