@@ -3,9 +3,9 @@
     python tests/fuzz_files.py --files 2000 [--seed 1] [--first K] [h5 nifti nrrd checkpoint toml list csv]
 
 Each file is a sound one with random damage: flipped bits, bytes and numbers replaced, parts cut out, doubled or filled with
-zeros, the end cut off. It goes through `rplib` in a forked process with a limit of memory; a process that dies or is silent for a
-minute is a failure. A file that is still good gives 0, any other 2 and one line that names it (`data check` and the conversions
-list the files on stdout).
+zeros, the end cut off. It goes through `rplib` in a forked process with a limit of memory and of CPU time, so that a busy machine
+changes nothing; a process that dies, or waits for ten minutes, is a failure. A file that is still good gives 0, any other 2 and
+one line that names it (`data check` and the conversions list the files on stdout).
 """
 
 import argparse
@@ -30,7 +30,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = 3 << 30  # bytes beyond what the process has when it begins
-SILENCE = 60.0  # seconds
+SECONDS = 30  # of CPU time for a file
+SILENCE = 600.0  # seconds: a process that waits for ever takes no CPU time
 BATCH = 50  # files a process
 
 NUMBERS = [
@@ -208,6 +209,7 @@ def run_batch(kind: str, folder: Path, seed: int, first: int, last: int, report:
     sound = {target.file: target.file.read_bytes() for target in kinds}
     for index in range(first, last):
         os.write(report, f"{index} begins\n".encode())
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + SECONDS, resource.RLIM_INFINITY))
         draw = random.Random(f"{kind} {seed} {index}")
         target = draw.choice(kinds)
         target.clean()
@@ -239,18 +241,19 @@ def fuzz(kind: str, number: int, seed: int, first: int = 0) -> tuple[Counter[str
                 finally:
                     os._exit(code)
             os.close(writer)
-            message, began = b"", time.monotonic()
+            message, hung = b"", False
             while True:
                 ready, _, _ = select.select([reader], [], [], SILENCE)
                 part = os.read(reader, 1 << 16) if ready else b""
                 if not ready:
                     os.kill(process, signal.SIGKILL)
+                    hung = True
                 if not part:
                     break
                 message += part
             os.close(reader)
             _, status = os.waitpid(process, 0)
-            hung = time.monotonic() - began >= SILENCE and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+            hung = hung or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU)
         done = [line.partition(" ") for line in message.decode().splitlines() if not line.endswith("begins")]
         for index, _, found in done:
             found = found.strip("'\"")
@@ -262,7 +265,7 @@ def fuzz(kind: str, number: int, seed: int, first: int = 0) -> tuple[Counter[str
             if status == 256:
                 raise RuntimeError(f"the files of {kind} could not be made")
             counts["hung" if hung else "died"] += 1
-            failures.append(f"{kind}, seed {seed}, file {first}: {'no word for a minute' if hung else f'status {status}'}")
+            failures.append(f"{kind}, seed {seed}, file {first}: {'no end' if hung else f'status {status}'}")
             first += 1
     return counts, failures
 

@@ -1,11 +1,13 @@
 """Faults while a command runs, at random moments, and what is left afterwards.
 
     python tests/kill_runs.py --runs 50 [--seed 1] [train evaluate predict shrink phantom sweep torchrun]
+    python tests/kill_runs.py --runs 12 --faults "full disk" quota "small disk" -- train shrink
 
 Each run is disturbed once: killed (SIGKILL), terminated (SIGTERM), interrupted (SIGINT), not allowed files beyond a random size,
-on a disk that is full or over quota from a random write on, without one of its input files, or joined by a second process with
-the same arguments. Then the command runs once more (a training with --resume). It must end with 0 and leave what an undisturbed
-run leaves, to the bit, and nothing of ours beside it. A disturbed run itself may end with 0, 2 (one line), 130 (SIGINT) or 143
+on a disk that is full or over quota from a random write on, on a disk of a random size (a tmpfs; without the right to mount one a
+full disk instead), without one of its input files, or joined by a second process with the same arguments. Then the command runs
+once more (a training with --resume), on the same disk with more room. It must end with 0 and leave what an undisturbed run
+leaves, to the bit, and nothing of ours beside it. A disturbed run itself may end with 0, 2 (one line), 130 (SIGINT) or 143
 (SIGTERM), and never shows a traceback. The count goes on at --first: runs K to N of a seed are the same in every run.
 """
 
@@ -20,17 +22,19 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 FAULTS = (
     "kill", "terminate", "kill", "no room", "vanished file", "kill", "two writers", "interrupt", "full disk", "quota",
+    "small disk",
 )  # fmt: skip
 LONGEST = 900  # seconds
 OF_THE_MOMENT = ("environment.json", "curves.png", "last.previous.pt")  # times and paths; what was there before
@@ -122,6 +126,32 @@ def refuse_writes(number: int, after: int) -> None:
         genuine(descriptor)
 
     os.fsync = fsync
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, kib: int) -> Iterator[Callable[[], None]]:
+    """A tmpfs of that size at an empty folder; the yielded function gives it room."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "rplib", str(folder)], check=True, capture_output=True)
+
+    def give_room() -> None:
+        subprocess.run(["mount", "-o", "remount,size=1g", str(folder)], check=True)
+
+    try:
+        yield give_room
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+        folder.rmdir()
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether this process may mount a tmpfs."""
+    try:
+        with small_disk(folder, 64):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        folder.rmdir()
+        return False
 
 
 def preload() -> None:
@@ -255,13 +285,34 @@ def disturbed(fault: str, job: Job, seconds: float, draw: random.Random, log: Pa
     return "" if code != 2 or len(mistakes) == 1 else f"{len(mistakes)} lines of errors: {message[-500:]}"
 
 
-def run(names: list[str], runs: int, seed: int, first: int = 0) -> tuple[Counter[tuple[str, str]], list[str]]:
-    """Disturbs each job so often; counts by (job, fault), and the failures."""
+def finished(name: str, job: Job, expected: dict[str, str], log: Path) -> tuple[bool, str]:
+    """Gives a disturbed job once more, where it is not finished; (whether it was, what is wrong with what it leaves or "")."""
+    unfinished = job.out.exists() and left(job) != expected
+    if unfinished and name == "phantom":  # written into an empty folder only: it is to be emptied
+        shutil.rmtree(job.out)
+        unfinished = False
+    again = unfinished or not job.out.exists()
+    if again:
+        code, message = finish(start(job.again, log))
+        if code:
+            return again, f"given again: exit code {code}: {message[-800:]}"
+    found = left(job)
+    different = [n for n in {*found, *expected} if found.get(n) != expected.get(n)]
+    return again, f"left something else: {different}" if different else ""
+
+
+def run(
+    names: list[str], runs: int, seed: int, first: int = 0, faults: tuple[str, ...] = FAULTS
+) -> tuple[Counter[tuple[str, str]], list[str]]:
+    """Disturbs each job so often, by the faults in turn; counts by (job, fault), and the failures.
+
+    (job, "given again"): runs that the fault reached before they had ended.
+    """
     counts: Counter[tuple[str, str]] = Counter()
     failures = []
     with tempfile.TemporaryDirectory() as base:
         folder = Path(base).resolve()
-        every = jobs(folder)
+        every, mounts = jobs(folder), "small disk" in faults and can_mount(folder / "disk")
         for name in names:
             whole = every[name](folder / f"{name}-whole")
             began = time.monotonic()
@@ -269,26 +320,28 @@ def run(names: list[str], runs: int, seed: int, first: int = 0) -> tuple[Counter
             seconds = time.monotonic() - began
             assert code == 0, message
             expected = left(whole)
+            kib = sum(path.stat().st_size for path in whole.out.rglob("*") if path.is_file()) // 1024
             for k in range(first, first + runs):
                 draw = random.Random(f"{name} {seed} {k}")
-                fault = FAULTS[k % len(FAULTS)] if name != "torchrun" else ("terminate", "kill")[k % 2]
-                job = every[name](folder / f"{name}-{k}")
-                wrong = disturbed(fault, job, seconds, draw, folder / "log")
-                if not wrong:
-                    unfinished = job.out.exists() and left(job) != expected
-                    if unfinished and name == "phantom":  # written into an empty folder only: it is to be emptied
-                        shutil.rmtree(job.out)
-                        unfinished = False
-                    if unfinished or not job.out.exists():
-                        code, message = finish(start(job.again, folder / "log"))
-                        wrong = f"given again: exit code {code}: {message[-800:]}" if code else ""
-                    if not wrong and left(job) != expected:
-                        found = left(job)
-                        wrong = f"left something else: {[n for n in {*found, *expected} if found.get(n) != expected.get(n)]}"
-                counts[name, fault] += 1
-                if wrong:
-                    failures.append(f"{name}, seed {seed}, run {k} ({fault}): {wrong}")
-                shutil.rmtree(job.out, ignore_errors=True)
+                fault = faults[k % len(faults)] if name != "torchrun" else ("terminate", "kill")[k % 2]
+                if fault == "small disk" and not mounts:
+                    fault = "full disk"
+                with contextlib.ExitStack() as disks:
+                    place, give_room = folder, None
+                    if fault == "small disk":
+                        place = folder / "disk"
+                        give_room = disks.enter_context(small_disk(place, draw.randrange(4, kib + kib // 4 + 8)))
+                    job = every[name](place / f"{name}-{k}")
+                    wrong = disturbed(fault, job, seconds, draw, folder / "log")
+                    if give_room:
+                        give_room()
+                    if not wrong:
+                        again, wrong = finished(name, job, expected, folder / "log")
+                        counts[name, "given again"] += again
+                    counts[name, fault] += 1
+                    if wrong:
+                        failures.append(f"{name}, seed {seed}, run {k} ({fault}): {wrong}")
+                    shutil.rmtree(job.out, ignore_errors=True)
     return counts, failures
 
 
@@ -299,13 +352,15 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=len(FAULTS), metavar="N", help="of each job (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, metavar="K", help="number of the first run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--faults", nargs="+", default=FAULTS, choices=FAULTS, metavar="FAULT", help=f"of {sorted(set(FAULTS))}")
     args = parser.parse_args()
     bad = []
     preload()
     for name in args.jobs:
-        counts, failures = run([name], args.runs, args.seed, args.first)
+        counts, failures = run([name], args.runs, args.seed, args.first, tuple(args.faults))
+        again = counts.pop((name, "given again"), 0)
         message = ", ".join(f"{fault} {n}" for (_, fault), n in sorted(counts.items()))
-        print(f"{name}: {sum(counts.values())} runs ({message}), {len(failures)} failures", flush=True)
+        print(f"{name}: {sum(counts.values())} runs ({message}), {again} given again, {len(failures)} failures", flush=True)
         for failure in failures:
             print(f"  {failure}", flush=True)
         bad += failures

@@ -8,7 +8,7 @@ import pytest
 import torch
 from loss_cases import DEVICE, HAS_TRITON, channels_last, networks, spatial_slice, transposed
 from test_loss_objective import expected, run
-from truth import compare, own_masks, truth
+from truth import compare, evaluate, own_masks, truth
 
 import rplib
 
@@ -101,7 +101,7 @@ def test_objective_of_many_classes():
 @pytest.mark.parametrize("classes", [2, 3])
 def test_both_networks_learn_everywhere(classes):
     logits, features = networks((21,), classes, 5, seed=6)
-    check_loss(logits, features, confidence=None)
+    check_loss(logits, features, upstream=-2.5, confidence=None)
     check_objective(logits, features, labels(classes, 1, 21), None, confidence=None, cross_entropy_on="probabilities")
 
 
@@ -168,3 +168,16 @@ def test_a_weight_that_is_learnt_and_an_upstream_factor():
     for t, g in zip(z, exact, strict=True):
         assert (t.grad.double() + 3 * g).norm() <= 1e-6 * (3 * g).norm()
     torch.testing.assert_close(weight.grad, -3 * result.mutual)
+
+
+@pytest.mark.parametrize("confidence", ["max_probability", None])
+def test_the_gradient_of_certain_voxels_sums_to_zero_over_classes(confidence):
+    """To units in the last place, where the exponentials are 1e-22 to 1e-27: an exponential in base 2 would be off by ten."""
+    logits, features = networks((21,), 3, 4, seed=18)
+    for z in logits:
+        z.copy_(-50 - 12 * torch.rand(z.shape, device=DEVICE))
+        z[:, 1] = 0.0
+    _, gradients = evaluate("triton", logits, features, confidence=confidence)
+    size = torch.stack(gradients).double().abs().amax(2)  # (networks, B, V)
+    assert (size > 1e-30).sum() >= 21
+    assert (torch.stack(gradients).double().sum(2).abs() <= 5e-7 * size).all()

@@ -10,15 +10,15 @@ from truth import compare
 
 import rplib
 from rplib import lean
-from rplib.errors import UserError
+from rplib.errors import Terminated, UserError
 from rplib.options import Options
 from rplib.reference import checkpoint
 from rplib.reference.config import Config, load_recipe
 from rplib.reference.evaluation import metrics
 from rplib.reference.inference import windows
-from rplib.reference.network import MutualVNet
 from rplib.reference.training import trainer
 from rplib.reference.training.batches import TwoStreamBatches, padding
+from rplib.reference.training.distributed import Ranks
 
 PATCH = (16, 16, 16)
 
@@ -91,16 +91,31 @@ def test_two_classes_are_decided_by_the_foreground_alone():
     assert label.tolist() == [1, 0, 0] and torch.equal(score, probability[1])
 
 
-def test_probabilities_are_averaged_in_float32_under_autocast_and_else_in_the_networks_type():
-    image, network = np.random.default_rng(0).normal(size=PATCH).astype(np.float32), MutualVNet(filters=1).eval()
+@pytest.mark.parametrize(
+    ("weights", "autocast", "computed", "error"),
+    [(torch.float32, None, torch.float32, 1e-6), (torch.float32, torch.bfloat16, torch.float32, 1e-6),
+     (torch.float32, torch.float16, torch.float32, 1e-6), (torch.float64, None, torch.float64, 1e-14)],
+)  # fmt: skip
+def test_probabilities_are_averaged_in_float32_under_autocast_and_else_in_the_networks_type(weights, autocast, computed, error):
+    """The softmax too: of two bfloat16 logits it would be off by 1e-3, of float64 ones in float32 by 1e-8."""
 
-    def average(network, autocast=None):
-        words = (network, image, PATCH, PATCH, 1, "cpu", windows.OUTPUTS, autocast)
-        return {value.dtype for value in windows._averages(*words).values()}
+    class Pointwise(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Conv3d(1, 2, 1)
 
+        def forward(self, windows):
+            self.logits = self.head(windows)
+            return [self.logits, -self.logits], []
+
+    image, network = np.random.default_rng(0).normal(size=PATCH).astype(np.float32), Pointwise().to(weights).eval()
     with torch.inference_mode():
-        assert average(network) == average(network, torch.bfloat16) == {torch.float32}
-        assert average(network.double()) == {torch.float64}
+        averages = windows._averages(network, image, PATCH, PATCH, 1, "cpu", windows.OUTPUTS, autocast)
+    assert network.logits.dtype == (autocast or weights)
+    exact = network.logits.double().softmax(1)[0]
+    for name, expected in ((windows.DECODER_1, exact), (windows.MEAN, torch.full_like(exact, 0.5))):
+        assert averages[name].dtype == computed
+        assert (averages[name].double() - expected).abs().max() <= error
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoint
@@ -111,7 +126,7 @@ def test_probabilities_are_averaged_in_float32_under_autocast_and_else_in_the_ne
 )
 def test_a_checkpoint_of_something_else_says_of_what(tmp_path, content, what):
     torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(UserError, match=f"other.pt holds {what}"):
+    with pytest.raises(UserError, match=f"other.pt contains {what}"):
         checkpoint.load(tmp_path / "other.pt")
 
 
@@ -178,6 +193,36 @@ def test_seeds_of_several_numbers_stay_what_they_are():
     assert [trainer._seed(*numbers) for numbers in ((1337, 1), (1337, 1, 500), (0,))] == [
         8311963500192281539, 1983992414098049721, 7896617691693857887,
     ]  # fmt: skip
+
+
+def rank(number, data, out, *settings: str) -> trainer.Training:
+    """The training of one of two ranks, which hears nothing of the other."""
+    config = load_recipe("la-4", [*TINY, "batch_size=4", "labelled_per_batch=2", *settings])
+    out.mkdir(exist_ok=True)
+    return trainer.Training(config, data, out, torch.device("cpu"), False, False, Ranks(number, 2))
+
+
+def test_ranks_have_the_same_weights_and_other_random_numbers(data, tmp_path):
+    weights, drawn = [], []
+    for number in (0, 1):
+        weights.append(rank(number, data, tmp_path / "run", "seed=5").network.state_dict())
+        drawn.append(torch.rand(1).item())
+    assert all(torch.equal(a, b) for a, b in zip(*(found.values() for found in weights), strict=True))
+    assert drawn[0] != drawn[1] and torch.initial_seed() == trainer._seed(5, 1)
+
+
+def test_two_ranks_stop_together_when_either_was_terminated(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(Ranks, "gather", lambda _, mine: [mine, True] if isinstance(mine, bool) else [mine])
+    with pytest.raises(Terminated, match="iteration 2"):
+        rank(0, data, tmp_path / "run", "iterations=4", "log_every=2").run()
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["iteration"] == 2
+
+
+def test_a_finished_training_names_its_device_or_its_ranks(data, tmp_path, capsys):
+    train(data, tmp_path / "alone")
+    assert " s on cpu; best.pt: iteration 2" in capsys.readouterr().out
+    rank(0, data, tmp_path / "two", "iterations=2").run()
+    assert " s on 2 processes (cpu); best.pt: iteration 2" in capsys.readouterr().out
 
 
 def test_a_log_row_holds_the_statistics_of_both_decoders():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fuzz_files
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,9 +29,26 @@ def test_damaged_files_are_refused_by_name():
     assert out.count(": 10 files, {") == 7 and "failed" not in out and "died" not in out
 
 
+def spin(*_: object) -> str:
+    while True:
+        pass
+
+
+@POSIX
+@pytest.mark.parametrize(
+    ("wrong", "counted"),
+    [(spin, {"hung": 1}), (lambda *_: os.kill(os.getpid(), 9), {"died": 1}), (lambda *_: "exit code 1", {"failed": 1})],
+)  # fmt: skip
+def test_what_ends_badly_or_never_is_counted(monkeypatch, wrong, counted):
+    monkeypatch.setattr(fuzz_files, "SECONDS", 1)
+    monkeypatch.setattr(fuzz_files, "verdict", wrong)
+    counts, failures = fuzz_files.fuzz("toml", 1, seed=1)
+    assert counts == counted and len(failures) == 1 and failures[0].startswith("toml, seed 1, file 0: ")
+
+
 @POSIX
 def test_a_disturbed_conversion_is_finished_by_the_same_command():
-    assert "shrink: 10 runs" in run("kill_runs.py", "shrink", "--runs", 10)
+    assert "shrink: 11 runs" in run("kill_runs.py", "shrink", "--runs", 11)
 
 
 @POSIX
@@ -44,7 +62,7 @@ def test_more_damaged_files():
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
 @pytest.mark.parametrize(
-    ("job", "runs"), [("train", 10), ("evaluate", 10), ("predict", 10), ("phantom", 10), ("sweep", 10), ("torchrun", 2)]
+    ("job", "runs"), [("train", 11), ("evaluate", 11), ("predict", 11), ("phantom", 11), ("sweep", 11), ("torchrun", 2)]
 )
 def test_disturbed_runs_are_finished_by_the_same_command(job, runs):
     assert f"{job}: {runs} runs" in run("kill_runs.py", job, "--runs", runs)
