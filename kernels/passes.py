@@ -228,8 +228,10 @@ def _weight(
     g_labels = None if labels is None else geometry(labels)
     flat, wide = addressing(geometries if g_labels is None else [*geometries, g_labels])
     z_layout, f_layout = layout_of(geometries[:2]), layout_of(geometries[2:])
-    if classes > 4 and za.element_size() == 2 and ALIGNED in (z_layout, f_layout):
-        z_layout = f_layout = ANY  # 128-bit loads give a thread 8 voxels, whose logits of many classes do not fit its registers
+    # 128-bit loads give a thread 8 voxels (float32: 4), whose logits of many classes do not fit its registers.
+    too_wide = za.element_size() == 2 or architecture(za.device) >= tiling.BLACKWELL
+    if classes > 4 and too_wide and ALIGNED in (z_layout, f_layout):
+        z_layout = f_layout = ANY
     tiles = tiling.weighting_tiles(
         classes, max(f_a, f_b), max(fa.element_size(), fb.element_size()),
         channels_last=f_layout in (LAST, PACKED), aligned=f_layout != ANY,
