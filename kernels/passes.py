@@ -241,8 +241,9 @@ def _weight(
     g_mask = None if mask is None else geometry(mask)
     flat, wide = addressing([*geometries, *(g for g in (g_labels, g_mask) if g is not None)])
     z_layout, f_layout = layout_of(geometries[:2]), layout_of(geometries[2:])
-    if classes > 4 and (za.element_size() == 2 or rules.masked) and ALIGNED in (z_layout, f_layout):
-        # 128-bit loads give a thread 8 voxels (float32: 4, with a mask), whose logits of many classes do not fit its registers.
+    # 128-bit loads give a thread 8 voxels (float32: 4), whose logits of many classes do not fit its registers.
+    too_wide = za.element_size() == 2 or rules.masked or architecture(za.device) >= tiling.BLACKWELL
+    if classes > 4 and too_wide and ALIGNED in (z_layout, f_layout):
         z_layout = f_layout = ANY
     tiles = tiling.weighting_tiles(
         classes, max(f_a, f_b), max(fa.element_size(), fb.element_size()),
