@@ -218,7 +218,7 @@ def test_sample_weights(impl, options):
     [
         ([1.0, 2.0], ValueError, r"shape \(2,\).*\(3,\)"),
         (torch.ones(3, 1), ValueError, r"shape \(3, 1\)"),
-        ([1.0, -1.0, 1.0], ValueError, "from 0"),
+        ([1.0, -1.0, 1.0], ValueError, "non-negative"),
         ([1.0, float("nan"), 1.0], ValueError, "finite"),
         ("heavy", TypeError, "sample_weights is 'heavy'"),
         (torch.ones(3, dtype=torch.bool), TypeError, "bool"),

@@ -13,7 +13,7 @@ from package_tools import tree_packages
 LAYERS = (
     (
         "rplib.errors", "rplib.ranks", "rplib.options", "rplib.supervision", "rplib.maps", "rplib.similarity", "rplib.statistics",
-        "rplib.memory",
+        "rplib.memory", "rplib.inputs",
     ),
     ("rplib.kernels",),
     ("rplib",),  # the public API: what is not named elsewhere in this list

@@ -191,7 +191,7 @@ def _draw(size: tuple[int, int, int], random: np.random.Generator) -> tuple[np.n
 def body(grid: np.ndarray, radius: float, random: np.random.Generator, taken: np.ndarray, margin: float = 0.1) -> np.ndarray:
     """An ellipsoid with two veins, in a free place if one is found; marks it in `taken`."""
     dims = len(grid)
-    shape = grid[(slice(None), *[-1] * dims)] + 1  # in the units of the grid
+    shape = grid.reshape(dims, -1)[:, -1] + 1  # in the units of the grid
     for _ in range(30):
         centre = shape * random.uniform(margin, 1 - margin, dims)
         axes = radius * random.uniform(0.75, 1.25, dims)
