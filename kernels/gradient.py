@@ -1,4 +1,4 @@
-"""Backward pass: gradients of the logits from the record that the second pass left (see weighting.py).
+"""Backward pass: gradients of the logits from the record that the second pass stored (see weighting.py).
 
     dL/dz_i(c, v) = upstream * (cw * w_ij(v) / n_ij * dCE_ij/dz_i(c, v) + dice_weight * dDice_i/dz_i(c, v))
 

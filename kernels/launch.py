@@ -148,7 +148,7 @@ def channels(features: Sequence[Tensor] | None) -> tuple[int, int]:
 class Geometry(NamedTuple):
     """How a tensor (B, channels, *spatial) lies in memory.
 
-    strides: batch, channel, three spatial axes (flat: the last one leads through all voxels). kind: its layout, see voxels.py.
+    strides: batch, channel, three spatial axes (flat: the last is the step between voxels). kind: its layout, see voxels.py.
     flat: the spatial axes collapse into one. span: of a sample, in elements.
     """
 

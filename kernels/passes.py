@@ -24,14 +24,15 @@ from rplib.kernels.launch import (
     sizes,
     split,
 )
+from rplib.kernels.prototypes import prototypes_kernel
 from rplib.kernels.rules import Rules
-from rplib.kernels.statistics import prototypes_kernel, statistics_kernel
+from rplib.kernels.statistics import statistics_kernel
 from rplib.kernels.total import loss_kernel
 from rplib.kernels.weighting import weighting_kernel
 
 
 class Statistics(NamedTuple):
-    """What the first pass knows.
+    """Results of the first pass.
 
     prototypes_a, prototypes_b: (B, C, F) float32. counts: int64, (2,) reliable voxels of student a and b, or with
     ``rules.detailed`` (3 + 2 C,), see prototypes_kernel. sums: float32, (1,), 0 or NaN for non-finite input, and with a target
@@ -92,7 +93,7 @@ class Weights(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What the second pass leaves for the backward pass, see weighting.py.
+    """Results of the second pass for the backward pass, see weighting.py.
 
     values: (B + samples with two planes, V rounded up to whole sectors) float32; code: (B, the same) uint8 for C > 2.
     """

@@ -10,7 +10,7 @@ from rplib.supervision import Supervision
 
 
 class Rules(NamedTuple):
-    """What is compared, weighted and added up.
+    """Options of the comparison, the weights and the sums.
 
     compare: there is a confidence. by_entropy: it is the entropy, else the largest probability. on_logits: cross-entropy on
     logits. detailed: sums for `rplib.ObjectiveStatistics` are kept. dice: the supervised term has Dice, of the ``chosen`` classes

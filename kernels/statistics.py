@@ -1,7 +1,7 @@
 """First pass: reliable voxels per pair, the class prototypes of both networks, and the sums of the Dice loss.
 
 One read of all logits, features and labels. Every program walks over a run of blocks of one sample, adds in registers and
-writes one partial result; a second, tiny kernel adds the partials in a fixed order. Non-finite values end up in ``nonfinite``.
+writes one partial result; prototypes.py adds the partial results in a fixed order. Non-finite values end up in ``nonfinite``.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from rplib.kernels.dice import load_target
+from rplib.kernels.products import add_products, labels_of_product, store_products, voxels_of_product
 from rplib.kernels.voxels import (
     LAST,
     PACKED,
@@ -32,11 +33,11 @@ from rplib.kernels.voxels import (
 
 
 class Sums(NamedTuple):
-    """What a program adds up. Tiles of one number per row (ROWS,); tuples over classes where there are some.
+    """Sums of a program. Tiles of one number per row (ROWS,); tuples over classes where there are some.
 
     seen: voxels, a number, or one per row where some do not count. ab, ba: reliable voxels of student a and b. nonfinite: 0 or
     NaN. members: voxels pseudo-labelled as class 1, 2 .. (those of class 0 are the rest), by a in the lower half of the bits, by
-    b in the upper. differing: voxels whose pseudo-labels differ, if asked for. features_a, features_b: sums of features,
+    b in the upper. differing: voxels whose pseudo-labels differ, if requested. features_a, features_b: sums of features,
     (FEATURE_BLOCK, ROWS), with DOT one tile (CLASSES_DOT, FEATURE_BLOCK), IN_REGISTERS for every TILE of features and 16 classes
     (groups, 16, TILE). overlap_a, overlap_b, soft_a, soft_b, truth: of Dice. entropy: of cross-entropy, both networks'.
     """
@@ -134,123 +135,6 @@ def _add_features(
         label = label[None, :, :]
         for c in tl.static_range(CLASSES):  # beyond the end x is 0
             added = added + (sums[c] + tl.sum(x * (label == c).to(tl.float32), axis=2),)
-    return added
-
-
-# IN_REGISTERS: sums of many classes are products with one-hot labels on the tensor cores. Tiles have axes for what the
-# registers and threads of a product hold, so that features and labels are loaded or made where the product wants them, and none
-# of them passes through shared memory: (2 or 1, RUNS, VOXEL_GROUPS, FEATURE_GROUPS, 8, 4, VECTOR). Of a product's K = RUNS x 4
-# x VECTOR (or RUNS x 4) voxels a thread holds every fourth, of 16 features or classes every eighth; warps lie along the groups.
-# VECTOR are voxels side by side, or SIDE_BY_SIDE features of one voxel: what a thread loads at once.
-
-
-@triton.jit
-def _axis(N: tl.constexpr, AXIS: tl.constexpr):
-    """0 .. N - 1 along one of the seven axes."""
-    i = tl.arange(0, N)
-    for axis in tl.static_range(7):
-        if axis != AXIS:
-            i = tl.expand_dims(i, axis)
-    return i
-
-
-@triton.jit
-def _voxels_of_product(start, o):
-    """Voxels of a tile, (1, RUNS, VOXEL_GROUPS, 1, 1, 4, VECTOR or 1)."""
-    v = (_axis(o.VOXEL_GROUPS, 2) * o.RUNS + _axis(o.RUNS, 1)) * 4 + _axis(4, 5)
-    if o.SIDE_BY_SIDE:
-        return start + v
-    else:
-        return start + v * o.VECTOR + _axis(o.VECTOR, 6)
-
-
-@triton.jit
-def _labels_of_product(label, o):
-    """Labels (voxels of the block, 1) as the tile of `_voxels_of_product`."""
-    V: tl.constexpr = 1 if o.SIDE_BY_SIDE else o.VECTOR
-    label = tl.permute(tl.reshape(label, (o.VOXEL_GROUPS, o.RUNS, 4, V)), (1, 0, 2, 3))
-    return label[None, :, :, None, None, :, :]
-
-
-@triton.jit
-def _one_hot(label, like, first, o):
-    """(groups, 16, K), 1.0 where the label is class first + 0 .. 15. like: bits of features, whose threads the labels join."""
-    GROUPS: tl.constexpr = o.VOXEL_GROUPS * o.FEATURE_GROUPS
-    if o.SIDE_BY_SIDE:
-        for level in tl.static_range(3):
-            if o.VECTOR >> level > 2:
-                like, _ = tl.split(
-                    tl.reshape(like, (1, o.RUNS, o.VOXEL_GROUPS, o.FEATURE_GROUPS, 8, 4, o.VECTOR >> level + 1, 2))
-                )  # fmt: skip
-        cls = first + _axis(2, 6) * 8 + _axis(8, 4)
-    else:
-        cls = first + _axis(2, 0) * 8 + _axis(8, 4)
-    # x & 1 & 2 is 0, which the compiler finds out once it has given the labels the threads of x.
-    one_hot = (cls == (label | ((like & 1) & (like & 2)))).to(tl.float32)
-    if o.SIDE_BY_SIDE:
-        one_hot = tl.permute(one_hot, (2, 3, 6, 4, 1, 5, 0))
-    else:
-        one_hot = tl.permute(one_hot, (2, 3, 0, 4, 1, 6, 5))
-    return tl.reshape(one_hot, (GROUPS, 16, o.K))
-
-
-@triton.jit
-def _operand(x, o):
-    """A tile of features as (groups, K, features)."""
-    if o.SIDE_BY_SIDE:
-        x = tl.permute(x, (2, 3, 1, 5, 0, 6, 4))
-    else:
-        x = tl.permute(x, (2, 3, 1, 6, 5, 0, 4))
-    return tl.reshape(x, (o.VOXEL_GROUPS * o.FEATURE_GROUPS, o.K, o.TILE))
-
-
-@triton.jit
-def _feature_of(o):
-    """Features of a tile, counted from its first one, (2 or 1, 1, 1, FEATURE_GROUPS, 8, 1, VECTOR or 1)."""
-    f = _axis(o.FEATURE_GROUPS, 3) * (o.FEATURE_BLOCK // o.FEATURE_GROUPS)
-    if o.SIDE_BY_SIDE:
-        return f + _axis(8, 4) * o.VECTOR + _axis(o.VECTOR, 6)
-    else:
-        return f + _axis(2, 0) * 8 + _axis(8, 4)
-
-
-@triton.jit
-def _add_products(
-    sums, base, at, stride, first_feature, label, valid, keep, o,
-    FEATURES: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    """Add one block of features to the sums of every class: tiles (groups, 16 classes, TILE features)."""
-    EXACT: tl.constexpr = base.dtype.element_ty != tl.float32
-    f = first_feature + _feature_of(o)
-    added = ()
-    one_hot = ()
-    for n in tl.static_range(o.FEATURE_BLOCK // o.FEATURE_GROUPS // o.TILE):
-        here = f + n * o.TILE
-        inside = here < FEATURES
-        if MASKED:
-            inside = inside & valid
-        x = load(base + channel_offset(here, stride, o.WIDE) + at, inside, MASKED or RAGGED)
-        if o.RULES.partial:
-            x = tl.where(keep, x, 0.0)
-        bits = x.to(tl.int32, bitcast=True)
-        if n == 0:
-            for c in tl.static_range(0, o.CLASSES_DOT, 16):
-                one_hot = one_hot + (_one_hot(label, bits, c, o),)
-        # The tensor cores multiply numbers of 11 bits: a short float is one, a float32 the sum of two but for its last bit.
-        if EXACT:
-            high = _operand(x, o)
-        else:
-            high = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-            low = _operand(x - high, o)
-            high = _operand(high, o)
-        for m in tl.static_range(o.CLASSES_DOT // 16):
-            total = sums[n * (o.CLASSES_DOT // 16) + m]
-            # Added outside: the tensor cores round towards zero, an error that would grow with the voxels.
-            if EXACT:
-                added = added + (total + tl.dot(one_hot[m], high, input_precision="tf32"),)
-            else:
-                product = tl.dot(one_hot[m], low, input_precision="tf32")
-                added = added + (total + tl.dot(one_hot[m], high, product, input_precision="tf32"),)
     return added
 
 
@@ -388,7 +272,7 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
         RAGGED_A: tl.constexpr = o.FEATURES_A % o.FEATURE_BLOCK != 0 or o.FEATURES_A != o.FEATURES_B
         RAGGED_B: tl.constexpr = o.FEATURES_B % o.FEATURE_BLOCK != 0 or o.FEATURES_A != o.FEATURES_B
         if o.IN_REGISTERS:
-            v = _voxels_of_product(start, o)
+            v = voxels_of_product(start, o)
             valid = v < i.voxels
         fa_v = voxel_offsets(v, i.size1, i.size2, i.fa_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
         fb_v = voxel_offsets(v, i.size1, i.size2, i.fb_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
@@ -396,16 +280,16 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
             upper = b.label << 8
             if o.RULES.partial:
                 upper = upper | keep.to(tl.int32) << 16
-            both = _labels_of_product(tl.sum(tl.join(a.label, upper), axis=2), o)
+            both = labels_of_product(tl.sum(tl.join(a.label, upper), axis=2), o)
             of_b = both >> 8
             if o.RULES.partial:
                 keep = of_b >= 256
                 of_b = of_b & 255
-            features_a = _add_products(
+            features_a = add_products(
                 features_a, i.fa, fa_v, i.fa_strides.channel, i.first_feature, both & 255, valid, keep, o,
                 o.FEATURES_A, MASKED, RAGGED_A,
             )  # fmt: skip
-            features_b = _add_products(
+            features_b = add_products(
                 features_b, i.fb, fb_v, i.fb_strides.channel, i.first_feature, of_b, valid, keep, o,
                 o.FEATURES_B, MASKED, RAGGED_B,
             )  # fmt: skip
@@ -482,32 +366,14 @@ def _store_features(
 
 
 @triton.jit
-def _store_products(out, sums, first_feature, o, FEATURES: tl.constexpr):
-    """As `_store_features`, of the sums that `_add_products` makes."""
-    CLASS_TILES: tl.constexpr = o.CLASSES_DOT // 16
-    n = tl.arange(0, o.TILE)
-    if o.SIDE_BY_SIDE:
-        n = n % 8 * o.VECTOR + n // 8
-    f = tl.arange(0, o.FEATURE_GROUPS)[:, None, None] * (o.FEATURE_BLOCK // o.FEATURE_GROUPS) + n[None, None, :]
-    bad = tl.zeros((o.FEATURE_GROUPS, 16, o.TILE), tl.float32)
-    for k in tl.static_range(o.FEATURE_BLOCK // o.FEATURE_GROUPS // o.TILE * CLASS_TILES):
-        at = first_feature + f + k // CLASS_TILES * o.TILE
-        cls = (k % CLASS_TILES * 16 + tl.arange(0, 16))[None, :, None]
-        total = tl.sum(tl.reshape(sums[k], (o.VOXEL_GROUPS, o.FEATURE_GROUPS, 16, o.TILE)), axis=0)
-        tl.store(out + cls * FEATURES + at, total, mask=(cls < o.CLASSES) & (at < FEATURES))
-        bad += total * 0.0
-    return tl.sum(tl.reshape(bad, (o.FEATURE_GROUPS * 16 * o.TILE,)), axis=0)
-
-
-@triton.jit
 def _run(i, program, programs, blocks_per_program, sums_a, sums_b, o):
     """Walk over the blocks and write the sums of features; returns `Sums`, and 0, or NaN where a number is not finite."""
     sums = _walk(i, program, programs, blocks_per_program, o)
     bad = tl.sum(sums.nonfinite, axis=0)
     if o.WITH_FEATURES:
         if o.IN_REGISTERS:
-            bad += _store_products(sums_a, sums.features_a, i.first_feature, o, o.FEATURES_A)
-            bad += _store_products(sums_b, sums.features_b, i.first_feature, o, o.FEATURES_B)
+            bad += store_products(sums_a, sums.features_a, i.first_feature, o, o.FEATURES_A)
+            bad += store_products(sums_b, sums.features_b, i.first_feature, o, o.FEATURES_B)
         else:
             f = i.first_feature + tl.arange(0, o.FEATURE_BLOCK)
             bad += _store_features(sums_a, sums.features_a, f, o.FEATURES_A, o.CLASSES, o.CLASSES_DOT, o.DOT)
@@ -517,7 +383,7 @@ def _run(i, program, programs, blocks_per_program, sums_a, sums_b, o):
 
 @triton.jit
 def _store_members(out, members, voxels, SHIFT: tl.constexpr, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr):
-    """Write one network's voxels of each class; ``voxels``: of this program, so that class 0 is what the others leave."""
+    """Write one network's voxels of each class; ``voxels``: of this program, so that class 0 is the rest."""
     cls = tl.arange(0, CLASSES_PAD)
     totals = tl.zeros((CLASSES_PAD,), tl.int32)
     rest = voxels
@@ -623,101 +489,3 @@ def statistics_kernel(
                 if RULES.entropy:
                     tl.store(dice + 4 * CLASSES, tl.sum(sums.entropy[0], axis=0))
                     tl.store(dice + 4 * CLASSES + 1, tl.sum(sums.entropy[1], axis=0))
-
-
-@triton.jit
-def _prototype(
-    sums, members, prototypes, row, programs,
-    EPS: tl.constexpr, CLASSES: tl.constexpr, FEATURES: tl.constexpr, FEATURES_PAD: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Add the partial sums of one (sample, class), divide by the class's voxels, scale to unit length."""
-    sample = row // CLASSES
-    c = row % CLASSES
-    f = tl.arange(0, FEATURES_PAD)
-    r = tl.arange(0, ROWS)
-    total = tl.zeros((ROWS, FEATURES_PAD), tl.float32)
-    voxels = tl.zeros((ROWS,), tl.int64)
-    for start in range(0, programs, ROWS):
-        p = start + r
-        at = (sample * programs + p).to(tl.int64) * CLASSES + c
-        inside = p < programs
-        tile = inside[:, None] & (f < FEATURES)[None, :]
-        total += tl.load(sums + at[:, None] * FEATURES + f[None, :], mask=tile, other=0.0)
-        voxels += tl.load(members + at, mask=inside, other=0).to(tl.int64)
-    mean = tl.sum(total, axis=0) / (tl.sum(voxels, axis=0).to(tl.float32) + EPS)  # (FEATURES_PAD,)
-    # Scaled by its largest component first, so that no square overflows or vanishes.
-    largest = tl.max(tl.abs(mean), axis=0)
-    scale = tl.where(largest > 0, largest, 1.0)
-    scaled = mean / scale
-    length = tl.sqrt(tl.sum(scaled * scaled, axis=0)) * scale
-    tl.store(prototypes + row.to(tl.int64) * FEATURES + f, mean / tl.maximum(length, 1e-12), mask=f < FEATURES)
-
-
-@triton.jit
-def _column_sum(values, n, stride, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum of n values that lie ``stride`` apart, in a fixed order."""
-    i = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), DTYPE)
-    for start in range(0, n, BLOCK):
-        at = start + i
-        total += tl.load(values + at.to(tl.int64) * stride, mask=at < n, other=0).to(DTYPE)
-    return tl.sum(total, axis=0)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def prototypes_kernel(
-    sums_a, sums_b, members, counts, nonfinite, dice,  # what statistics_kernel wrote
-    prototypes_a, prototypes_b,  # out: (B, C, F) float32
-    all_counts,  # out: (2,) int64, or detailed (3 + 2 C,): and the voxels whose labels differ, those of each class of a and b
-    all_sums,  # out: (1 + 5 C or with cross-entropy 3 + 5 C,) float32, or (1,) without labels: the vector of dice.py
-    batch, programs, flags, labelled,
-    CLASSES: tl.constexpr, FEATURES_A: tl.constexpr, FEATURES_B: tl.constexpr,
-    FEATURES_PAD: tl.constexpr, ROWS: tl.constexpr, COUNT_BLOCK: tl.constexpr,
-    WITH_FEATURES: tl.constexpr, RULES: tl.constexpr,
-):  # fmt: skip
-    """Grid: (2 B C with features + the length of ``all_sums`` + 2 C detailed,): the prototypes, the counts and the nonfinite, the
-    supervised sums, the voxels of each pseudo-class."""
-    program = tl.program_id(0)
-    rows = batch * CLASSES
-    plane = batch * programs * CLASSES
-    ENTROPIES: tl.constexpr = 2 if RULES.entropy else 0
-    SUPERVISED: tl.constexpr = 5 * CLASSES + ENTROPIES if RULES.supervised else 0
-    if WITH_FEATURES:
-        after = program - 2 * rows
-    else:
-        after = program
-    if after == 0:
-        n = batch * programs
-        tl.store(all_counts, _column_sum(counts, n, 1, tl.int64, COUNT_BLOCK))
-        tl.store(all_counts + 1, _column_sum(counts + n, n, 1, tl.int64, COUNT_BLOCK))
-        tl.store(all_sums, _column_sum(nonfinite, flags, 1, tl.float32, COUNT_BLOCK))
-        if RULES.detailed:
-            tl.store(all_counts + 2, _column_sum(counts + 2 * n, n, 1, tl.int64, COUNT_BLOCK))
-    elif after > SUPERVISED:
-        if RULES.detailed:
-            n = batch * programs
-            column = after - 1 - SUPERVISED
-            of_b = column // CLASSES
-            voxels = _column_sum(members + of_b * plane + column % CLASSES, n, CLASSES, tl.int64, COUNT_BLOCK)
-            tl.store(all_counts + 3 + column, voxels)
-    elif after > 0:
-        if RULES.supervised:
-            n = labelled * programs
-            column = after - 1
-            WIDTH: tl.constexpr = 4 * CLASSES + ENTROPIES
-            if column < 4 * CLASSES:
-                if RULES.dice:
-                    tl.store(all_sums + after, _column_sum(dice + column, n, WIDTH, tl.float32, COUNT_BLOCK))
-                else:
-                    tl.store(all_sums + after, 0.0)
-            elif column >= 5 * CLASSES:
-                tl.store(all_sums + after, _column_sum(dice + column - CLASSES, n, WIDTH, tl.float32, COUNT_BLOCK))
-            else:
-                truth = _column_sum(members + 2 * plane + column - 4 * CLASSES, n, CLASSES, tl.int64, COUNT_BLOCK)
-                tl.store(all_sums + after, truth.to(tl.float32))
-    elif WITH_FEATURES:
-        if program < rows:
-            _prototype(sums_a, members, prototypes_a, program, programs, RULES.eps, CLASSES, FEATURES_A, FEATURES_PAD, ROWS)
-        else:
-            row = program - rows
-            _prototype(sums_b, members + plane, prototypes_b, row, programs, RULES.eps, CLASSES, FEATURES_B, FEATURES_PAD, ROWS)

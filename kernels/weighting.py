@@ -1,4 +1,4 @@
-"""Second pass: weights, loss, and a small record per voxel from which the backward pass makes the gradients.
+"""Second pass: weights, loss, and a small record per voxel from which the backward pass computes the gradients.
 
 Where one network is more confident only that network teaches, so only its features are read. Loads are skipped by whole
 32-byte sectors (GROUP neighbouring voxels), because a mask that changes from voxel to voxel would split a 128-bit load into

@@ -85,7 +85,7 @@ LOSS = (
     ),
     Fault(
         "stale sum: the last partial result of a sample is left out",
-        "kernels/statistics.py",
+        "kernels/prototypes.py",
         (("        inside = p < programs\n", "        inside = p < tl.maximum(programs - 1, 1)\n"),),
         VALUES + "test_several_programs_per_sample_and_several_samples[triton]",
     ),

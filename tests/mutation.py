@@ -43,7 +43,8 @@ SAMPLE: dict[str, tuple[int, list[str]]] = {
     # Block sizes (tiling.py) change the speed alone, signatures.py serves the compiler of GPUs that are not there:
     # test_ahead_of_time.py and test_bench_guard.py look at these, in minutes.
     "kernels": (100, [f"kernels/{name}.py" for name in (
-        "dice", "gradient", "launch", "operators", "passes", "similarity", "statistics", "total", "voxels", "weighting",
+        "dice", "gradient", "launch", "operators", "passes", "products", "prototypes", "similarity", "statistics", "total",
+        "voxels", "weighting",
     )]),
     "batches": (36, ["reference/training/batches.py"]),
     "metrics": (20, ["reference/evaluation/metrics.py"]),

@@ -181,6 +181,27 @@ def test_the_committed_report_is_complete_and_spills_no_more_than_it_did():
     assert {target: sum(key[0] == target and row["spills"] != "0" for key, row in rows.items()) for target in TARGETS} == SPILLING
 
 
+def readme_table(rows):
+    """The table of bench/README.md, from the rows of the report: registers and load widths of the loss alone on sm_90."""
+    lines = []
+    for classes, features in ((2, 16), (4, 16), (14, 32)):
+        for dtype in ("float32", "bfloat16"):
+            for layout in ("contiguous", "channels_last"):
+                of = {
+                    row["kernel"]: f"{row['registers']}: {row['load_widths']}"
+                    for row in rows
+                    if (row["target"], row["variant"], row["classes"], row["dtype"], row["layout"])
+                    == ("sm_90", "loss", str(classes), dtype, layout)
+                }
+                passes = [of[f"{name}_kernel"] for name in ("statistics", "weighting", "gradient")]
+                lines.append(f"| {classes}, {features} | {dtype} | {layout.replace('_', ' ')} | {' | '.join(passes)} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_the_page_is_that_of_the_report():
+    assert readme_table(ceilings().values()) in (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_matrix_is_the_stated_one():
     cases = matrix()
     assert len(set(cases)) == 48

@@ -237,6 +237,20 @@ def test_memory_layouts(impl, layout):
     check(impl, [layout(logits[0]), transposed(logits[1])], [features[0], layout(features[1])])
 
 
+@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_voxels_some_elements_apart(impl, step):
+    """All strides but the voxel's are multiples of 16, so that nothing else tells this tensor from a contiguous one."""
+    logits, features = networks((48,), 2, 16, batch=2, seed=2)
+
+    def apart(x):
+        wide = x.new_full((*x.shape[:2], 48 * step), torch.nan)
+        wide[..., ::step] = x
+        return wide[..., ::step]
+
+    check(impl, [apart(t) for t in logits], [apart(t) for t in features])
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("impl", FAST_IMPLS)
 def test_memory_layouts_in_half_precision(impl, dtype):

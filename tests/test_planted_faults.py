@@ -39,3 +39,9 @@ TESTS = sorted({fault.test for fault in PLANTED} | {test for stages in mutation.
 def test_the_tests_that_faults_and_mutants_are_given_exist(test):
     file, name = test.split("[")[0].split("::", 1)
     assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {name}; was it renamed?"
+
+
+def test_every_equivalent_mutant_can_still_be_drawn():
+    present = {mutant.key for _, files in mutation.SAMPLE.values() for file in files for mutant in mutation.mutants_of(file)}
+    assert mutation.equivalents()
+    assert set(mutation.equivalents()) <= present, "the code around these mutants has changed: judge them once more"

@@ -24,7 +24,7 @@ from rplib.reference.progress import progress
 
 MOST_THRESHOLD_DICE = 0.6  # upper bound for any single threshold on any case
 LEAST_SIZE = 32  # voxels per axis
-_ATTEMPTS = 20
+_ATTEMPTS = 40
 
 
 class Phantoms(NamedTuple):
@@ -67,11 +67,22 @@ def phantom_case(name: str, size: tuple[int, int, int], seed: int, index: int) -
         UserError: the organ could not be hidden well enough (axes of very different length).
     """
     random = np.random.default_rng([seed, index])
+    return hidden_from_a_threshold(name, size, lambda: _draw(size, random), "48 48 40")
+
+
+def hidden_from_a_threshold(
+    name: str, size: tuple[int, ...], draw: Callable[[], tuple[np.ndarray, np.ndarray]], example: str
+) -> Case:
+    """The first drawing whose organ no threshold finds.
+
+    Raises:
+        UserError: no attempt gave one; the message suggests the size ``example``.
+    """
     for _ in range(_ATTEMPTS):
-        image, label = _draw(size, random)
+        image, label = draw()
         if best_threshold_dice(image, label) < MOST_THRESHOLD_DICE:
             return Case(name, image, label)
-    raise UserError(f"no phantom of size {size} hides its organ; choose axes of similar length, such as 48 48 40.")
+    raise UserError(f"no phantom of size {size} hides its organ; choose axes of similar length, such as {example}.")
 
 
 def write_phantoms(dest: Path, cases: int, test_cases: int, size: tuple[int, int, int], seed: int) -> Phantoms:
