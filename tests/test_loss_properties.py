@@ -198,6 +198,8 @@ def test_identical_networks(impl, problem, confidence):
 @given(problem=problems(), upstream=factors(1e5), keywords=options())
 def test_upstream_factor_is_linear(impl, problem, upstream, keywords):
     """d(u L) = u dL for any u of either sign, in place of the factor 1 that training scripts have."""
+    if impl == "naive":  # autograd of the softmax cancels where a network is certain: in float32 more than 1e-6 is rounding
+        problem = tuple([t.double() for t in tensors] for tensors in problem)
     _, gradients = evaluate(impl, *problem, **keywords)
     _, scaled = evaluate(impl, *problem, upstream=upstream, **keywords)
     for g, h in zip(gradients, scaled, strict=True):
