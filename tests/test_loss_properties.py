@@ -253,4 +253,6 @@ def test_random_axis_orders_in_memory(impl, problem, axes):
         gap.copy_(x.permute(order))
         return gap.permute(inverse)
 
-    compare(impl, [laid(z, axes + k) for k, z in enumerate(logits)], [laid(f, axes - k) for k, f in enumerate(features)]).check()
+    # A few voxels of one feature: over 300 problems rounding alone reached 1.04e-6.
+    result = compare(impl, [laid(z, axes + k) for k, z in enumerate(logits)], [laid(f, axes - k) for k, f in enumerate(features)])
+    result.check(1e-6, 3e-6)
