@@ -120,7 +120,9 @@ def load_network(run: str | Path, which: Weights | None = None) -> tuple[MutualV
 
 def build_network(config: Config) -> MutualVNet:
     """The untrained network of a configuration; draws its weights from torch's global generator."""
-    return MutualVNet(config.in_channels, config.classes, config.filters, config.dropout, config.network_dims)
+    return MutualVNet(
+        config.in_channels, config.classes, config.filters, config.dropout, dims=config.network_dims, norm=config.norm
+    )
 
 
 def load_weights(network: MutualVNet, weights: dict[str, Any], path: Path) -> None:
@@ -151,6 +153,7 @@ def _config_of(weights: dict[str, Any], path: Path) -> Config:
         filters=first.shape[0],
         in_channels=first.shape[1],
         classes=last.shape[0],
+        norm="batch" if "encoder.block_one.conv.1.running_mean" in weights else "instance",
         patch=recipe.patch[:dims],
         stride=recipe.stride[:dims],
     )

@@ -108,6 +108,7 @@ class Config:
     in_channels: int = _key(1, "channels of the image", least=1, most=_MOST_CHANNELS, section="network")
     filters: int = _key(16, "channels at full resolution; 16 gives 12,347,716 parameters", least=1, most=_MOST_CHANNELS)
     dropout: float = _key(0.5, "after the deepest block and before each output convolution", least=0.0, most=0.99)
+    norm: str = _key("batch", "normalisation layers; 'instance': images of a batch share no statistics", choices=("batch", "instance"))
 
     dice_weight: float = _key(0.5, "factor of the sum of both decoders' supervised losses", least=0.0, section="objective")
     supervised: str = _key(
@@ -201,7 +202,13 @@ class Config:
                 f"crop_margin={self.crop_margin} with patch {list(self.patch)} and protocol {self.protocol!r}; expected fewer "
                 "voxels than the patch has, and 0 under protocol 'paper', which pads as the authors do."
             )
-        if self.batch_size * math.prod(max(1, axis // DEPTH) for axis in self.patch) < 2:
+        deepest = math.prod(max(1, axis // DEPTH) for axis in self.patch)  # voxels of a crop at the deepest level
+        if self.norm == "instance" and deepest < 2:
+            raise UserError(
+                f"patch {list(self.patch)} leaves one value per channel at the deepest level, too few for instance "
+                "normalisation; increase patch, or set norm=batch."
+            )
+        if self.batch_size * deepest < 2:
             raise UserError(
                 f"batch_size {self.batch_size} with patch {list(self.patch)} leaves one value per channel at "
                 "the deepest level, too few for batch normalisation; increase either."

@@ -5,6 +5,7 @@ V-Net: Milletari et al., 3DV 2016, here without residual sums. Two decoders: Su 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ class MutualVNet(nn.Module):
         filters: channels at full resolution; they double at each of the four halvings.
         dropout: probability of Dropout3d after the deepest block and before each output convolution, in training mode.
         dims: 3, or 2 for the same network with two-dimensional layers, which processes volumes as slices across the last axis.
+        norm: "batch" (the paper's) or "instance" normalisation, with which the images of a batch share no statistics.
 
     Shapes:
         image (B, in_channels, X, Y, Z), each axis a multiple of 16, to a pair of lists with one entry per decoder:
@@ -41,9 +43,11 @@ class MutualVNet(nn.Module):
         ([(2, 2, 32, 16, 16), (2, 2, 32, 16, 16)], (2, 2, 32, 16, 16))
     """
 
-    def __init__(self, in_channels: int = 1, classes: int = 2, filters: int = 16, dropout: float = 0.5, dims: int = 3) -> None:
+    def __init__(
+        self, in_channels: int = 1, classes: int = 2, filters: int = 16, dropout: float = 0.5, dims: int = 3, norm: str = "batch"
+    ) -> None:
         super().__init__()
-        layers = _LAYERS[dims]
+        layers = _layers(dims, norm)
         self.dims = dims
         self.encoder = _Encoder(in_channels, filters, dropout, layers)
         self.decoder1 = _Decoder(classes, filters, dropout, layers, _transposed)
@@ -74,14 +78,21 @@ class _Layers(NamedTuple):
 
     convolution: type[nn.Conv2d] | type[nn.Conv3d]
     transposed: type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]
-    norm: type[nn.BatchNorm2d] | type[nn.BatchNorm3d]
     dropout: type[nn.Dropout2d] | type[nn.Dropout3d]
+    norm: Callable[[int], nn.Module]  # of the number of channels
 
 
-_LAYERS = {
-    2: _Layers(nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.Dropout2d),
-    3: _Layers(nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.Dropout3d),
-}
+def _layers(dims: int, norm: str) -> _Layers:
+    three = dims == 3
+    if norm == "batch":
+        norms: Callable[[int], nn.Module] = nn.BatchNorm3d if three else nn.BatchNorm2d
+    elif norm == "instance":  # with a learnt scale and offset per channel, as batch normalisation has
+        norms = partial(nn.InstanceNorm3d if three else nn.InstanceNorm2d, affine=True)
+    else:
+        raise ValueError(f"norm is {norm!r}; expected 'batch' or 'instance'.")
+    if three:
+        return _Layers(nn.Conv3d, nn.ConvTranspose3d, nn.Dropout3d, norms)
+    return _Layers(nn.Conv2d, nn.ConvTranspose2d, nn.Dropout2d, norms)
 
 
 class _Encoder(nn.Module):

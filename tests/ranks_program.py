@@ -17,13 +17,14 @@ from rplib.reference.training.methods import build_objective
 from rplib.reference.training.step import training_step
 
 CPU = torch.device("cpu")
-METHODS = ("both", "mutual-consistency")
+METHODS = ("both", "mutual-consistency", "both, instance norm")
 
 
 def steps(method: str, ranks: Ranks) -> dict:
     """Two training steps in float64 (no mask hangs on the last bit) on 5 samples, 2 of them labelled."""
     torch.manual_seed(0)
-    network = MutualVNet(filters=2, dropout=0.0).double()
+    method, _, instance = method.partition(", ")
+    network = MutualVNet(filters=2, dropout=0.0, norm="instance" if instance else "batch").double()
     images, labels = torch.randn(5, 1, 16, 32, 16).double(), torch.randint(0, 2, (2, 16, 32, 16))
     mine = slice(ranks.rank, None, ranks.size)
     synchronise_batch_norm(network, ranks, CPU)

@@ -53,6 +53,7 @@ def test_recipes_have_the_paper_settings(labelled):
         "stride": (18, 18, 4),
         "filters": 16,
         "dropout": 0.5,
+        "norm": "batch",
         "seed": 1337,
         "protocol": "held-out",
         "validation": 0,
@@ -191,6 +192,9 @@ def test_settings_at_odds():
         Config(protocol="paper", validation=2)
     with pytest.raises(UserError, match="too few for batch normalisation"):
         Config(batch_size=1, labelled_per_batch=1, patch=(16, 16, 16), stride=(16, 16, 16))
+    with pytest.raises(UserError, match="too few for instance normalisation"):
+        Config(norm="instance", patch=(16, 16, 16), stride=(16, 16, 16))
+    assert Config(norm="batch", patch=(16, 16, 16), stride=(16, 16, 16)).batch_size == 4
 
 
 def test_unreadable_recipes(tmp_path):

@@ -62,6 +62,46 @@ def test_features_are_what_the_last_convolution_reads_after_dropout():
         assert not dropped.all()
 
 
+def other_image_matters(norm: str, dims: int) -> bool:
+    """Whether the logits of one image change with the other image of the batch, in training mode."""
+    torch.manual_seed(0)
+    network = MutualVNet(filters=2, dropout=0.0, dims=dims, norm=norm).double().train()
+    image, first, second = torch.randn(3, 1, *(32, 32, 16)[:dims], dtype=torch.float64)
+    logits = [network(torch.stack([image, other]))[0][0][0] for other in (first, second)]
+    return not torch.allclose(*logits, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_with_instance_norm_the_images_of_a_batch_share_nothing(dims):
+    assert not other_image_matters("instance", dims)
+    assert other_image_matters("batch", dims)
+
+
+def test_instance_norm_has_the_parameters_of_batch_norm_and_no_running_statistics():
+    batch, instance = MutualVNet(filters=2), MutualVNet(filters=2, norm="instance")
+    assert [(name, p.shape) for name, p in batch.named_parameters()] == [(name, p.shape) for name, p in instance.named_parameters()]
+    assert not dict(instance.named_buffers())
+    image = torch.randn(1, 1, 32, 32, 16)
+    trained = without_dropout(instance).train()(image)[0]
+    torch.testing.assert_close(instance.eval()(image)[0], trained, rtol=0, atol=0)
+
+
+def test_an_unknown_norm_is_refused():
+    with pytest.raises(ValueError, match="norm is 'group'; expected 'batch' or 'instance'"):
+        MutualVNet(filters=2, norm="group")
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_bare_weights_show_which_norm_they_were_trained_with(norm, tmp_path):
+    torch.manual_seed(0)
+    network = MutualVNet(filters=2, norm=norm).eval()
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    loaded, config = load_network(tmp_path / "weights.pth")
+    assert config.norm == norm
+    image = torch.randn(1, 1, 32, 16, 16)
+    torch.testing.assert_close(loaded(image)[0], network(image)[0], rtol=0, atol=0)
+
+
 def test_decoders_differ_in_how_they_upsample():
     kinds = [
         {type(layer) for layer in decoder.block_five_up.conv}
