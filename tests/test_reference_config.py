@@ -83,7 +83,9 @@ def test_robust_recipes_and_generic_share_one_objective():
     for n in LABELLED:
         assert load_recipe(f"la-{n}-robust") == load_recipe(f"la-{n}").replace(name=f"la-{n}-robust", **robust)
     assert {key: getattr(load_recipe("generic"), key) for key in robust} == robust
-    assert load_recipe("generic").await_classes
+    generic = load_recipe("generic")
+    assert (generic.await_classes, generic.dropout, generic.norm) == (True, 0.0, "instance")
+    assert load_recipe("la-8-robust").norm == "batch"
 
 
 @pytest.mark.parametrize("name", MUTUAL)

@@ -382,7 +382,7 @@ def write_shapes(root: Path, shape: tuple[int, ...], channels: int) -> dict[str,
 def test_three_classes_and_two_channels_from_file_to_score(tmp_path, capsys, dims):
     shape, iterations, patch, stride = (28, 26, 25)[:dims], 150, "32,32", "16,16"
     if dims == 3:
-        iterations, patch, stride = 10, "16,16,16", "12,12,12"
+        iterations, patch, stride = 10, "32,16,16", "12,12,12"
     labels = write_shapes(tmp_path / "data", shape, channels=2)
     settings = [*THREE_CLASSES, f"patch={patch}", f"stride={stride}", f"iterations={iterations}", "learning_rate=0.05"]
     settings += ["schedule=polynomial", "channels_last=true", "checkpoint_every=1000"]
@@ -421,7 +421,7 @@ def test_three_classes_and_two_channels_from_file_to_score(tmp_path, capsys, dim
 def test_the_supervised_recipe_reads_no_unlabelled_image(tmp_path, capsys):
     write_shapes(tmp_path / "data", (20, 20), channels=1)
     (tmp_path / "data" / "images" / "case7_0000.nii.gz").write_bytes(b"never read")
-    settings = ["filters=2", "patch=16,16", "stride=16,16", "classes=3", "iterations=2", "validation=1"]
+    settings = ["filters=2", "patch=32,16", "stride=16,16", "classes=3", "iterations=2", "validation=1"]
     arguments = ["train", "--data", tmp_path / "data", "--out", tmp_path / "run", "--device", "cpu"]
     assert cli.main([str(w) for w in [*arguments, "--recipe", "generic-supervised", "--set", *settings]]) == 0
     capsys.readouterr()
