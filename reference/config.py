@@ -108,7 +108,9 @@ class Config:
     in_channels: int = _key(1, "channels of the image", least=1, most=_MOST_CHANNELS, section="network")
     filters: int = _key(16, "channels at full resolution; 16 gives 12,347,716 parameters", least=1, most=_MOST_CHANNELS)
     dropout: float = _key(0.5, "after the deepest block and before each output convolution", least=0.0, most=0.99)
-    norm: str = _key("batch", "normalisation layers; 'instance': images of a batch share no statistics", choices=("batch", "instance"))
+    norm: str = _key(
+        "batch", "normalisation layers; 'instance': images of a batch share no statistics", choices=("batch", "instance")
+    )
 
     dice_weight: float = _key(0.5, "factor of the sum of both decoders' supervised losses", least=0.0, section="objective")
     supervised: str = _key(

@@ -79,7 +79,9 @@ def test_with_instance_norm_the_images_of_a_batch_share_nothing(dims):
 
 def test_instance_norm_has_the_parameters_of_batch_norm_and_no_running_statistics():
     batch, instance = MutualVNet(filters=2), MutualVNet(filters=2, norm="instance")
-    assert [(name, p.shape) for name, p in batch.named_parameters()] == [(name, p.shape) for name, p in instance.named_parameters()]
+    assert [(name, p.shape) for name, p in batch.named_parameters()] == [
+        (name, p.shape) for name, p in instance.named_parameters()
+    ]
     assert not dict(instance.named_buffers())
     image = torch.randn(1, 1, 32, 32, 16)
     trained = without_dropout(instance).train()(image)[0]

@@ -100,7 +100,7 @@ class Monitor:
                 which = "neither decoder predicts" if len(gone) == networks else f"decoder {gone[0]} does not predict"
                 warnings.append(
                     f"iteration {t}: {which} class {k}, which has {100 * share:.2g} % of the labelled voxels: pseudo-labels "
-                    f"teach that it is absent; set dropout=0 and norm=instance, lower consistency (now {self._maximum:g}), raise ramp_every or "
-                    "warmup, or set supervised=dice+cross_entropy."
+                    "teach that it is absent; set dropout=0 and norm=instance, lower consistency (now "
+                    f"{self._maximum:g}), raise ramp_every or warmup, or set supervised=dice+cross_entropy."
                 )
         return warnings
