@@ -165,6 +165,7 @@ class TestEager:
 # -------------------------------------------------------------------------------------------------------------- inductor
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type == "cpu" and CPP is None, reason="inductor on a CPU needs a C++ compiler")
 class TestInductor:
     @pytest.fixture(autouse=True)

@@ -50,6 +50,7 @@ def test_a_repeated_volume_has_the_loss_of_the_volume(capsys, monkeypatch):
     assert not gpu_checks.large(DEVICE, spatial=(8, 8, 4), repeats=6)
 
 
+@pytest.mark.slow
 def test_every_variant_once(capsys):
     assert gpu_checks.once(DEVICE, spatial=(3, 2, 2), channels=((2, 16), (3, 5)))
     assert len(capsys.readouterr().out.splitlines()) == 2 * 2 * 6

@@ -85,6 +85,7 @@ def per_voxel(traffic, voxels):
     return traffic.lane_bytes / voxels, traffic.sector_bytes / voxels
 
 
+@pytest.mark.slow_cases("4-16-bfloat16-channels_last_3d")
 @INTERPRETED
 @pytest.mark.parametrize(
     ("classes", "features", "dtype", "memory_format"),
@@ -131,6 +132,7 @@ def batch_of_two(classes, features):
     )
 
 
+@pytest.mark.slow_cases("4")
 @INTERPRETED
 @pytest.mark.parametrize("classes", [2, 4])
 def test_dice_reads_no_more(classes):
@@ -160,6 +162,7 @@ def test_dice_reads_no_more(classes):
     assert read["mutual"]["target"] == 0 < read["objective"]["target"] <= passes / 2
 
 
+@pytest.mark.slow_cases("4")
 @INTERPRETED
 @pytest.mark.parametrize("classes", [2, 4])
 def test_a_mask_is_read_once_in_each_pass_and_nothing_else_is_read_again(classes):

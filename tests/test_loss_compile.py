@@ -51,6 +51,7 @@ def compiled_step(loss_fn, logits, features, upstream=1.0, **compile_keywords):
 # ------------------------------------------------------------------------------------------------------ torch.compile
 
 
+@pytest.mark.slow_cases("naive-max_probability-probabilities", "torch-max_probability-probabilities")
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())) or "default")
 @EVERY_IMPL
 def test_fullgraph(impl, options):
@@ -60,6 +61,7 @@ def test_fullgraph(impl, options):
     assert_right(loss, gradients, logits, features, **options)
 
 
+@pytest.mark.slow_cases("naive")
 @pytest.mark.parametrize("impl", ANY_K_IMPLS)
 def test_fullgraph_with_three_networks(impl):
     logits, features = networks((6, 5, 4), 3, 8, count=3)
@@ -75,7 +77,7 @@ def test_fullgraph_with_a_non_contiguous_input_and_an_upstream_factor(impl):
     assert_right(loss, [g / -7.5 for g in gradients], logits, features)
 
 
-@pytest.mark.slow_cases("naive")
+@pytest.mark.slow_cases("naive", "torch")
 @EVERY_IMPL
 def test_fullgraph_for_changing_shapes(impl):
     step = torch.compile(rplib.ReliableMutualLoss(impl=impl), fullgraph=True, dynamic=True, backend="aot_eager")
@@ -96,6 +98,7 @@ def test_fullgraph_under_inductor(impl):
     assert_right(loss, [g / 3.0 for g in gradients], logits, features)
 
 
+@pytest.mark.slow_cases("torch")
 @NEEDS_CPP
 @pytest.mark.parametrize("impl", ["torch", TRITON])
 def test_fullgraph_under_inductor_in_bfloat16(impl):
@@ -129,6 +132,7 @@ def test_the_loss_of_a_network_compiled_together(impl):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow_cases("naive")
 @EVERY_IMPL
 def test_mutual_objective_fullgraph(impl):
     logits, features = networks((6, 5, 4), 3, 8)
@@ -220,6 +224,7 @@ def operator_names():
     return sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("rplib::"))
 
 
+@pytest.mark.slow_cases("max_probability-probabilities", "None-None")
 @NEEDS_TRITON
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())) or "default")
 def test_opcheck(options):

@@ -42,6 +42,7 @@ def precision(impl):
     return (torch.float32, 2e-6) if impl == "triton" else (torch.float64, 1e-12)
 
 
+@pytest.mark.slow_cases("triton-2-4-*", "triton-2-5-max_probability-probabilities")
 @EVERY_OPTION
 @pytest.mark.parametrize(("count", "classes"), [(2, 2), (2, 4), (3, 3), (2, 5)])
 @EVERY_IMPL

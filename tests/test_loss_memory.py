@@ -38,7 +38,9 @@ def test_the_guard_bites():
         assert done.returncode < 0 and done.stdout == "inside\n", done.stderr
 
 
-@pytest.mark.slow_cases("triton-float32-14-33-37-contiguous-end", "triton-float32-2-5-517-contiguous-start")
+@pytest.mark.slow_cases(
+    "triton-float32-14-33-37-contiguous-end", "triton-float32-2-5-517-contiguous-start", "triton-float16-3-3-67-channels_last-end"
+)
 @pytest.mark.parametrize(
     ("dtype", "classes", "features", "voxels", "layout", "side"),
     [

@@ -71,6 +71,7 @@ IN_KERNELS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow_cases("triton-*-spatial2", "triton-*-spatial3")
 @pytest.mark.parametrize(
     ("weighting", "confidence", "layout", "dtype", "spatial"),
     [

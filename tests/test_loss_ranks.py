@@ -163,6 +163,9 @@ def _whole(classes, impl, keywords, labelled):
     return values, [g[back] for g in gradients]
 
 
+@pytest.mark.slow_cases(
+    "triton-2-everywhere-both", "triton-2-max_probability-both", "triton-2-probabilities-both", "triton-2-default-one rank"
+)
 @pytest.mark.parametrize(("classes", "name", "labelled"), ASKED)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_two_ranks_are_one_process(ranks, classes, impl, name, labelled):
@@ -187,6 +190,7 @@ def test_a_bad_value_on_one_rank_shows_on_all(ranks, classes, impl):
             assert not gradients[0].isfinite().all()
 
 
+@pytest.mark.slow_cases("triton-reported", "triton-cross_entropy")
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_objectives_own_options_over_two_ranks(ranks, impl, name):

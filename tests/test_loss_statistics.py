@@ -91,7 +91,9 @@ def test_compiled_together():
         torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.slow_cases("triton-18-dtype2-spatial2-{}", "triton-18-dtype2-spatial2-{'weighting': None}")
+@pytest.mark.slow_cases(
+    "triton-18-*", "triton-4-dtype1-spatial1-{'weighting': None}", "triton-2-dtype0-spatial0-{'weighting': None}"
+)
 @pytest.mark.parametrize("keywords", [{}, {"confidence": None, "weighting": None}, {"weighting": None}], ids=str)
 @pytest.mark.parametrize(
     ("classes", "dtype", "spatial"), [(2, torch.float32, (7, 5, 3)), (4, torch.bfloat16, (67,)), (18, torch.float32, (1,))]

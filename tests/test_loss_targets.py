@@ -93,6 +93,14 @@ def test_whole_numbers_of_any_type_and_bool_are_classes(impl):
     assert len(values) == 1
 
 
+@pytest.mark.slow_cases(
+    "triton-dice-dtype1",
+    "triton-dice-dtype2",
+    "triton-cross_entropy-dtype0",
+    "triton-cross_entropy-dtype2",
+    "triton-dice+cross_entropy-dtype0",
+    "triton-dice+cross_entropy-dtype1",
+)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
 @pytest.mark.parametrize("supervised", ["dice", "cross_entropy", "dice+cross_entropy"])
 @EVERY_IMPL
@@ -146,6 +154,15 @@ def test_all_voxels_ignored_is_zero(impl):
         terms.total.backward()
 
 
+@pytest.mark.slow_cases(
+    "triton-*-7",
+    "triton-None-dice-*",
+    "triton-None-dice+cross_entropy-3",
+    "triton-spatial_slice-dice-*",
+    "triton-spatial_slice-dice+cross_entropy-2",
+    "triton-channels_last-dice-3",
+    "triton-channels_last-dice+cross_entropy-*",
+)
 @pytest.mark.parametrize("classes", [2, 3, 7])
 @pytest.mark.parametrize("supervised", ["dice", "dice+cross_entropy"])
 @pytest.mark.parametrize("layout", [None, LAYOUTS["channels_last"], LAYOUTS["spatial_slice"]])
@@ -234,6 +251,7 @@ def test_keywords_that_do_not_fit():
 # ------------------------------------------------------------------------------------------------- which samples
 
 
+@pytest.mark.slow_cases("triton-*-list")
 @pytest.mark.parametrize(
     "labelled",
     [[3, 0], (3, 0), torch.tensor([3, 0])],
@@ -278,6 +296,7 @@ def test_labelled_samples_anywhere_with_everything_else_inside_the_kernels(impl,
         assert (g - h).norm() <= 5e-6 * h.norm()
 
 
+@pytest.mark.slow_cases("triton-range")
 @pytest.mark.parametrize(
     ("labelled", "rows"),
     [
@@ -346,7 +365,11 @@ def test_cross_entropy_and_the_mean_of_both(impl, dtype, classes):
             assert (g - e).norm() <= rounding * e.norm()
 
 
-@pytest.mark.slow_cases("triton-dice+cross_entropy-18-dtype2-spatial2-keywords2-spatial_slice")
+@pytest.mark.slow_cases(
+    "triton-dice+cross_entropy-18-dtype2-spatial2-keywords2-spatial_slice",
+    "triton-cross_entropy-18-*",
+    "triton-dice+cross_entropy-18-dtype2-spatial2-keywords2-None",
+)
 @pytest.mark.parametrize("layout", [None, *(LAYOUTS[name] for name in ("channels_last", "spatial_slice"))])
 @pytest.mark.parametrize(
     ("classes", "dtype", "spatial", "keywords"),
@@ -376,6 +399,7 @@ def test_cross_entropy_inside_the_kernels(impl, supervised, classes, dtype, spat
         assert (g.double() - h).norm() <= tolerance * h.norm()
 
 
+@pytest.mark.slow_cases("triton-2-students1-3", "triton-2-students3-3")
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize(("count", "students"), [(2, (0,)), (2, (1,)), (3, (2, 0)), (2, (0, 1))])
 @EVERY_IMPL
@@ -407,6 +431,7 @@ def test_students_learn_and_the_others_only_teach(impl, count, students, classes
     torch.testing.assert_close(loss.double(), mutual, rtol=tolerance, atol=0)
 
 
+@pytest.mark.slow_cases("triton-no_grad")
 @pytest.mark.parametrize("how", [torch.no_grad, torch.inference_mode])
 @EVERY_IMPL
 def test_a_teacher_without_a_graph(impl, how):
@@ -475,6 +500,7 @@ def test_every_option_of_the_kernels_in_a_compiled_objective(impl):
 # ------------------------------------------------------------------------------------------------- weight, subclasses
 
 
+@pytest.mark.slow_cases("triton-(1, 1)", "triton-number")
 @pytest.mark.parametrize(
     "weight",
     [0.25, torch.tensor(0.25), torch.tensor([0.25]), torch.tensor(0.25, dtype=torch.float64), torch.tensor([[0.25]])],

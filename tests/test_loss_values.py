@@ -69,7 +69,7 @@ def test_closed_gradient_of_the_truth_is_its_autograd_gradient(count, options):
 # -------------------------------------------------------------------------------------------------- dtypes and shapes
 
 
-@pytest.mark.slow_cases("triton-14-1", "triton-14-16", "triton-14-32")
+@pytest.mark.slow_cases("triton-14-1", "triton-14-16", "triton-14-32", "triton-3-1", "triton-3-16", "triton-3-32", "triton-4-16")
 @pytest.mark.parametrize("features", [1, 5, 16, 32])
 @pytest.mark.parametrize("classes", [2, 3, 4, 14])
 @pytest.mark.parametrize("impl", IMPLS)
@@ -97,6 +97,7 @@ def test_spatial_axes(impl, spatial):
     check(impl, *networks(spatial, 3, 4, seed=3))
 
 
+@pytest.mark.slow_cases("triton-1009", "triton-1023")
 @pytest.mark.parametrize("voxels", sorted({1, 2, 3, 31, 97, 1009, *around(blocks(2, 16))}))
 @pytest.mark.parametrize("impl", FAST_IMPLS)
 def test_voxel_counts_around_a_block(impl, voxels):
@@ -110,6 +111,7 @@ def test_voxel_counts_around_a_block_with_many_classes(impl, voxels):
     check(impl, *networks((voxels,), 5, 3, batch=1, seed=voxels))
 
 
+@pytest.mark.slow_cases("triton-511", "triton-1023")
 @pytest.mark.parametrize("voxels", [1, 97, *around(blocks(4, 5, itemsize=2))])
 @pytest.mark.parametrize("impl", FAST_IMPLS)
 def test_voxel_counts_around_a_block_in_half_precision(impl, voxels):
@@ -148,6 +150,15 @@ def test_logits_and_features_may_differ_in_dtype(impl, dtype, feature_dtype):
     check(impl, *networks((6, 5, 4), 3, 8, dtype=dtype, feature_dtype=feature_dtype))
 
 
+@pytest.mark.slow_cases(
+    "triton-4-None-similarity-probabilities",
+    "triton-4-entropy-None-probabilities",
+    "triton-4-max_probability-*-probabilities",
+    "triton-4-None-None-probabilities",
+    "triton-2-*-None-probabilities",
+    "triton-2-None-similarity-probabilities",
+    "triton-2-max_probability-similarity-probabilities",
+)
 @pytest.mark.parametrize("options", OPTIONS, ids=option_name)
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("impl", IMPLS)
@@ -228,6 +239,7 @@ def test_features_may_be_absent_without_weighting(impl):
 # --------------------------------------------------------------------------------------------------- memory layouts
 
 
+@pytest.mark.slow_cases("triton-expanded_batch", "triton-offset_storage", "triton-batch_slice")
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("impl", IMPLS)
 def test_memory_layouts(impl, layout):
@@ -251,6 +263,7 @@ def test_voxels_some_elements_apart(impl, step):
     check(impl, [apart(t) for t in logits], [apart(t) for t in features])
 
 
+@pytest.mark.slow_cases("triton-dtype0")
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("impl", FAST_IMPLS)
 def test_memory_layouts_in_half_precision(impl, dtype):
@@ -275,6 +288,7 @@ def test_features_expanded_along_channels(impl):
     check(impl, logits, [expanded_channels(f) for f in features])
 
 
+@pytest.mark.slow_cases("triton-samples")
 @pytest.mark.parametrize("axis", ["channels", "voxels", "samples"])
 @pytest.mark.parametrize("impl", FAST_IMPLS)
 def test_offsets_beyond_int32(impl, axis):
@@ -422,6 +436,7 @@ def test_the_label_is_the_largest_logit_even_where_probabilities_round_to_equal(
 NAN, INF = float("nan"), float("inf")
 
 
+@pytest.mark.slow_cases("triton-*-entropy-None-probabilities", "triton-*-max_probability-similarity-logits")
 @pytest.mark.parametrize("options", [OPTIONS[k] for k in (0, 3, 4, 8, 10)], ids=option_name)
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("network", [0, 1])
@@ -436,6 +451,7 @@ def test_bad_logits_never_give_a_finite_loss(impl, network, value, options):
         assert not loss.isfinite(), (channel, voxel, sharp)
 
 
+@pytest.mark.slow_cases("triton-*-max_probability")
 @pytest.mark.parametrize("confidence", ["entropy", "max_probability", None])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("network", [0, 1])
@@ -511,7 +527,7 @@ def half_precision_excess(impl, logits, features, upstream, **keywords):
     return worst
 
 
-@pytest.mark.slow_cases("triton-dtype0-4-8.0-65536.0", "triton-dtype1-4-8.0-65536.0")
+@pytest.mark.slow_cases("triton-dtype0-4-8.0-65536.0", "triton-dtype1-4-8.0-65536.0", "triton-dtype1-2-8.0-65536.0")
 @pytest.mark.parametrize(("scale", "upstream"), [pytest.param(2.0, 1.0, marks=pytest.mark.slow), (8.0, 65536.0)])
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("dtype", HALF)

@@ -39,8 +39,8 @@ def test_small_kernels(architecture):
     assert passes("machine_kernels.py", architecture).count("passed") >= 20
 
 
-QUICK = ["ones", "quick", "reported"]
-SLOW = ["masked", "golden", "objective", "maps", "odd", "many"]
+QUICK = ["ones", "quick"]
+SLOW = ["reported", "masked", "golden", "objective", "maps", "odd", "many"]
 
 
 @pytest.mark.parametrize("group", [*QUICK, *(pytest.param(group, marks=pytest.mark.slow) for group in SLOW)])
@@ -78,6 +78,7 @@ HELD = [(2, 16, "float32", "contiguous"), (2, 16, "bfloat16", "contiguous")]
 ALSO_HELD = [(4, 16, "float32", "contiguous"), (4, 16, "bfloat16", "channels_last"), (14, 32, "float32", "contiguous")]
 
 
+@pytest.mark.slow_cases("case1")
 @pytest.mark.parametrize("case", [*HELD, *(pytest.param(case, marks=pytest.mark.slow) for case in ALSO_HELD)])
 def test_the_kernels_do_no_more_than_they_did(case):
     """Instructions, barriers, shared-memory passes and bytes per voxel, as in the committed table.

@@ -54,6 +54,7 @@ def as_tar(source: Path, work: Path) -> Path:
     return archive
 
 
+@pytest.mark.slow_cases("zip", "checkout-links-as-text")
 @pytest.mark.parametrize(
     ("links", "form"),
     [(keep_links, as_checkout), (keep_links, as_zip), (links_become_text, as_checkout), (lose_links, as_tar)],
@@ -73,6 +74,7 @@ def test_install(links, form, tmp_path):
     assert loss.startswith("loss ")
 
 
+@pytest.mark.slow_cases("links-as-text")
 @pytest.mark.parametrize("links", [keep_links, links_become_text], ids=["links", "links-as-text"])
 def test_editable_install_follows_the_source(links, tmp_path):
     source = copy_source(tmp_path / "source")
