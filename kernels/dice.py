@@ -1,4 +1,4 @@
-"""The supervised term inside the same passes: sums over labelled voxels, and what they make of a voxel's gradient.
+"""The supervised term, computed in the same passes: its sums over the labelled voxels, and its gradient at a voxel.
 
 Per network, over all labelled samples together, with g_c the indicator of class c in the target:
 
@@ -31,7 +31,7 @@ _SMOOTH = tl.constexpr(1e-8)
 
 @triton.jit
 def load_target(target, offsets, labelled, valid, keep, RULES: tl.constexpr, MASKED: tl.constexpr):
-    """Class of every voxel as float32, -1 where there is no label that counts; ``labelled``: a scalar, the sample has labels."""
+    """Class of every voxel as float32, -1 where no label counts; ``labelled``: a scalar, the sample has labels."""
     if MASKED:
         known = valid & labelled
     else:
@@ -55,16 +55,16 @@ def _sums_of(sums, network, c, CLASSES: tl.constexpr):
 
 
 class Coefficients(NamedTuple):
-    """What the gradient of one network's supervised term needs of the sums: of Dice a tuple over classes each, and 1 / voxels."""
+    """Factors in the gradient of one network's supervised term: of Dice two tuples over classes, of cross-entropy 1 / voxels."""
 
     alpha: tl.tuple
     beta: tl.tuple
-    entropy: tl.tuple  # one number, or empty without cross-entropy
+    entropy: tl.tuple  # one number; empty without cross-entropy
 
 
 @triton.jit
 def _labelled_voxels(sums, CLASSES: tl.constexpr):
-    """At least 1."""
+    """The number of labelled voxels, at least 1."""
     voxels = 0.0
     for c in tl.static_range(CLASSES):
         voxels += tl.load(sums + 1 + 4 * CLASSES + c)

@@ -32,7 +32,7 @@ from rplib.kernels.voxels import (
 
 
 class Tensors(NamedTuple):
-    """What a program reads and writes: pointers at its sample, strides, sizes; and what scales its results."""
+    """Inputs and outputs of a program: pointers to its sample, strides, sizes, and the factors of its results."""
 
     za: tl.tensor
     zb: tl.tensor
@@ -59,7 +59,7 @@ class Tensors(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The constants of gradient_kernel that a block needs."""
+    """Constants of gradient_kernel that a block needs."""
 
     CLASSES: tl.constexpr
     CLASSES_PAD: tl.constexpr

@@ -15,7 +15,7 @@ from torch import Tensor
 # The layouts of voxels.py, as numbers.
 ANY, ALIGNED, LAST, PACKED = range(4)
 _INT32_LIMIT = 2**31 - 1
-_USUAL = 90  # the architecture whose tiles serve where nothing else is known
+_USUAL = 90  # the architecture whose tiles are used where nothing else is known
 # Programs per multiprocessor that walk over the voxels; the reduction then reads kilobytes.
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 _PROGRAMS_WITHOUT_GPU = 4
@@ -67,9 +67,9 @@ _compiled: dict[tuple[Any, ...], _Compiled] = {}
 
 
 def _run(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    """kernel[grid](*arguments, **constants), which takes Triton 60 us to look up; here it is a dictionary's work.
+    """kernel[grid](*arguments, **constants), which costs Triton 60 us to look up; here it is a dictionary lookup.
 
-    No integer is specialised (voxels.SIZES), so that a variant is known by its constants, the types of its arguments and whether
+    No integer is specialised (voxels.SIZES), so a variant is identified by its constants, the types of its arguments and whether
     tensors begin at a multiple of 16 bytes.
     """
     traits = tuple([_trait(argument) for argument in arguments])
@@ -97,7 +97,7 @@ _tiles_for: int | str = _USUAL
 
 @contextmanager
 def tiles_for(architecture: int | str) -> Iterator[None]:
-    """Inside, tensors that are on no GPU get the tiles of this one: 80, 90, 100 (ten times the compute capability) or "gfx942".
+    """Tensors that are not on a GPU get the tiles of this one: 80, 90, 100 (ten times the compute capability) or "gfx942".
 
     For instruments that compile for a GPU that is not there.
     """
@@ -124,7 +124,7 @@ def _architecture(device: torch.device) -> int:
 
 
 def current_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make it the tensor's."""
+    """Make the tensor's device the current one, on which Triton launches."""
     if tensor.device.type in ("cpu", "meta"):
         return nullcontext()
     context: AbstractContextManager[object] = torch.get_device_module(tensor.device).device(tensor.device)

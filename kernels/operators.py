@@ -121,7 +121,7 @@ def maps(
     mask: Tensor | None = None,
     sample_weights: Tensor | None = None,
 ) -> list[Reliability]:
-    """Masks and weights from the loss's own kernels, with what explains them."""
+    """Masks and weights from the loss's own kernels, and the maps that explain them."""
     fa, fb = _two(features)
     spatial = logits[0].shape[2:]
     packed = encoded(rules_of(options, masked=mask is not None, sample_weighted=sample_weights is not None))
@@ -358,7 +358,7 @@ def _weighting_backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) ->
 
 
 class _DifferentiableOnce(torch.autograd.Function):
-    """The first argument, as a function of all of them that cannot be differentiated."""
+    """The first argument, as a function of all arguments that cannot be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, *_: Tensor) -> Tensor:
@@ -370,7 +370,7 @@ class _DifferentiableOnce(torch.autograd.Function):
 
 
 def _refuse_forward_mode(*tensors: Tensor) -> None:
-    """PyTorch would drop the tangents of an operator's arguments without a word."""
+    """PyTorch would silently drop the tangents of an operator's arguments."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
@@ -396,7 +396,7 @@ def _two(features: list[Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _labelled_first(rows: Sequence[int], z: Tensor) -> Tensor | None:
-    """Indices of all samples, (B,) int32, these first; None where they are the first ones anyway."""
+    """Indices of all samples, (B,) int32, the labelled ones first; None if they already are."""
     if list(rows) == list(range(len(rows))):
         return None
     others = [k for k in range(z.shape[0]) if k not in rows]

@@ -82,7 +82,7 @@ class Batch(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Of the terms: the total is dice_weight * supervised + mutual_factor * mutual_weight * mutual.
+    """Weights of the terms: the total is dice_weight * supervised + mutual_factor * mutual_weight * mutual.
 
     mutual_weight: a 0-dim tensor or None for 1.
     """
@@ -180,7 +180,7 @@ def sums_shape(classes: int, rules: Rules) -> tuple[int]:
 def weighting(
     batch: Batch, known: Statistics, rules: Rules, weights: Weights = MUTUAL_ALONE, *, with_record: bool
 ) -> tuple[Tensor, Tensor, Record]:
-    """Run the second pass, 2 launches: total 0-dim; dice, mutual and what else loss_kernel puts into terms; the record."""
+    """Run the second pass, 2 launches: the total (0-dim), the terms as loss_kernel writes them (dice, mutual, ..), the record."""
     za = batch.logits[0]
     values, code = record_shapes(za, rules, with_record, batch.labelled)
     record = Record(za.new_empty(values, dtype=torch.float32), za.new_empty(code, dtype=torch.uint8))

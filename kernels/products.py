@@ -2,7 +2,7 @@
 
 Tiles have axes for what the registers and threads of a product hold, so that features and labels are loaded or made where the
 product wants them, and none of them passes through shared memory: (2 or 1, RUNS, VOXEL_GROUPS, FEATURE_GROUPS, 8, 4, VECTOR).
-Of a product's K = RUNS x 4 x VECTOR (or RUNS x 4) voxels a thread holds every fourth, of 16 features or classes every eighth;
+A thread holds every fourth of a product's K = RUNS x 4 x VECTOR (or RUNS x 4) voxels, and every eighth of 16 features or classes;
 warps lie along the groups. VECTOR are voxels side by side, or SIDE_BY_SIDE features of one voxel: what a thread loads at once.
 """
 
@@ -14,7 +14,7 @@ from rplib.kernels.voxels import channel_offset, load
 
 @triton.jit
 def _axis(N: tl.constexpr, AXIS: tl.constexpr):
-    """0 .. N - 1 along one of the seven axes."""
+    """0 to N - 1 along one of the seven axes."""
     i = tl.arange(0, N)
     for axis in tl.static_range(7):
         if axis != AXIS:
@@ -104,7 +104,7 @@ def add_products(
         if n == 0:
             for c in tl.static_range(0, o.CLASSES_DOT, 16):
                 one_hot = one_hot + (_one_hot(label, bits, c, o),)
-        # The tensor cores multiply numbers of 11 bits: a short float is one, a float32 the sum of two but for its last bit.
+        # The tensor cores multiply numbers of 11 bits: half precision fits; a float32 is the sum of two, except for its last bit.
         if EXACT:
             high = _operand(x, o)
         else:
@@ -124,7 +124,7 @@ def add_products(
 
 @triton.jit
 def store_products(out, sums, first_feature, o, FEATURES: tl.constexpr):
-    """Write one network's sums (C, F), that `add_products` makes."""
+    """Write one network's sums (C, F) from `add_products`."""
     CLASS_TILES: tl.constexpr = o.CLASSES_DOT // 16
     n = tl.arange(0, o.TILE)
     if o.SIDE_BY_SIDE:

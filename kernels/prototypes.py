@@ -1,6 +1,6 @@
 """End of the first pass: the partial results of all programs become prototypes, counts and the sums of the supervised term.
 
-Every sum is in a fixed order, so that a run repeats its bits.
+Sums are in a fixed order, so that a run is reproducible to the bit.
 """
 
 import triton

@@ -57,7 +57,7 @@ class Rules(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of Dice and of cross-entropy in the supervised term."""
+        """Weight of Dice and of cross-entropy in the supervised term."""
         return 0.5 if self.dice and self.entropy else 1.0
 
 
@@ -74,7 +74,7 @@ def rules_of(
     sample_weighted: bool = False,
     reordered: bool = False,
 ) -> Rules:
-    """The record of a call with C ``classes``; ``supervision``: of the objective; None: the loss alone."""
+    """The record of a call with C ``classes``; ``supervision``: the objective's options; None for the loss alone."""
     rules = Rules(
         compare=options.confidence is not None,
         by_entropy=options.confidence == "entropy",
@@ -120,7 +120,7 @@ def encoded(rules: Rules) -> Encoded:
 
 
 def decoded(literal: str, numbers: Sequence[float] = ()) -> Rules:
-    """The record that `encoded` made this of; without the numbers for shapes, which do not depend on them."""
+    """Inverse of `encoded`. Shapes do not depend on the numbers, so shape functions leave them out."""
     return _decoded(literal, tuple(numbers))
 
 

@@ -1,7 +1,7 @@
 """The kernels as an ahead-of-time compiler needs them, taken from the launches themselves.
 
-The launchers run on meta tensors (shapes and strides without values); every launch is recorded and none is run, so that what
-is compiled is what a GPU would be given.
+The launchers run on meta tensors (shapes and strides without values); every launch is recorded and none is run, so what is
+compiled is what a GPU would get.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""HOW reliable: r_j of the teacher j, from its features, the class prototypes and its probabilities.
+"""How reliable the teacher j is: r_j, from its features, the class prototypes and its probabilities.
 
     s_j(c) = <f_j, mu_j(c)> / max(||f_j||, 1e-8)        r_j = 1 - (1/C) sum_c (s_j(c) - p_j(c))^2
 
@@ -14,7 +14,7 @@ from rplib.kernels.voxels import channel_offset, widened
 
 
 class Products(NamedTuple):
-    """Of one network's features: squared length (ROWS, VECTOR), and the products with its prototypes, a tuple over classes."""
+    """Products of one network's features: squared length (ROWS, VECTOR), and with its prototypes, a tuple over classes."""
 
     square: tl.tensor
     dots: tl.tuple

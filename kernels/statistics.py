@@ -75,7 +75,7 @@ def _rows(tile):
 
 @triton.jit
 def _add_members(members, a, b, keep, CLASSES: tl.constexpr, SOME: tl.constexpr):
-    """Two counts in one register; `launch.split` gives a program too few blocks for 16 bits to overflow."""
+    """Two counts in one register; `launch.split` gives a program so few blocks that 16 bits do not overflow."""
     if SOME:
         a = tl.where(keep, a, CLASSES)
         b = tl.where(keep, b, CLASSES)
@@ -139,7 +139,7 @@ def _add_features(
 
 
 class Inputs(NamedTuple):
-    """Where a program reads: pointers at its sample, strides, sizes."""
+    """Inputs of a program: pointers to its sample, strides, sizes."""
 
     za: tl.tensor
     zb: tl.tensor
@@ -223,7 +223,7 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
         seen += i.voxels % (o.ROWS * LOGITS)
     ab = s.ab + _rows(m_ab.to(tl.int32))
     ba = s.ba + _rows(m_ba.to(tl.int32))
-    if CLASSES == 2:  # the tops alone know of every NaN and +inf
+    if CLASSES == 2:  # every NaN and +inf shows in the tops
         bad = tl.maximum(a.top, b.top, propagate_nan=tl.PropagateNan.ALL)
     else:
         bad = a.top + a.rest + b.top + b.rest

@@ -1,4 +1,4 @@
-"""Block sizes: plain arithmetic on the shapes and the GPU, so that nothing is tuned in the middle of a training.
+"""Block sizes: plain arithmetic on the shapes and the GPU, so nothing is tuned during a training.
 
 ``architecture`` is ten times the compute capability. The tiles are those of 90; where the compiler for 80 (8.0 to 8.9) or for 100
 and later needs more registers than a thread has, they are smaller there (BLACKWELL, AMPERE).
@@ -9,7 +9,7 @@ The figures behind the choices (registers, spills, widths of loads per target) c
 
 from typing import NamedTuple
 
-SECTOR = 32  # bytes: what the memory of a GPU moves at least
+SECTOR = 32  # bytes: the smallest transfer of a GPU's memory
 BLACKWELL = 100  # this and later
 AMPERE = range(80, 90)
 RECORD_ALIGNMENT = 32  # the record's rows are padded to a multiple of this many float32 values

@@ -27,7 +27,7 @@ def normaliser(counts, student, RULES: tl.constexpr):
 
 @triton.jit
 def _sums(values, n, BLOCK: tl.constexpr):
-    """Sums of n numbers and of the n that follow, in a fixed order."""
+    """Sum of n numbers, and sum of the next n, in a fixed order."""
     i = tl.arange(0, BLOCK)
     first = tl.zeros((BLOCK,), tl.float32)
     second = tl.zeros((BLOCK,), tl.float32)

@@ -1,4 +1,4 @@
-"""What every kernel does at a voxel: addresses, softmax, confidence, cross-entropy and its slope.
+"""What all kernels share at a voxel: addresses, softmax, confidence, cross-entropy and its slope.
 
 A block of voxels is a tile (ROWS, VECTOR): one thread holds the VECTOR neighbours of a row, so that a row is one wide load and a
 sum over it needs no other thread. Classes are no axis of a tile but the elements of a tuple, one tile (ROWS, VECTOR) each:
@@ -19,11 +19,11 @@ import triton.language as tl
 # are arguments that the compiler knows nothing about, and the constants here tell it how wide it may load.
 ANY = tl.constexpr(0)
 ALIGNED = tl.constexpr(1)  # neighbouring voxels side by side, in multiples of 16, as the strides of channels and samples
-LAST = tl.constexpr(2)  # the channels of a voxel side by side
+LAST = tl.constexpr(2)  # the channels of a voxel are side by side
 PACKED = tl.constexpr(3)  # and voxel after voxel, sample by sample: channels last
 
-# Integer arguments of the kernels. They are not specialised: a size that is 1, or a multiple of 16, would be another variant to
-# compile for every shape of patches, and one that is 1 no tensor in the kernel. What matters of them is in the layouts.
+# Integer arguments of the kernels. They are not specialised: otherwise a size of 1, or a multiple of 16, would be another
+# variant to compile, and a 1 would not be a tensor in the kernel. What the compiler has to know of them is in the layouts.
 SIZES = [
     *("labelled", "voxels", "size1", "size2", "record_stride", "batch", "programs", "blocks_per_program", "flags", "n"),
     *(f"{tensor}_{axis}" for tensor in ("za", "zb", "fa", "fb", "ga", "gb", "t", "m") for axis in "bc012"),
@@ -40,7 +40,7 @@ class Strides(NamedTuple):
 
 
 class Opinion(NamedTuple):
-    """What one network's logits say at every voxel.
+    """What one network predicts at every voxel.
 
     z: logits, a tuple of C tiles. top, label: the largest logit and its class (the first maximum). rest: see the head of this
     file. inverse: 1 / (1 + rest), the largest probability. gap: for C = 2 the difference between the logits, else ``rest`` again.
@@ -58,7 +58,7 @@ class Opinion(NamedTuple):
 
 @triton.jit
 def strides_of(channel, axis0, axis1, axis2, CHANNELS: tl.constexpr, LAYOUT: tl.constexpr):
-    """The strides, with what the layout says of them as constants."""
+    """The strides; those that the layout fixes are constants."""
     if LAYOUT == PACKED:
         return Strides(1, 0, 0, CHANNELS)
     elif LAYOUT == LAST:
@@ -131,7 +131,7 @@ def load(pointers, mask, MASKED: tl.constexpr):
 
 @triton.jit
 def widened(x):
-    """x as float32. Of bfloat16 by its bits: the compiler would else compare and select in packed halves, which are taken apart
+    """x as float32. bfloat16 by its bits: otherwise the compiler compares and selects in packed halves, which it has to unpack
     again for everything else."""
     if x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -260,7 +260,7 @@ def sectors(wanted, valid, MASKED: tl.constexpr):
 def opinion(z, CLASSES: tl.constexpr, FULL: tl.constexpr):
     """`Opinion` of a tuple of logits. A NaN or +inf among them makes top + rest not finite.
 
-    FULL: exponentials down to denormal numbers also for C > 2. Both passes that compare confidences must say the same.
+    FULL: exponentials down to denormal numbers also for C > 2. Both passes that compare confidences must agree.
     """
     if CLASSES == 2:
         difference = z[1] - z[0]
@@ -317,7 +317,7 @@ def probabilities(of, CLASSES: tl.constexpr, FULL: tl.constexpr, EXACT: tl.const
 
 @triton.jit
 def pick(tiles, label, CLASSES: tl.constexpr):
-    """The tile of a tuple that each voxel wants."""
+    """For each voxel the value of the tile that it selects from a tuple."""
     picked = tiles[0]
     for c in tl.static_range(1, CLASSES):
         picked = tl.where(label == c, tiles[c], picked)
@@ -326,7 +326,7 @@ def pick(tiles, label, CLASSES: tl.constexpr):
 
 @triton.jit
 def pick_constant(values: tl.constexpr, label, CLASSES: tl.constexpr):
-    """The constant of a tuple that each voxel wants, a tile of float32."""
+    """For each voxel the constant of a tuple that it selects, a tile of float32."""
     picked = tl.full(label.shape, values[0], tl.float32)
     for c in tl.static_range(1, CLASSES):
         picked = tl.where(label == c, values[c], picked)

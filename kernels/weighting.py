@@ -14,7 +14,7 @@ Where both may learn there are two float32, one per network: for every sample wi
 samples with Dice and C = 2 (the Dice term teaches both). cw is the weight of the mutual term in the objective, 1 for the loss
 alone. The second planes follow the first ones: row B + b of the record belongs to sample b.
 
-Programs and their blocks run in the reverse order of the first pass: what that read last is still in the L2 cache.
+Programs and their blocks run in the reverse order of the first pass: what that pass read last is still in the L2 cache.
 """
 
 from typing import NamedTuple
@@ -51,7 +51,7 @@ from rplib.kernels.voxels import (
 
 
 class Inputs(NamedTuple):
-    """Where a program reads: pointers at its sample, strides, sizes; and what scales its results."""
+    """Inputs of a program: pointers to its sample, strides, sizes, and the factors of its results."""
 
     za: tl.tensor
     zb: tl.tensor
@@ -79,7 +79,7 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Where a program writes: pointers at its sample."""
+    """Outputs of a program: pointers to its sample."""
 
     record: tl.tensor
     record_stride: tl.tensor
@@ -91,7 +91,7 @@ class Outputs(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What a program adds up, a tile (GROUPS,) each: both students' losses, and if asked for their weights."""
+    """Sums of a program, a tile (GROUPS,) each: both students' losses and, on request, their weights."""
 
     loss_ab: tl.tensor
     loss_ba: tl.tensor
