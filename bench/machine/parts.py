@@ -35,7 +35,7 @@ KINDS = {
 """Kind -> opcodes; every other one (moves, branches, uniform loads of constants) is "rest"."""
 _KIND_OF = {opcode: kind for kind, opcodes in KINDS.items() for opcode in opcodes.split()}
 PASSES = "passes"
-_LOOP = {"_run", "_walk", "_block"}
+_LOOP = {"_run", "_walk", "_block", "_whole_or_tail", "_gradient_block"}
 _PASSES = ("statistics", "weighting", "gradient")
 
 
