@@ -120,8 +120,8 @@ def statistics(batch: Batch, rules: Rules) -> Statistics:
     z_layout, f_layout = layout_of(geometries[:2]), layout_of(geometries[2:])
     tiles = tiling.statistics_tiles(
         classes, max(f_a, f_b), max(t.element_size() for t in (za, zb, fa, fb)),
-        channels_last=f_layout in (LAST, PACKED), aligned=f_layout != ANY, dice=labels is not None,
-        architecture=architecture(za.device),
+        channels_last=f_layout in (LAST, PACKED), aligned=f_layout != ANY, plain=flat and not wide,
+        dice=labels is not None, architecture=architecture(za.device),
     )  # fmt: skip
     programs, per_program = split(voxels, tiles.block, samples, za.device)
     feature_blocks = max(1, -(-max(f_a, f_b) // tiles.feature_block))
@@ -249,7 +249,8 @@ def _weight(
     tiles = tiling.weighting_tiles(
         classes, max(f_a, f_b), max(fa.element_size(), fb.element_size()),
         channels_last=f_layout in (LAST, PACKED), aligned=f_layout != ANY,
-        plain=flat and with_record, dice=labels is not None, detailed=rules.detailed, architecture=architecture(za.device),
+        plain=flat and not wide and with_record, dice=labels is not None, detailed=rules.detailed, masked=rules.masked,
+        architecture=architecture(za.device),
     )  # fmt: skip
     programs, per_program = split(voxels, tiles.groups * tiles.group, samples, za.device)
     numerators = za.new_empty((4 if rules.detailed else 2, samples, programs), dtype=torch.float32)

@@ -71,6 +71,7 @@ def statistics_tiles(
     *,
     channels_last: bool = False,
     aligned: bool = True,
+    plain: bool = True,
     dice: bool = False,
     architecture: int = 90,
 ) -> StatisticsTiles:
@@ -79,6 +80,7 @@ def statistics_tiles(
     Args:
         channels_last: the features of a voxel lie side by side.
         aligned: every row of voxels begins at a multiple of 16 elements.
+        plain: one stride leads through all voxels of all tensors, in 32 bits; else addresses take registers.
         dice: the sums of Dice are kept as well, which takes registers.
     """
     pad = power_of_two(classes)
@@ -92,7 +94,7 @@ def statistics_tiles(
         if aligned and not channels_last:
             vector = 4 if classes == 2 else 16 // itemsize
             rows = 128 if pad * feature_block <= 32 else 64 if pad * feature_block <= 64 else 32
-            rows = max(rows // 2, 32) if dice or architecture >= BLACKWELL else rows
+            rows = max(rows // 2, 32) if dice or not plain or architecture >= BLACKWELL else rows
         return StatisticsTiles(rows * vector, pad, 16, feature_block, False, 4, vector)
     feature_block = min(max(widest, 16), 128)
     classes_dot = max(pad, 16)
@@ -129,6 +131,7 @@ def weighting_tiles(
     plain: bool = True,
     dice: bool = False,
     detailed: bool = False,
+    masked: bool = False,
     architecture: int = 90,
 ) -> WeightingTiles:
     """Tiles for features of ``itemsize`` bytes (the wider of the two networks' types).
@@ -136,9 +139,11 @@ def weighting_tiles(
     Args:
         channels_last: the features of a voxel lie side by side.
         aligned: every row of voxels begins at a multiple of 16 elements.
-        plain: one stride leads through all voxels, and a record is written: the variant that trainings use.
+        plain: one stride leads through all voxels of all tensors, in 32 bits, and a record is written: what trainings use. Else
+            addresses and results take registers.
         dice: the record of labelled samples carries the gradient of Dice too, which takes registers.
         detailed: the sums of the weights are kept as well.
+        masked: some voxels do not count.
     """
     group = SECTOR // itemsize
     pad = power_of_two(classes)
@@ -147,11 +152,14 @@ def weighting_tiles(
         block = 64 if (detailed or architecture >= BLACKWELL) and classes > 4 else 128
         return WeightingTiles(block // group, group, pad, min(widest, 8 if itemsize == 4 else 16), classes <= 4, 4)
     block = 2048 // itemsize if aligned else 256  # 16 bytes a thread: the features of a block lie in no other thread's registers
-    if classes > 16 or (architecture >= BLACKWELL and classes > 4):
+    crowded = itemsize == 2 and not plain
+    if classes > 16 or ((architecture >= BLACKWELL or crowded) and classes > 4):
         # one voxel a thread: the logits of both networks alone take 2 C registers
-        return WeightingTiles(128 // group, group, pad, min(widest, 8), False, 4)
+        return WeightingTiles(128 // group, group, pad, min(widest, 2 if crowded and classes <= 16 else 8), False, 4)
+    block = block // 2 if crowded and aligned else block
     feature_block = 8 if classes <= 4 else 2
-    if (detailed or architecture in AMPERE) and 2 < classes <= 4:
+    tight = architecture in AMPERE or (architecture >= BLACKWELL and masked and itemsize == 2)
+    if (detailed or tight) and 2 < classes <= 4:
         feature_block = 4
     return WeightingTiles(block // group, group, pad, min(widest, feature_block), False, 4)
 

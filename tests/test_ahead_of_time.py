@@ -120,6 +120,8 @@ def cases_of(target):
         (4, "float32", "channels_last", "masked"),
         (14, "float32", "contiguous", "loss"),
         (14, "bfloat16", "channels_last", "objective"),
+        (2, "float32", "channels_last", "cross_entropy"),
+        (2, "bfloat16", "contiguous", "reported"),
     }
     return [case for case in everything if (case.classes, case.dtype, case.layout, case.variant) in wanted]
 
@@ -168,7 +170,7 @@ def test_every_pair_of_options_compiles_without_spills():
     assert min(found["compiled"].values()) >= 10
 
 
-SPILLING = {"sm_80": 0, "sm_90": 0, "sm_100": 4, "gfx942": 0}  # kernels, all with a mask; to be lowered, never raised
+SPILLING = {"sm_80": 0, "sm_90": 0, "sm_100": 3, "gfx942": 0}  # kernels, all with a mask; to be lowered, never raised
 
 
 def test_the_committed_report_is_complete_and_spills_no_more_than_it_did():

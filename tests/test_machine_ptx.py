@@ -383,6 +383,15 @@ def test_pairs_are_added_half_by_half():
     assert run(body, out).findings == [] and out.tolist() == [0x00020000] * 64
 
 
+def test_the_largest_of_three():
+    """An instruction of sm_100: with .NaN a NaN stays, without it does not."""
+    body = "mov.b32 %r9, 0f7FC00000; mov.b32 %r10, 0f40400000; mov.b32 %r12, 0f40000000;"
+    body += "max{}.f32 %r11, %r12, %r10, %r9; st.global.b32 [%rd9], %r11;"
+    out = torch.zeros(64)
+    assert run(body.format(""), out).findings == [] and out.tolist() == [3.0] * 64
+    assert run(body.format(".NaN"), out).findings == [] and out.isnan().all()
+
+
 def test_findings_say_where():
     ran = run(".loc 1 7 3 // source.py:7:3\nst.global.b32 [%rd9+4], %r1;", torch.zeros(64))
     (finding,) = ran.findings

@@ -90,6 +90,53 @@ def test_the_kernels_do_no_more_than_they_did(case):
     assert done.stdout.startswith("passed")
 
 
+PARTS = """
+from rplib.bench.machine import parts, report
+from rplib.bench.machine.sass import executed, machine_code
+
+for ran in report.launches_of(2, 16, "float32", "contiguous"):
+    found = parts.parts(ran, 90)
+    counted = sum(n for of in found.values() for kind, n in of.items() if kind != parts.PASSES)
+    assert counted == sum(executed(machine_code(ran.ptx, ran.cubin, 90), ran).values())
+    assert sum(of[parts.PASSES] for of in found.values()) == ran.counts.shared_passes
+    if ran.name == "weighting_kernel":
+        assert found["_teachers_products"]["float"] > found["opinion"]["float"] > 0 == found["opinion"]["global"]
+print("passed")
+"""
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_kernel_add_up_to_all_of_it():
+    done = without_interpreter("-c", PARTS)
+    assert done.returncode == 0 and done.stdout == "passed\n", (done.stdout + done.stderr)[-3000:]
+
+
+def test_a_step_is_what_the_loop_over_blocks_calls(tmp_path):
+    from collections import Counter
+
+    from rplib.bench.machine import parts
+
+    source = tmp_path / "kernel.py"
+    source.write_text("def deep():\n    pass\ndef step():\n    pass\ndef _block():\n    pass\ndef a_kernel():\n    pass\n")
+    ptx = f"""\t.loc\t1 7 0 // kernel.py:7:0
+add.u32 %r1, %r1, 1;
+\t.loc\t1 2 0 // kernel.py:2:0 @[ kernel.py:4:0 @[ kernel.py:6:0 @[ kernel.py:8:0 ] ] ]
+add.f32 %f1, %f1, %f1;
+\t.loc\t1 6 0 // kernel.py:6:0 @[ kernel.py:8:0 ]
+bar.sync 0;
+\t.file\t1 "{source}"
+"""
+    found = parts.steps(ptx)
+    assert [found[line] for line in (2, 4, 6)] == ["loop", "step", "loop"]
+    lines = parts.table({"loop": Counter(rest=2), "step": Counter({"float": 4, parts.PASSES: 1})}, 2).splitlines()
+    assert [line.split() for line in lines] == [
+        ["step", "float", "rest", "all", "passes"],
+        ["step", "2.00", "0.00", "2.00", "0.50"],
+        ["loop", "0.00", "1.00", "1.00", "0.00"],
+        ["all", "2.00", "1.00", "3.00", "0.50"],
+    ]
+
+
 RIVAL = """
 from rplib.bench.machine.inductor import rival
 launches = rival(2, 16, "float32", "contiguous")
@@ -139,14 +186,16 @@ def test_the_table_shows_every_kernel_and_what_binds_it():
         (["--shapes", "2"], "expected classes x features"),
         (["--dtypes", "float64"], "--dtypes: unknown 'float64'"),
         (["--csv", "/no/such/folder/table.csv"], "there is no folder /no/such/folder"),
+        (["--passes", "third"], "--passes: unknown 'third'"),
     ],
 )
 def test_mistakes_of_the_user_are_one_line(arguments, said, capsys, monkeypatch):
     from rplib.bench.command import main
-    from rplib.bench.machine import report
+    from rplib.bench.machine import parts, report
 
+    program = parts if "--passes" in arguments else report
     monkeypatch.setattr(sys, "argv", ["machine", *arguments])
-    assert main("machine", report.__doc__, report.add_arguments, report.run) == 2
+    assert main("machine", program.__doc__, program.add_arguments, program.run) == 2
     assert said in capsys.readouterr().err
 
 

@@ -161,6 +161,11 @@ def _extreme(name: str, ftz: str | None, nan: str | None, type: str) -> Rule:
     return Rule((type, type), type, arithmetic.flushing(function) if ftz else function)
 
 
+def of_three(rule: Rule) -> Rule:
+    """A minimum or maximum of three numbers, which sm_100 has, from that of two."""
+    return rule._replace(inputs=rule.inputs[:1] * 3, function=lambda a, b, c: rule.function(rule.function(a, b), c))
+
+
 @_rule(rf"(?P<name>min|max)\.(?P<type>{INTEGER})")
 def _integer_extreme(name: str, type: str) -> Rule:
     return Rule((type, type), type, _EXTREMES[name][0])

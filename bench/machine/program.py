@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rplib.bench.machine import access, warp
-from rplib.bench.machine.alu import Rule, decode
+from rplib.bench.machine.alu import Rule, decode, of_three
 from rplib.bench.machine.execution import Chunk, End, Step, barrier, branch, fall
 from rplib.bench.machine.memory import SHARED_BASE
 from rplib.bench.machine.ptx import Instruction, Kernel, Unsupported
@@ -74,7 +74,7 @@ class Program:
         if ins.base == "setp" and ins.opcode.endswith(("f16x2", "bf16x2")):
             return _compare_pairs(self, ins)
         if rule := decode(ins.opcode):
-            return _pure(self, ins, rule)
+            return _pure(self, ins, of_three(rule) if ins.base in ("min", "max") and len(ins.operands) == 4 else rule)
         raise Unsupported(f"line {ins.line}: {ins}")
 
     def _guarded(self, ins: Instruction, step: Step) -> Step:

@@ -12,12 +12,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from itertools import groupby, product
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rplib.bench.machine.driver import ARCHITECTURES
+from rplib.bench.machine.driver import ARCHITECTURES, Ran
 from rplib.bench.machine.library import compiled_library
 from rplib.bench.machine.prediction import GPU, GPUS, Needs, predicted, times
 from rplib.bench.machine.sass import executed, machine_code
@@ -28,6 +29,7 @@ SHAPES = ((2, 16), (4, 16), (14, 32))  # (C, F)
 DTYPES = ("float32", "bfloat16")
 LAYOUTS = ("contiguous", "channels_last")
 SPATIAL = (32, 32, 16)
+VOXELS = prod(SPATIAL)
 TABLE = Path(__file__).resolve().parent.parent / "results" / "machine.csv"
 _SHOWN = ("H100", "H200")
 
@@ -65,8 +67,8 @@ class Row:
         return Needs(self.sass, self.shared_passes, self.bytes)
 
 
-def measure(classes: int, features: int, dtype: str, layout: str, architecture: int = 90) -> list[Row]:
-    """Run forward and backward on the machine; one row per kernel, in the order of the launches.
+def launches_of(classes: int, features: int, dtype: str, layout: str, architecture: int = 90) -> list[Ran]:
+    """Run forward and backward on the machine.
 
     Raises:
         UserError: the run violated a rule of memory or barriers, so its counts have no meaning.
@@ -79,9 +81,14 @@ def measure(classes: int, features: int, dtype: str, layout: str, architecture: 
         rplib.functional.reliable_mutual_loss(logits, read, impl="triton").backward()
     if session.findings:
         raise UserError(f"{len(session.findings)} findings, the first: {session.findings[0]}")
+    return session.launches
+
+
+def measure(classes: int, features: int, dtype: str, layout: str, architecture: int = 90) -> list[Row]:
+    """One row per kernel of `launches_of`, in the order of the launches."""
     rows = []
-    for launch in session.launches:
-        counts, voxels = launch.counts, shape.voxels
+    for launch in launches_of(classes, features, dtype, layout, architecture):
+        counts, voxels = launch.counts, VOXELS
         sass = sum(executed(machine_code(launch.ptx, launch.cubin, architecture), launch).values())
         rows.append(
             Row(
@@ -164,16 +171,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="sm_90", help="sm_80, sm_90 or sm_100 (default %(default)s)")
 
 
+def shapes_of(text: str) -> list[tuple[int, ...]]:
+    """2x16,4x16 -> [(2, 16), (4, 16)]."""
+    try:
+        shapes = [tuple(map(int, shape.split("x"))) for shape in text.split(",")]
+    except ValueError:
+        shapes = []
+    if not shapes or any(len(shape) != 2 for shape in shapes):
+        raise UserError(f"--shapes is {text!r}; expected classes x features such as 2x16,4x16.")
+    return shapes
+
+
 def run(args: argparse.Namespace) -> int:
     architecture = {f"sm_{number}": number for number in ARCHITECTURES}.get(args.target)
     if architecture is None:
         raise UserError(f"unknown target {args.target!r}; expected one of sm_80, sm_90, sm_100.")
-    try:
-        shapes = [tuple(map(int, text.split("x"))) for text in args.shapes.split(",")]
-    except ValueError:
-        shapes = []
-    if not shapes or any(len(shape) != 2 for shape in shapes):
-        raise UserError(f"--shapes is {args.shapes!r}; expected classes x features such as 2x16,4x16.")
+    shapes = shapes_of(args.shapes)
     for what, asked, known in (("dtypes", args.dtypes.split(","), DTYPES), ("layouts", args.layouts.split(","), LAYOUTS)):
         if wrong := [name for name in asked if name not in known]:
             raise UserError(f"--{what}: unknown {wrong[0]!r}; expected some of {', '.join(known)}.")

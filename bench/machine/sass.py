@@ -69,17 +69,24 @@ def machine_code(ptx: str, cubin: bytes, architecture: int) -> list[MachineInstr
 
 def executed(code: list[MachineInstruction], ran: Ran) -> Counter[str]:
     """Opcode -> executions by a warp in this launch, as far as the line table tells."""
+    found: Counter[str] = Counter()
+    for instruction, warps in executions(code, ran):
+        found[instruction.opcode] += warps
+    return found
+
+
+def executions(code: list[MachineInstruction], ran: Ran) -> list[tuple[MachineInstruction, int]]:
+    """Every instruction with its executions by a warp."""
     counts = ran.counts.executed
     of_line = {ins.line: counts[n] for n, block in enumerate(ran.program.kernel.blocks) for ins in block}
     blocks: dict[int, list[MachineInstruction]] = {}
     for instruction in code:
         blocks.setdefault(instruction.block, []).append(instruction)
-    found: Counter[str] = Counter()
+    found = []
     for members in blocks.values():
         votes = Counter(of_line.get(i.line, 0) for i in members)
         warps = max(votes, key=lambda n: (votes[n], n))
-        for i in members:
-            found[i.opcode] += warps
+        found += [(i, warps) for i in members]
     return found
 
 
