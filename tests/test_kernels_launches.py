@@ -71,7 +71,9 @@ def test_tensors_reach_the_kernels_as_they_are(memory_format):
         ((2, 3, 4, 8), (97, 1, 24, 3), "LAST"),
         ((2, 3, 4, 8), (128, 1, 32, 4), "LAST"),  # three of four channels
         ((2, 3, 4, 8), (192, 1, 48, 3), "LAST"),
+        ((2, 2, 4, 8), (64, 1, 16, 2), "PACKED"),
         ((2, 1, 4, 8), (32, 32, 8, 1), "ALIGNED"),
+        ((2, 1, 4, 8), (32, 1, 8, 1), "ANY"),  # a stride that is never used, but not a multiple of 16
     ],
 )
 def test_the_layout_that_a_tensor_is_given(shape, strides, kind):
