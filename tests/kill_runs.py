@@ -345,6 +345,14 @@ def run(
     return counts, failures
 
 
+def counted(faults: Counter[str]) -> str:
+    """
+    >>> counted(Counter({"kill": 3, "full disk": 2}))
+    '5 runs (full disk 2, kill 3)'
+    """
+    return f"{faults.total()} runs ({', '.join(f'{fault} {n}' for fault, n in sorted(faults.items()))})"
+
+
 def main() -> int:
     every = ("train", "evaluate", "predict", "shrink", "phantom", "sweep", "torchrun")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -354,16 +362,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--faults", nargs="+", default=FAULTS, choices=FAULTS, metavar="FAULT", help=f"of {sorted(set(FAULTS))}")
     args = parser.parse_args()
-    bad = []
+    bad, together = [], Counter[str]()
     preload()
     for name in args.jobs:
         counts, failures = run([name], args.runs, args.seed, args.first, tuple(args.faults))
         again = counts.pop((name, "given again"), 0)
-        message = ", ".join(f"{fault} {n}" for (_, fault), n in sorted(counts.items()))
-        print(f"{name}: {sum(counts.values())} runs ({message}), {again} given again, {len(failures)} failures", flush=True)
+        mine = Counter({fault: n for (_, fault), n in counts.items()})
+        together += mine
+        print(f"{name}: {counted(mine)}, {again} given again, {len(failures)} failures", flush=True)
         for failure in failures:
             print(f"  {failure}", flush=True)
         bad += failures
+    print(f"together: {counted(together)}, {len(bad)} failures")
     return 1 if bad else 0
 
 

@@ -4,6 +4,7 @@
     python tests/mutation.py --share 0.1 --seed 2             a tenth of that, others
     python tests/mutation.py kernels step                     two parts of it
     python tests/mutation.py --mutants 20 rplib/lean.py       over one file
+    python tests/mutation.py kernels/dice.py:29-31            every mutant that begins in these lines
     python tests/mutation.py --report                         the table of what has been run
     python tests/mutation.py --survivors                      what survived, once more, against today's tests
 
@@ -63,6 +64,16 @@ LEAN = [
     ["tests/test_loss_options.py", "tests/test_loss_mask.py", "tests/test_loss_statistics.py", "-k", "not triton and not naive"],
     [DETAILS, "-k", "lean or eps or channel"],
 ]
+KERNELS = [
+    ["tests/test_kernels_small.py", "-m", "not gpu"],  # slow together, quick until the first failure
+    ["tests/test_loss_values.py", "tests/test_kernels_launches.py", "-k",
+     "(triton and (tiny or far_from_zero or first_maximum or feature_count or expanded or negative or apart)) or launches"],
+    ["tests/test_loss_statistics.py", "tests/test_loss_targets.py", "tests/test_loss_objective.py", "-k",
+     "kernels or (triton and (statistics or targets or smoothing))"],
+    # What changes no value: a mask that is missing, features read and left out. FAKE: shapes and types of fake tensors.
+    ["tests/test_loss_memory.py", "tests/test_bench_guard.py", "-k", "triton or of_the_teacher_alone"],
+]  # fmt: skip
+FAKE = ["tests/test_loss_compile.py", "-k", "opcheck_of_the_objective or opcheck_reaches or bodies_never_look"]
 # The tests of each file in stages, quickest and most telling first.
 TESTS: dict[str, list[list[str]]] = {
     "rplib/lean.py": LEAN,
@@ -92,13 +103,8 @@ TESTS: dict[str, list[list[str]]] = {
          "-k", "checkpoint or flipped or network or state_that"],
         [DETAILS, "-k", "checkpoint"],
     ],
-    "kernels/*.py": [
-        ["tests/test_kernels_small.py", "-m", "not gpu"],  # slow together, quick until the first failure
-        ["tests/test_loss_values.py", "tests/test_kernels_launches.py", "-k",
-         "(triton and (tiny or far_from_zero or first_maximum or feature_count or expanded or negative)) or launches"],
-        ["tests/test_loss_statistics.py", "tests/test_loss_targets.py", "-k", "triton or kernels"],
-        ["tests/test_loss_memory.py", "-k", "triton"],  # a mask that is missing changes no value
-    ],
+    "kernels/*.py": [*KERNELS, FAKE],
+    "kernels/operators.py": [FAKE, *KERNELS],
 }  # fmt: skip
 
 COMPARISONS = {
@@ -223,6 +229,13 @@ def draw(files: list[str], number: int, seed: int) -> list[Mutant]:
     every = [mutant for file in files for mutant in mutants_of(file)]
     random.Random(seed).shuffle(every)
     return every[:number]
+
+
+def in_lines(place: str) -> list[Mutant]:
+    """Of FILE:LINE or FILE:FIRST-LAST, every mutant that begins there."""
+    file, _, lines = place.partition(":")
+    first, _, last = lines.partition("-")
+    return [mutant for mutant in mutants_of(file) if int(first) <= mutant.line <= int(last or first)]
 
 
 def sample(share: float, seed: int, names: Iterable[str] = SAMPLE) -> list[Mutant]:
@@ -358,7 +371,7 @@ def report(results: dict[str, dict[str, object]]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="*", metavar="PART or FILE", help=f"default: every part ({', '.join(SAMPLE)})")
+    parser.add_argument("files", nargs="*", metavar="PART, FILE or FILE:LINES", help=f"default: every part ({', '.join(SAMPLE)})")
     parser.add_argument("--mutants", type=int, default=20, metavar="N", help="of the given files (default: %(default)s)")
     parser.add_argument("--share", type=float, default=1.0, metavar="X", help="of the standing sample (default: all)")
     parser.add_argument("--seed", type=int, default=1)
@@ -372,8 +385,13 @@ def main() -> int:
     os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
     os.environ.setdefault("RPLIB_GOLDEN", str(ROOT.parent / "shared" / "golden"))
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    files = [name for name in args.files if name not in SAMPLE]
-    todo = draw(files, args.mutants, args.seed) if files else sample(args.share, args.seed, args.files or SAMPLE)
+    places = [name for name in args.files if ":" in name]
+    files = [name for name in args.files if name not in SAMPLE and name not in places]
+    todo = [mutant for place in places for mutant in in_lines(place)]
+    if files:
+        todo += draw(files, args.mutants, args.seed)
+    elif not places:
+        todo = sample(args.share, args.seed, args.files or SAMPLE)
     if args.survivors:
         todo = [mutant for file in {str(row["file"]) for row in results.values()} for mutant in mutants_of(file)]
         known = equivalents()
@@ -426,7 +444,7 @@ class Limits:
         self._content = content
 
     def of(self, file: str) -> int:
-        stages = str(tests_of(file))
+        stages = str(sorted(tests_of(file)))  # the same tests in another order take as long
         if stages not in self._taken:
             before = _children()
             code, test = run_tests(self._folder, tests_of(file), 900, write_bytecode=True)

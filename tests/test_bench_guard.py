@@ -115,6 +115,24 @@ def test_the_targets_at_two_classes():
 
 
 @INTERPRETED
+@pytest.mark.parametrize("cube", [4, 16])
+@pytest.mark.parametrize("features", [(8, 8), (8, 5)])
+@pytest.mark.parametrize("memory_format", list(FORMATS))
+def test_the_second_pass_reads_the_features_of_the_teacher_alone(memory_format, features, cube):
+    """Channels last: voxel by voxel. Contiguous: whole sectors of eight voxels; cubes of four need both networks' features."""
+    spatial = (8, 4, 32)
+    logits, feats = networks(2, 8, torch.float32, FORMATS[memory_format], spatial, cube)
+    of_b = feats[1].detach()[:, : features[1]].contiguous(memory_format=FORMATS[memory_format])
+    with kernel_traffic(tensors={"features": [feats[0], of_b]}) as traffic:
+        rplib.ReliableMutualLoss(impl="triton")(logits, [feats[0], of_b]).backward()
+    both = 4 * sum(features) * math.prod(spatial)
+    taught = both if memory_format == "contiguous" and cube == 4 else both / 2
+    read = traffic.by_tensor["features"]
+    assert read.load_lane_bytes == both + taught
+    assert read.load_sector_bytes >= both + taught
+
+
+@INTERPRETED
 @THOROUGH
 @pytest.mark.parametrize("memory_format", list(FORMATS))
 @pytest.mark.parametrize("dtype", list(DTYPES))

@@ -54,6 +54,38 @@ def test_tensors_reach_the_kernels_as_they_are(memory_format):
     assert last.constants["FLAT"]
 
 
+@pytest.mark.parametrize(
+    ("shape", "strides", "kind"),
+    [
+        ((2, 3, 4, 8), (96, 32, 8, 1), "ALIGNED"),
+        ((2, 3, 1, 32), (96, 32, 7, 1), "ALIGNED"),  # the stride of an axis of length 1 is never used
+        ((1, 3, 4, 8), (99, 32, 8, 1), "ALIGNED"),  # nor that of a single sample
+        ((2, 3, 4, 8), (99, 32, 8, 1), "ANY"),  # the second sample begins anywhere
+        ((2, 3, 4, 8), (128, 40, 8, 1), "ANY"),  # channels do
+        ((2, 3, 5, 7), (112, 48, 7, 1), "ANY"),  # 35 voxels
+        ((2, 3, 32), (192, 64, 2), "ANY"),  # two elements from voxel to voxel
+        ((2, 3, 4, 8), (192, 64, 16, 1), "ANY"),  # a slice of an axis
+        ((2, 3, 4, 8), (96, 32, 1, 4), "ANY"),  # the axes exchanged
+        ((2, 3, 4, 8), (96, 1, 24, 3), "PACKED"),
+        ((1, 3, 4, 8), (97, 1, 24, 3), "PACKED"),
+        ((2, 3, 4, 8), (97, 1, 24, 3), "LAST"),
+        ((2, 3, 4, 8), (128, 1, 32, 4), "LAST"),  # three of four channels
+        ((2, 3, 4, 8), (192, 1, 48, 3), "LAST"),
+        ((2, 2, 4, 8), (64, 1, 16, 2), "PACKED"),
+        ((2, 1, 4, 8), (32, 32, 8, 1), "ALIGNED"),
+        ((2, 1, 4, 8), (32, 1, 8, 1), "ANY"),  # a stride that is never used, but not a multiple of 16
+    ],
+)
+def test_the_layout_that_a_tensor_is_given(shape, strides, kind):
+    """What a kernel may take for granted of its addresses: too much gives wrong values, too little narrow loads."""
+    of = launch.geometry(torch.empty_strided(shape, strides, device="meta"))
+    assert of.kind == getattr(launch, kind)
+    anything = of._replace(kind=launch.ANY)
+    assert launch.layout_of([of, of]) == of.kind and launch.layout_of([of, anything]) == launch.ANY
+    packed = of._replace(kind=launch.PACKED)
+    assert launch.layout_of([of, packed]) == {"PACKED": launch.PACKED, "LAST": launch.LAST}.get(kind, launch.ANY)
+
+
 def test_sliced_axes_do_not_collapse():
     logits, features = _networks()
     logits = [z[..., 1:-1, :].requires_grad_() for z in logits]

@@ -254,6 +254,23 @@ def test_opcheck_reaches_every_operator():
 
 
 @NEEDS_TRITON
+@pytest.mark.parametrize(("classes", "keywords"), [(2, {}), (4, {}), (2, {"confidence": None, "students": (1,)})])
+def test_opcheck_of_the_objective_in_half_precision(classes, keywords):
+    """Shapes and types of every output on fake tensors, where no two sizes are the same and no output has the logits' type."""
+    logits, features = networks((7, 5), classes, [8, 6], batch=3, dtype=torch.bfloat16)
+    target = torch.zeros(2, 7, 5, dtype=torch.uint8, device=DEVICE)
+    weights = torch.ones(3, device=DEVICE)
+    with Recorder() as recorder:
+        objective = rplib.MutualObjective(impl="triton", statistics=True, **keywords)
+        objective(leaves(logits), features, target, 0.1, sample_weights=weights).total.backward()
+        rplib.reliability([z[:1] for z in logits], [f[:1] for f in features], impl="triton", **keywords)
+    calls = [(f, a, k) for f, a, k in recorder.calls if f.namespace == "rplib"]
+    assert {f.name() for f, _, _ in calls} == set(operator_names())
+    for func, args, kwargs in calls:
+        torch.library.opcheck(func, fresh(args), {k: fresh(v) for k, v in kwargs.items()}, test_utils="test_faketensor")
+
+
+@NEEDS_TRITON
 def test_operator_bodies_never_look_at_values(monkeypatch):
     """Bodies traced on fake tensors, kernels left out: .item(), a Python branch on a value or a copy to the host would raise."""
     import triton.runtime.interpreter as interpreter

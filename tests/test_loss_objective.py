@@ -1,5 +1,7 @@
 """`MutualObjective`: Dice over the labelled samples plus the weighted mutual loss, against the formula in float64."""
 
+import math
+
 import pytest
 import torch
 from loss_cases import ANY_K_IMPLS, DEVICE, IMPLS, LAYOUTS, networks
@@ -107,6 +109,20 @@ def test_class_absent_from_target_and_empty_target(impl):
         *run(rplib.MutualObjective(impl=impl), logits, features, target, 0.1),
         expected(logits, features, target, 0.1, (1, 2)),
     )
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@EVERY_IMPL
+def test_smoothing_where_prediction_and_target_are_empty(impl, classes):
+    """The probabilities of each absent class add up to about 1e-8, so that the smoothing term of Dice is half of what counts."""
+    logits, features = networks((7, 5), classes, 6)
+    for z in logits:
+        z[:, 1:] = z[:, 1:].clamp(-1, 1) - math.log(35e8)
+        z[:, 0] = 0
+    target = torch.zeros(1, 7, 5, dtype=torch.int64, device=DEVICE)
+    reference = expected(logits, features, target, 0.1, range(1, classes), confidence=None)
+    assert 0.3 < reference[1] / 2 < 0.7, "half of the way between empty and wrong"
+    assert_right(*run(rplib.MutualObjective(impl=impl, confidence=None), logits, features, target, 0.1), reference, 1e-5)
 
 
 @EVERY_IMPL

@@ -253,6 +253,7 @@ def test_random_axis_orders_in_memory(impl, problem, axes):
         gap.copy_(x.permute(order))
         return gap.permute(inverse)
 
-    # A few voxels of one feature: over 300 problems rounding alone reached 1.04e-6.
+    # A few voxels of one feature: over 2,500 problems rounding reached 1.3e-6 in the loss and 5e-6 in a gradient; in the naive
+    # form, of the worst of them, 1.4e-5. A wrong stride gives other voxels altogether.
     result = compare(impl, [laid(z, axes + k) for k, z in enumerate(logits)], [laid(f, axes - k) for k, f in enumerate(features)])
-    result.check(1e-6, 3e-6)
+    result.check(1e-5)

@@ -11,6 +11,7 @@ from reference_tools import TINY, mistake, write_dataset
 
 from rplib import cli, reference
 from rplib.errors import UserError
+from rplib.reference import files
 from rplib.reference.sweeping import runner
 from rplib.reference.sweeping.figures import cases_png, curves_png
 from rplib.reference.sweeping.plan import read_plan
@@ -191,8 +192,16 @@ def test_a_sweep_trains_scores_compares_and_then_has_nothing_to_do(tiny, tmp_pat
     assert page.count("data:image/png;base64,") == 1
     assert "the baseline is alone" in page
 
+    # Killed after its last result, a command leaves its lock and perhaps a temporary file; a lock that is held is not touched.
+    run = tmp_path / "sweep" / "alone-5"
+    left = [run / files.LOCK, run / "evaluation-test" / files.LOCK, run / f".rplib-1-{'0' * 12}.tmp"]
+    for path in left:
+        path.touch()
     InProcess.commands.clear()
-    assert cli.main(["sweep", str(tiny)]) == 0
+    with files.locked(tmp_path / "sweep" / "both-5", "RUN"):
+        assert cli.main(["sweep", str(tiny)]) == 0
+        assert (tmp_path / "sweep" / "both-5" / files.LOCK).exists()
+    assert not [path for path in left if path.exists()]
     assert InProcess.commands == []
     assert "2 runs, 2 of them finished" in capsys.readouterr().out
 

@@ -1,5 +1,6 @@
 """Trains and scores the missing runs of a plan, several at a time."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from rplib.errors import UserError
 from rplib.reference.checkpoint import CONFIG
+from rplib.reference.files import LOCK, locked, remove_leftovers
 from rplib.reference.sweeping.plan import Plan, Planned
 
 LOGS = "logs"
@@ -25,6 +27,8 @@ def run_plan(plan: Plan, say: Callable[[str], None] = print) -> None:
         UserError: some failed (reported at the end), or a folder has other settings (reported before the first starts).
     """
     commands = {run: _commands(run, plan) for run in plan.runs}
+    for run in plan.runs:
+        _remove_leftovers(run.folder)
     waiting = [run for run, left in commands.items() if left]
     say(f"{len(plan.runs)} runs, {len(plan.runs) - len(waiting)} of them finished; {plan.jobs} at a time")
     (plan.out / LOGS).mkdir(parents=True, exist_ok=True)
@@ -68,6 +72,13 @@ def _commands(run: Planned, plan: Plan) -> list[list[str]]:
     if not finished or not run.scores(plan.split).is_file():
         commands.append(["evaluate", run.folder, "--data", plan.data, "--split", plan.split, "--nifti", "none", "--no-maps"])
     return [[sys.executable, "-m", "rplib", *map(str, arguments)] for arguments in commands]
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Of a command that was killed after its last result: if the run needs no other, nobody else would."""
+    for lock in list(folder.rglob(LOCK)):
+        with contextlib.suppress(UserError, OSError), locked(lock.parent, str(lock.parent)):  # not while another process writes
+            remove_leftovers(lock.parent)
 
 
 def _start(command: list[str], log: Path) -> "subprocess.Popen[bytes]":

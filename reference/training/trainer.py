@@ -448,7 +448,7 @@ def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
 
 def _seed(*numbers: int) -> int:
     """Combine several numbers into one seed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1  # NumPy 1 cannot shift a uint64 by an int
 
 
 def _try_objective(config: Config, device: torch.device) -> None:
