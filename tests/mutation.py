@@ -382,7 +382,7 @@ def main() -> int:
     results = read_results(args.results)
     if args.report:
         return report(results)
-    os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "RPLIB_ALL_CASES": "1"}
     os.environ.setdefault("RPLIB_GOLDEN", str(ROOT.parent / "shared" / "golden"))
     os.environ.setdefault("TRITON_INTERPRET", "1")
     places = [name for name in args.files if ":" in name]
