@@ -89,7 +89,8 @@ def statistics_tiles(
         # A thread keeps one number per class and feature of its row: at most 128 for both networks, or the features of a row are
         # shared by two warps or more.
         feature_block = min(widest, 32)
-        rows = min(max(128 * 32 // (pad * feature_block), 32), 128)
+        most = 256 if channels_last and not dice else 128
+        rows = min(max(most * 32 // (pad * feature_block), 32), 128)
         vector = 1
         if aligned and not channels_last:
             vector = 4 if classes == 2 else 16 // itemsize
