@@ -85,7 +85,7 @@ def per_voxel(traffic, voxels):
     return traffic.lane_bytes / voxels, traffic.sector_bytes / voxels
 
 
-@pytest.mark.slow_cases("4-16-bfloat16-channels_last_3d")
+@pytest.mark.slow_cases("4-16-bfloat16-channels_last_3d", "14-32-float32-contiguous")
 @INTERPRETED
 @pytest.mark.parametrize(
     ("classes", "features", "dtype", "memory_format"),

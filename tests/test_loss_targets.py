@@ -100,6 +100,7 @@ def test_whole_numbers_of_any_type_and_bool_are_classes(impl):
     "triton-cross_entropy-dtype2",
     "triton-dice+cross_entropy-dtype0",
     "triton-dice+cross_entropy-dtype1",
+    "triton-cross_entropy-dtype1",
 )
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
 @pytest.mark.parametrize("supervised", ["dice", "cross_entropy", "dice+cross_entropy"])

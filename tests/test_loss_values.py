@@ -239,7 +239,9 @@ def test_features_may_be_absent_without_weighting(impl):
 # --------------------------------------------------------------------------------------------------- memory layouts
 
 
-@pytest.mark.slow_cases("triton-expanded_batch", "triton-offset_storage", "triton-batch_slice")
+@pytest.mark.slow_cases(
+    "triton-expanded_batch", "triton-offset_storage", "triton-batch_slice", "triton-expanded_voxels", "triton-channel_slice"
+)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("impl", IMPLS)
 def test_memory_layouts(impl, layout):
