@@ -39,17 +39,8 @@ def _add_block(
             mu = tl.load(prototypes + c * FEATURES + f, mask=inside, other=0.0)
         else:
             mu = tl.load(prototypes + c * FEATURES + f)
-        dots = dots + (_added(s.dots[c], x * mu[:, None, None], FEATURE_BLOCK),)
-    return Products(_added(s.square, x * x, FEATURE_BLOCK), dots)
-
-
-@triton.jit
-def _added(total, x, N: tl.constexpr):
-    """total + sum of x over its first axis, N long. The total joins the first summand, so that every product is one
-    multiply-add; x + (-0.0) is x, which the compiler leaves out."""
-    first = (tl.arange(0, N) == 0)[:, None, None]
-    nothing = tl.full((1, 1, 1), -0x80000000, tl.int32).to(tl.float32, bitcast=True)  # -0.0, which Triton would make 0.0
-    return tl.sum(x + tl.where(first, total[None, :, :], nothing), axis=0)
+        dots = dots + (s.dots[c] + tl.sum(x * mu[:, None, None], axis=0),)
+    return Products(s.square + tl.sum(x * x, axis=0), dots)
 
 
 @triton.jit

@@ -133,11 +133,8 @@ def _add_features(
         added = (sums[0] + tl.dot(one_hot, tl.trans(x), input_precision="ieee"),)
     else:
         label = label[None, :, :]
-        first = (tl.arange(0, x.shape[2]) == 0)[None, None, :]
-        nothing = tl.full((1, 1, 1), -0x80000000, tl.int32).to(tl.float32, bitcast=True)  # -0.0
         for c in tl.static_range(CLASSES):  # beyond the end x is 0
-            mine = x * (label == c).to(tl.float32)
-            added = added + (tl.sum(mine + tl.where(first, sums[c][:, :, None], nothing), axis=2),)
+            added = added + (sums[c] + tl.sum(x * (label == c).to(tl.float32), axis=2),)
     return added
 
 
