@@ -10,7 +10,7 @@ from rplib.reference.datasets.layouts import LeftAtrium
 
 TINY = [  # a training of a few milliseconds per iteration
     "filters=2",
-    "norm=batch",  # at the deepest level such a crop has one voxel
+    'norm="batch"',  # at the deepest level such a crop has one voxel
     "patch=16,16,16",
     "stride=16,16,16",
     "batch_size=3",
