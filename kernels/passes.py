@@ -180,7 +180,7 @@ def sums_shape(classes: int, rules: Rules) -> tuple[int]:
 def weighting(
     batch: Batch, known: Statistics, rules: Rules, weights: Weights = MUTUAL_ALONE, *, with_record: bool
 ) -> tuple[Tensor, Tensor, Record]:
-    """Run the second pass, 2 launches: the total (0-dim), the terms as loss_kernel writes them (dice, mutual, ..), the record."""
+    """Run the second pass, 2 launches: the total (0-dim), the terms that loss_kernel writes, the record."""
     za = batch.logits[0]
     values, code = record_shapes(za, rules, with_record, batch.labelled)
     record = Record(za.new_empty(values, dtype=torch.float32), za.new_empty(code, dtype=torch.uint8))

@@ -86,10 +86,10 @@ def statistics_tiles(
     pad = power_of_two(classes)
     widest = power_of_two(max(features, 1))
     if classes <= 4:
-        # A thread keeps one number per class and feature of its row: at most 128 for both networks, or the features of a row are
-        # shared by two warps or more.
+        # A thread keeps one number per class and feature of its row: at most 128 for both networks (channels last without Dice
+        # 256), or the features of a row are shared by two warps or more.
         feature_block = min(widest, 32)
-        most = 256 if channels_last and not dice else 128
+        most = 256 if channels_last and plain and not dice else 128
         rows = min(max(most * 32 // (pad * feature_block), 32), 128)
         vector = 1
         if aligned and not channels_last:

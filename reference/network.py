@@ -83,6 +83,8 @@ class _Layers(NamedTuple):
 
 
 def _layers(dims: int, norm: str) -> _Layers:
+    if dims not in (2, 3):
+        raise ValueError(f"dims is {dims!r}; expected 2 or 3.")
     three = dims == 3
     if norm == "batch":
         norms: Callable[[int], nn.Module] = nn.BatchNorm3d if three else nn.BatchNorm2d

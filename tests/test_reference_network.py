@@ -88,9 +88,11 @@ def test_instance_norm_has_the_parameters_of_batch_norm_and_no_running_statistic
     torch.testing.assert_close(instance.eval()(image)[0], trained, rtol=0, atol=0)
 
 
-def test_an_unknown_norm_is_refused():
+def test_an_unknown_norm_or_dimension_is_refused():
     with pytest.raises(ValueError, match="norm is 'group'; expected 'batch' or 'instance'"):
         MutualVNet(filters=2, norm="group")
+    with pytest.raises(ValueError, match="dims is 1; expected 2 or 3"):
+        MutualVNet(filters=2, dims=1)
 
 
 @pytest.mark.parametrize("norm", ["batch", "instance"])

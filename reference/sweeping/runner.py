@@ -75,7 +75,7 @@ def _commands(run: Planned, plan: Plan) -> list[list[str]]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Of a command that was killed after its last result: if the run needs no other, nobody else would."""
+    """Remove what a command that was killed after its last result left: a finished run starts no command that would."""
     for lock in list(folder.rglob(LOCK)):
         with contextlib.suppress(UserError, OSError), locked(lock.parent, str(lock.parent)):  # not while another process writes
             remove_leftovers(lock.parent)
