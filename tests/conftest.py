@@ -1,15 +1,20 @@
 """Where and how the tests run: Triton's interpreter without a GPU, fixed seeds, memory that shows when nobody wrote it."""
 
+import gc
+import importlib.util
 import os
 import re
 
 import pytest
+import quick_interpreter
 import torch
 from hypothesis import HealthCheck, settings
 
 # Triton reads this once, when it is first imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is not None:
+        quick_interpreter.install()
 
 # The interpreter costs about a millisecond per program instance, so few examples by default, and the same ones on every run.
 # HYPOTHESIS_PROFILE=thorough looks further, with new examples each time.
@@ -18,6 +23,30 @@ settings.register_profile("repeatable", max_examples=6, derandomize=True, databa
 settings.register_profile("thorough", max_examples=200, **_common)
 settings.register_profile("long", max_examples=300, **_common)  # 10,200 problems in test_loss_properties.py
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+def _call_with_room(function, keywords):
+    return function(**keywords)
+
+
+# Python keeps the frames of calls in chunks of 16 KB, and returns a chunk as soon as it is empty. Where a loop in a deep test calls
+# across the end of a chunk, each call asks the system for memory: a fifth of the suite's time. A frame of 560 KB gets a chunk of
+# 1 MB, in which there is room for all calls below it.
+_call_with_room.__code__ = _call_with_room.__code__.replace(co_stacksize=70_000)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """As pytest calls a test, with room for the frames of what it calls."""
+    names = pyfuncitem._fixtureinfo.argnames
+    _call_with_room(pyfuncitem.obj, {name: pyfuncitem.funcargs[name] for name in names})
+    return True
+
+
+def pytest_collection_finish(session):
+    """What the imports left behind is there to stay: it is not looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter):
