@@ -29,9 +29,9 @@ def _call_with_room(function, keywords):
     return function(**keywords)
 
 
-# Python keeps the frames of calls in chunks of 16 KB, and returns a chunk as soon as it is empty. Where a loop in a deep test calls
-# across the end of a chunk, each call asks the system for memory: a fifth of the suite's time. A frame of 560 KB gets a chunk of
-# 1 MB, in which there is room for all calls below it.
+# Python keeps the frames of calls in chunks of 16 KB, and returns a chunk as soon as it is empty. Where a loop in a deep test
+# calls across the end of a chunk, each call asks the system for memory: a fifth of the suite's time. A frame of 560 KB gets a
+# chunk of 1 MB, in which there is room for all calls below it.
 _call_with_room.__code__ = _call_with_room.__code__.replace(co_stacksize=70_000)
 
 
