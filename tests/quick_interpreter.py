@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-_NAMES = ("_patch_builtin", "_patch_lang")  # the functions of the interpreter that are exchanged
+_NAMES = ("_patch_builtin", "_patch_lang", "_get_np_dtype")  # the functions of the interpreter that are exchanged
 _originals: dict[str, Any] = {}
 
 
@@ -30,7 +30,7 @@ def install() -> bool:
     if not all(hasattr(interpreter, name) for name in (*_NAMES, "_patch_attr", "_LangPatchScope")):
         return False
     _originals.update({name: getattr(interpreter, name) for name in _NAMES})
-    search, replace = (_originals[name] for name in _NAMES)
+    search, replace, numpy_type = (_originals[name] for name in _NAMES)
     places = (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)
     builtins = {place: builtin_names(place) for place in places}
     replaced: set[int] = set()  # modules whose builtins are replaced until the end of this launch
@@ -64,8 +64,16 @@ def install() -> bool:
         replaced.update(found)
         return scope
 
-    interpreter._patch_builtin = patch_builtin
-    interpreter._patch_lang = patch_lang
+    numpy_types: dict[str, Any] = {}  # released, a table of all types is made for each value
+
+    def get_np_dtype(dtype: Any) -> Any:
+        found = numpy_types.get(dtype.name)
+        if found is None:
+            found = numpy_types[dtype.name] = numpy_type(dtype)
+        return found
+
+    for name, function in zip(_NAMES, (patch_builtin, patch_lang, get_np_dtype), strict=True):
+        setattr(interpreter, name, function)
     return True
 
 
