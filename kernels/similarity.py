@@ -58,8 +58,13 @@ def products(
         for first in tl.static_range(0, FEATURES, FEATURE_BLOCK):
             s = _add_block(s, base, at, stride, prototypes, wanted, first, FEATURES, FEATURE_BLOCK, CLASSES, WIDE)
     else:
-        for first in range(0, FEATURES, FEATURE_BLOCK):
-            s = _add_block(s, base, at, stride, prototypes, wanted, first, FEATURES, FEATURE_BLOCK, CLASSES, WIDE)
+        # One feature at a time: two loads in flight, as with blocks of two.
+        TIMES: tl.constexpr = 2 if FEATURE_BLOCK == 1 and FEATURES % 2 == 0 else 1
+        for first in range(0, FEATURES, FEATURE_BLOCK * TIMES):
+            for i in tl.static_range(TIMES):
+                s = _add_block(
+                    s, base, at, stride, prototypes, wanted, first + i * FEATURE_BLOCK, FEATURES, FEATURE_BLOCK, CLASSES, WIDE
+                )  # fmt: skip
     return s
 
 

@@ -156,9 +156,11 @@ def weighting_tiles(
     crowded = itemsize == 2 and not plain
     if classes > 16 or ((architecture >= BLACKWELL or crowded) and classes > 4):
         # one voxel a thread: the logits of both networks alone take 2 C registers
-        return WeightingTiles(128 // group, group, pad, min(widest, 2 if crowded and classes <= 16 else 8), False, 4)
+        feature_block = 8 if classes > 16 else 2 if crowded else 16 if masked else 8
+        return WeightingTiles(128 // group, group, pad, min(widest, feature_block), False, 4)
     block = block // 2 if crowded and aligned else block
-    feature_block = 8 if classes <= 4 else 2
+    # Many classes: of one feature, each product is one multiply-add onto its total; in bfloat16 addresses would outweigh that.
+    feature_block = 8 if classes <= 4 else 1 if itemsize == 4 else 2
     tight = architecture in AMPERE or (architecture >= BLACKWELL and masked and itemsize == 2)
     if (detailed or tight) and 2 < classes <= 4:
         feature_block = 4
