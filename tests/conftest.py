@@ -47,6 +47,7 @@ def pytest_collection_finish(session):
     """What the imports left behind is there to stay: it is not looked through for garbage again and again."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)  # the interpreter makes many short-lived objects, which need no search
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,14 +1,18 @@
 """Inputs for the tests of the loss: values, memory layouts, implementations, block sizes of the kernels."""
 
 import importlib.util
+import os
 from collections.abc import Sequence
 
 import pytest
+import quick_interpreter
 import torch
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
+    quick_interpreter.install()  # in processes that tests start, too
 
 NAIVE = "naive"
 TORCH = "torch"

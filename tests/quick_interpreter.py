@@ -23,7 +23,9 @@ def builtin_names(place: Any) -> list[str]:
 
 
 def install() -> bool:
-    """Change the interpreter; False where this version of Triton is built otherwise, and then nothing is changed."""
+    """Change the interpreter, once; False where this version of Triton is built otherwise, and then nothing is changed."""
+    if _originals:
+        return True
     import triton.language as tl
     from triton.runtime import interpreter
 

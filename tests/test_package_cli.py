@@ -206,6 +206,7 @@ def test_bugs_are_not_dressed_up_as_mistakes(stand_in, error):
     ],
     ids=" ".join,
 )
+@pytest.mark.slow_cases("data check set", "evaluate run --data set", "demo")
 def test_missing_extra_is_one_line_with_the_remedy(arguments, tmp_path):
     """As after `pip install rplib`: whichever package of the extra is asked for first."""
     code = f"from rplib.cli import main; sys.exit(main({arguments!r}))"

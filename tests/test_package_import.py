@@ -85,6 +85,7 @@ def test_public_names():
     ],
     ids=["mypy", "pyright"],
 )
+@pytest.mark.slow_cases("pyright")
 def test_type_checkers_resolve_a_checkout(checker, tmp_path):
     """One line of the file is wrong: a checker that does not find rplib takes everything for Any and stays silent."""
     (tmp_path / "uses.py").write_text(USES)

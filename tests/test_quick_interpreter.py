@@ -21,7 +21,7 @@ def loss_and_gradients(classes, features):
     return [loss.detach(), *torch.autograd.grad(loss, logits)]
 
 
-@pytest.mark.parametrize(("classes", "features"), [(2, 5), (14, 16)])
+@pytest.mark.parametrize(("classes", "features"), [(2, 5), (5, 6)])
 def test_same_bits(classes, features):
     quick = loss_and_gradients(classes, features)
     with quick_interpreter.as_released():

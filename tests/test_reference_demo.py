@@ -144,6 +144,7 @@ def test_mistakes(tmp_path, capsys):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_many_seeds_go_into_one_file(tmp_path, monkeypatch, capsys, in_this_process):
     """Each row is what the evaluation of that seed's runs found."""
     monkeypatch.setattr(demonstration, "TEST_CASES", 2)
@@ -168,6 +169,7 @@ def test_the_summary_is_the_mean_and_range_of_the_differences(tmp_path):
     assert said.endswith(f"above in 1 of 2; paired t-test p = {p:.2g}.")
 
 
+@pytest.mark.slow
 def test_the_script_accepts_the_same_options(tmp_path):
     script = [sys.executable, str(ROOT / "reference" / "demo.py"), "--iterations", "0"]
     done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, check=False)

@@ -176,6 +176,7 @@ def test_pictures_show_the_worst_first(run, data, monkeypatch, tmp_path):
     assert [panel.axis for panel in shown["rows"][0][1]] == [2, 1, 0]
 
 
+@pytest.mark.slow
 def test_the_script_accepts_the_same_options(run, data, tmp_path):
     arguments = ["--data", data, "--out", tmp_path, "--cases", "1", "--nifti", "none", "--pictures", "0", "--device", "cpu"]
     script = [sys.executable, ROOT / "reference" / "evaluate.py", run, *arguments]

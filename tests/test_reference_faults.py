@@ -46,6 +46,7 @@ def test_what_ends_badly_or_never_is_counted(monkeypatch, wrong, counted):
     assert counts == counted and len(failures) == 1 and failures[0].startswith("toml, seed 1, file 0: ")
 
 
+@pytest.mark.slow
 @POSIX
 def test_a_disturbed_conversion_is_finished_by_the_same_command():
     assert "shrink: 11 runs" in run("kill_runs.py", "shrink", "--runs", 11)

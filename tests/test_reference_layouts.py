@@ -378,6 +378,7 @@ def write_shapes(root: Path, shape: tuple[int, ...], channels: int) -> dict[str,
     return labels
 
 
+@pytest.mark.slow_cases("2")
 @pytest.mark.parametrize("dims", [2, 3])
 def test_three_classes_and_two_channels_from_file_to_score(tmp_path, capsys, dims):
     shape, iterations, patch, stride = (28, 26, 25)[:dims], 150, "32,32", "16,16"

@@ -164,6 +164,7 @@ trainer.training_step = step
 }
 
 
+@pytest.mark.slow_cases("before the first checkpoint")
 @pytest.mark.parametrize("moment", TRAPS)
 def test_a_killed_training_resumes_with_the_same_bits(finished, data, tmp_path, moment):
     run = tmp_path / "run"
