@@ -209,7 +209,7 @@ def test_the_ramp_up_waits_until_every_class_is_predicted(data, tmp_path, monkey
     assert {row.consistency_weight for row in read_metrics(tmp_path / "never" / "metrics.csv")} == {0.0}
 
 
-@pytest.mark.slow
+@pytest.mark.slow_cases("26", "42")  # not slow as a whole: mutants have to face it
 @pytest.mark.parametrize("stop", [26, 42])  # in the window that decides, and after it: the checkpoints are of 25 and 40
 def test_waiting_survives_an_interruption_to_the_bit(data, tmp_path, monkeypatch, stop):
     monkeypatch.setattr(trainer, "_AWAIT_EVERY", 10)
