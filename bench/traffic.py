@@ -11,11 +11,11 @@ Works for any ``@triton.jit`` kernel:
 
 Two figures, both exact and reproducible for the given inputs:
 
-lane bytes     unmasked lanes x element size: the bytes requested. A scalar counts once; a tile in which many lanes
-               share one address counts every lane.
+lane bytes     unmasked lanes x element size: the bytes requested. Lanes of one load or store that share an address count
+               once: a GPU reads the element once and hands it to all of them.
 sector bytes   distinct sectors (32 bytes, the smallest memory transfer of a GPU) that one load or store touches in one program,
                x 32: the memory traffic if nothing stays in a cache between two instructions. More than the lane bytes if
-               accesses are strided or masked within a sector; less if lanes share an address.
+               accesses are strided or masked within a sector.
 
 Not modelled: caches (a sector that two instructions or two programs touch counts twice; a GPU's L2 may serve the second),
 registers, shared memory, time. Whether an access becomes a wide instruction depends on the compiler: see ``compiled_code.py``. An
@@ -152,10 +152,11 @@ class Traffic(Bytes):
             table.setdefault(OTHER, Bytes())._add(load, *self._count(rest, size))
 
     def _count(self, touched: np.ndarray, size: int) -> tuple[int, int]:
+        touched = np.unique(touched)
         sectors = touched // np.uint64(self.sector_size)
         if (touched % np.uint64(size)).any():  # unaligned elements may lie across a boundary
-            sectors = np.concatenate([sectors, (touched + np.uint64(size - 1)) // np.uint64(self.sector_size)])
-        return touched.size * size, np.unique(sectors).size * self.sector_size
+            sectors = np.unique(np.concatenate([sectors, (touched + np.uint64(size - 1)) // np.uint64(self.sector_size)]))
+        return touched.size * size, (1 + int(np.count_nonzero(np.diff(sectors)))) * self.sector_size
 
 
 class _Span(NamedTuple):

@@ -26,6 +26,8 @@ def _add_block(
     FEATURES: tl.constexpr, FEATURE_BLOCK: tl.constexpr, CLASSES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     RAGGED: tl.constexpr = FEATURES % FEATURE_BLOCK != 0
+    # Where registers allow it: of four classes in float32 two registers would spill.
+    JOINED: tl.constexpr = CLASSES == 2 or (CLASSES <= 4 and base.dtype.element_ty != tl.float32)
     f = first + tl.arange(0, FEATURE_BLOCK)
     inside = f < FEATURES
     mask = wanted[None, :, :]
@@ -39,8 +41,23 @@ def _add_block(
             mu = tl.load(prototypes + c * FEATURES + f, mask=inside, other=0.0)
         else:
             mu = tl.load(prototypes + c * FEATURES + f)
-        dots = dots + (s.dots[c] + tl.sum(x * mu[:, None, None], axis=0),)
-    return Products(s.square + tl.sum(x * x, axis=0), dots)
+        dots = dots + (_add_sum(s.dots[c], x * mu[:, None, None], JOINED),)
+    return Products(_add_sum(s.square, x * x, JOINED), dots)
+
+
+@triton.jit
+def _add_sum(total, x, JOINED: tl.constexpr):
+    """total (ROWS, VECTOR) + the sum of x (FEATURE_BLOCK, ROWS, VECTOR) over its first axis.
+
+    JOINED: the total is added to the first summand, so that each product is one multiply-add. The others get -0.0, an addition
+    that the compiler leaves out.
+    """
+    if JOINED:
+        nothing = tl.full((1, 1, 1), -0x80000000, tl.int32).to(tl.float32, bitcast=True)  # -0.0
+        first = (tl.arange(0, x.shape[0]) == 0)[:, None, None]
+        return tl.sum(x + tl.where(first, total[None, :, :], nothing), axis=0)
+    else:
+        return total + tl.sum(x, axis=0)
 
 
 @triton.jit
@@ -58,13 +75,8 @@ def products(
         for first in tl.static_range(0, FEATURES, FEATURE_BLOCK):
             s = _add_block(s, base, at, stride, prototypes, wanted, first, FEATURES, FEATURE_BLOCK, CLASSES, WIDE)
     else:
-        # One feature at a time: two loads in flight, as with blocks of two.
-        TIMES: tl.constexpr = 2 if FEATURE_BLOCK == 1 and FEATURES % 2 == 0 else 1
-        for first in range(0, FEATURES, FEATURE_BLOCK * TIMES):
-            for i in tl.static_range(TIMES):
-                s = _add_block(
-                    s, base, at, stride, prototypes, wanted, first + i * FEATURE_BLOCK, FEATURES, FEATURE_BLOCK, CLASSES, WIDE
-                )  # fmt: skip
+        for first in range(0, FEATURES, FEATURE_BLOCK):
+            s = _add_block(s, base, at, stride, prototypes, wanted, first, FEATURES, FEATURE_BLOCK, CLASSES, WIDE)
     return s
 
 
@@ -75,9 +87,12 @@ def taken_products(
 ):  # fmt: skip
     """`Products` of network b where ``take_b``, of a elsewhere, where wanted: one load for both networks.
 
-    For features of one voxel side by side: a voxel's features are whole sectors, whichever network they belong to.
+    The stride between features is a number, or a tile (1, ROWS, VECTOR) if the networks' strides differ. A thread should hold one
+    voxel, because neighbours may have different teachers, and all features of a block.
     """
     pointers = tl.where(take_b, base_b + at_b, base_a + at_a)
+    # Prototypes, too, are read through the teacher's pointer, instead of loading both and choosing for every product.
+    prototypes = tl.where(take_b, prototypes_b, prototypes_a)
     zero = tl.zeros(wanted.shape, tl.float32)
     dots = ()
     for _ in tl.static_range(CLASSES):
@@ -86,38 +101,38 @@ def taken_products(
     if UNROLL:
         for first in tl.static_range(0, FEATURES, FEATURE_BLOCK):
             s = _take_block(
-                s, pointers, stride, prototypes_a, prototypes_b, take_b, wanted, first, FEATURES, FEATURE_BLOCK, CLASSES, WIDE
+                s, pointers, stride, prototypes, wanted, first, FEATURES, FEATURE_BLOCK, CLASSES, WIDE
             )  # fmt: skip
     else:
-        for first in range(0, FEATURES, FEATURE_BLOCK):
-            s = _take_block(
-                s, pointers, stride, prototypes_a, prototypes_b, take_b, wanted, first, FEATURES, FEATURE_BLOCK, CLASSES, WIDE
-            )  # fmt: skip
+        TIMES: tl.constexpr = 2 if FEATURES % (2 * FEATURE_BLOCK) == 0 else 1  # the loads of both blocks come first
+        for first in range(0, FEATURES, FEATURE_BLOCK * TIMES):
+            for i in tl.static_range(TIMES):
+                s = _take_block(
+                    s, pointers, stride, prototypes, wanted, first + i * FEATURE_BLOCK, FEATURES, FEATURE_BLOCK, CLASSES, WIDE
+                )  # fmt: skip
     return s
 
 
 @triton.jit
 def _take_block(
-    s, pointers, stride, prototypes_a, prototypes_b, take_b, wanted, first,
+    s, pointers, stride, prototypes, wanted, first,
     FEATURES: tl.constexpr, FEATURE_BLOCK: tl.constexpr, CLASSES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     RAGGED: tl.constexpr = FEATURES % FEATURE_BLOCK != 0
     f = first + tl.arange(0, FEATURE_BLOCK)
-    inside = f < FEATURES
+    inside = (f < FEATURES)[:, None, None]
     mask = wanted[None, :, :]
     if RAGGED:
-        mask = mask & inside[:, None, None]
-    x = widened(tl.load(pointers[None, :, :] + channel_offset(f, stride, WIDE)[:, None, None], mask=mask, other=0.0))
-    of_b = take_b[None, :, :]
+        mask = mask & inside
+    x = widened(tl.load(pointers[None, :, :] + channel_offset(f[:, None, None], stride, WIDE), mask=mask, other=0.0))
     dots = ()
     for c in tl.static_range(CLASSES):
+        at = prototypes[None, :, :] + (c * FEATURES + f)[:, None, None]
         if RAGGED:
-            mu_a = tl.load(prototypes_a + c * FEATURES + f, mask=inside, other=0.0)
-            mu_b = tl.load(prototypes_b + c * FEATURES + f, mask=inside, other=0.0)
+            mu = tl.load(at, mask=inside, other=0.0)
         else:
-            mu_a = tl.load(prototypes_a + c * FEATURES + f)
-            mu_b = tl.load(prototypes_b + c * FEATURES + f)
-        dots = dots + (s.dots[c] + tl.sum(x * tl.where(of_b, mu_b[:, None, None], mu_a[:, None, None]), axis=0),)
+            mu = tl.load(at)
+        dots = dots + (s.dots[c] + tl.sum(x * mu, axis=0),)
     return Products(s.square + tl.sum(x * x, axis=0), dots)
 
 

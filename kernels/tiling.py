@@ -149,21 +149,14 @@ def weighting_tiles(
     group = SECTOR // itemsize
     pad = power_of_two(classes)
     widest = power_of_two(max(features, 1))
-    if channels_last:
-        block = 64 if (detailed or architecture >= BLACKWELL) and classes > 4 else 128
-        return WeightingTiles(block // group, group, pad, min(widest, 8 if itemsize == 4 else 16), classes <= 4, 4)
+    if channels_last or classes > 4:
+        # One voxel a thread, and 16 bytes of its features or of its teacher's prototypes a load: a thread holds whole products.
+        feature_block = 16 // itemsize if channels_last else 4
+        return WeightingTiles(128 // group, group, pad, min(widest, feature_block), classes <= 4, 4)
     block = 2048 // itemsize if aligned else 256  # 16 bytes a thread: the features of a block lie in no other thread's registers
-    crowded = itemsize == 2 and not plain
-    if classes > 16 or ((architecture >= BLACKWELL or crowded) and classes > 4):
-        # one voxel a thread: the logits of both networks alone take 2 C registers
-        feature_block = 8 if classes > 16 else 2 if crowded else 16 if masked else 8
-        return WeightingTiles(128 // group, group, pad, min(widest, feature_block), False, 4)
-    block = block // 2 if crowded and aligned else block
-    # Many classes: of one feature, each product is one multiply-add onto its total; in bfloat16 addresses would outweigh that.
-    feature_block = 8 if classes <= 4 else 1 if itemsize == 4 else 2
+    block = block // 2 if itemsize == 2 and not plain and aligned else block
     tight = architecture in AMPERE or (architecture >= BLACKWELL and masked and itemsize == 2)
-    if (detailed or tight) and 2 < classes <= 4:
-        feature_block = 4
+    feature_block = 4 if (detailed or tight) and classes > 2 else 8
     return WeightingTiles(block // group, group, pad, min(widest, feature_block), False, 4)
 
 

@@ -150,11 +150,15 @@ def _products(v, use_a, use_b, valid, i, o, MASKED: tl.constexpr):
 def _teachers_products(v, m_ab, m_ba, valid, i, o, MASKED: tl.constexpr):
     """`Products` of the teacher alone."""
     SIDE_BY_SIDE: tl.constexpr = o.F_LAYOUT == LAST or o.F_LAYOUT == PACKED
-    if SIDE_BY_SIDE and o.FEATURES_A == o.FEATURES_B and i.fa.dtype == i.fb.dtype:
+    if (SIDE_BY_SIDE or o.CLASSES > 4) and o.FEATURES_A == o.FEATURES_B and i.fa.dtype == i.fb.dtype:
         fa_v = voxel_offsets(v, i.size1, i.size2, i.fa_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
         fb_v = voxel_offsets(v, i.size1, i.size2, i.fb_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
+        if SIDE_BY_SIDE:
+            stride = 1
+        else:
+            stride = tl.where(m_ab, i.fb_strides.channel, i.fa_strides.channel)[None, :, :]
         return taken_products(
-            i.fa, i.fb, fa_v, fb_v, 1, i.prototypes_a, i.prototypes_b, m_ab, m_ab | m_ba,
+            i.fa, i.fb, fa_v, fb_v, stride, i.prototypes_a, i.prototypes_b, m_ab, m_ab | m_ba,
             o.FEATURES_A, o.FEATURE_BLOCK, o.CLASSES, o.UNROLL, o.WIDE,
         )  # fmt: skip
     else:

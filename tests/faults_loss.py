@@ -115,8 +115,20 @@ LOSS = (
     Fault(
         "eps missing in the entropy",
         "kernels/voxels.py",
-        (("entropy -= p * log(p + eps)", "entropy -= p * log(p + 1e-30)"),),
+        (("entropy -= p * log(p + RULES.eps)", "entropy -= p * log(p + 1e-30)"),),
         VALUES + "test_eps_reaches_entropy_prototype_and_normaliser[triton-entropy-0.5]",
+    ),
+    Fault(
+        "eps missing in the entropy without a logarithm per class",
+        "kernels/voxels.py",
+        (("        entropy -= RULES.eps * shared\n", "        entropy -= 0.0 * shared\n"),),
+        "tests/test_kernels_entropy.py::test_entropy_up_to_a_constant[4-1e-06]",
+    ),
+    Fault(
+        "a logit of -inf makes the entropy NaN",
+        "kernels/voxels.py",
+        (("of.others[c] * tl.maximum(of.below[c], -1e4)", "of.others[c] * of.below[c]"),),
+        "tests/test_kernels_entropy.py::test_a_logit_of_minus_infinity[4]",
     ),
     Fault(
         "mask not strict: equally confident networks teach",

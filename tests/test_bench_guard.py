@@ -22,23 +22,24 @@ THOROUGH = pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "thorough"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last_3d": torch.channels_last_3d}
 
-# Bytes per voxel (by lane, by 32-byte sector) of one sample, the teacher changing every 16 voxels of a row. The volumes are small
+# Bytes per voxel (by lane, by 32-byte sector) of one sample, the teacher changing every 16 voxels of a row. Channels last, two
+# loads of 16 bytes share a sector of features, which counts twice although a GPU's L1 serves the second. The volumes are small
 # for the interpreter's sake, so partial sums weigh more than in a training (2 B at C = 4, 28 B at C = 14).
 SMALL = (8, 8, 32)
 SMALLER = (4, 8, 32)  # for C = 14
 CEILINGS = {
     (2, 16, "float32", "contiguous"): (249.84, 250.54),
-    (2, 16, "float32", "channels_last_3d"): (253.34, 254.04),
-    (2, 16, "bfloat16", "contiguous"): (130.34, 131.04),
-    (2, 16, "bfloat16", "channels_last_3d"): (131.34, 132.04),
-    (4, 16, "float32", "contiguous"): (318.53, 319.41),
-    (4, 16, "float32", "channels_last_3d"): (332.53, 333.41),
-    (4, 16, "bfloat16", "contiguous"): (168.53, 169.41),
-    (4, 16, "bfloat16", "channels_last_3d"): (172.53, 173.41),
-    (14, 32, "float32", "contiguous"): (846.90, 852.94),
-    (14, 32, "float32", "channels_last_3d"): (846.90, 852.94),
-    (14, 32, "bfloat16", "contiguous"): (458.90, 491.07),
-    (14, 32, "bfloat16", "channels_last_3d"): (458.90, 464.94),
+    (2, 16, "float32", "channels_last_3d"): (251.34, 318.04),
+    (2, 16, "bfloat16", "contiguous"): (129.55, 130.16),
+    (2, 16, "bfloat16", "channels_last_3d"): (131.34, 164.04),
+    (4, 16, "float32", "contiguous"): (317.53, 318.41),
+    (4, 16, "float32", "channels_last_3d"): (320.53, 389.41),
+    (4, 16, "bfloat16", "contiguous"): (165.00, 165.79),
+    (4, 16, "bfloat16", "channels_last_3d"): (168.53, 201.41),
+    (14, 32, "float32", "contiguous"): (846.67, 879.07),
+    (14, 32, "float32", "channels_last_3d"): (846.71, 1007.44),
+    (14, 32, "bfloat16", "contiguous"): (458.67, 491.07),
+    (14, 32, "bfloat16", "channels_last_3d"): (458.71, 527.44),
 }
 LAUNCHES = 5
 
