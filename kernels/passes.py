@@ -249,7 +249,7 @@ def _weight(
     tiles = tiling.weighting_tiles(
         classes, max(f_a, f_b), max(fa.element_size(), fb.element_size()),
         channels_last=f_layout in (LAST, PACKED), aligned=f_layout != ANY,
-        plain=flat and not wide and with_record, dice=labels is not None, detailed=rules.detailed, masked=rules.masked,
+        plain=flat and not wide and with_record, detailed=rules.detailed, masked=rules.masked,
         architecture=architecture(za.device),
     )  # fmt: skip
     programs, per_program = split(voxels, tiles.groups * tiles.group, samples, za.device)

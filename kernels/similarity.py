@@ -23,11 +23,9 @@ class Products(NamedTuple):
 @triton.jit
 def _add_block(
     s, base, at, stride, prototypes, wanted, first,
-    FEATURES: tl.constexpr, FEATURE_BLOCK: tl.constexpr, CLASSES: tl.constexpr, WIDE: tl.constexpr,
+    FEATURES: tl.constexpr, FEATURE_BLOCK: tl.constexpr, CLASSES: tl.constexpr, JOINED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     RAGGED: tl.constexpr = FEATURES % FEATURE_BLOCK != 0
-    # Where registers allow it: of four classes in float32 two registers would spill.
-    JOINED: tl.constexpr = CLASSES == 2 or (CLASSES <= 4 and base.dtype.element_ty != tl.float32)
     f = first + tl.arange(0, FEATURE_BLOCK)
     inside = f < FEATURES
     mask = wanted[None, :, :]
@@ -50,7 +48,7 @@ def _add_sum(total, x, JOINED: tl.constexpr):
     """total (ROWS, VECTOR) + the sum of x (FEATURE_BLOCK, ROWS, VECTOR) over its first axis.
 
     JOINED: the total is added to the first summand, so that each product is one multiply-add. The others get -0.0, an addition
-    that the compiler leaves out.
+    that the compiler leaves out. It takes registers.
     """
     if JOINED:
         nothing = tl.full((1, 1, 1), -0x80000000, tl.int32).to(tl.float32, bitcast=True)  # -0.0
@@ -63,9 +61,10 @@ def _add_sum(total, x, JOINED: tl.constexpr):
 @triton.jit
 def products(
     base, at, stride, prototypes, wanted,
-    FEATURES: tl.constexpr, FEATURE_BLOCK: tl.constexpr, CLASSES: tl.constexpr, UNROLL: tl.constexpr, WIDE: tl.constexpr,
+    FEATURES: tl.constexpr, FEATURE_BLOCK: tl.constexpr, CLASSES: tl.constexpr, UNROLL: tl.constexpr, JOINED: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """`Products` of one network where wanted (constant over a sector), 0 elsewhere."""
+    """`Products` of one network where wanted (constant over a sector), 0 elsewhere; JOINED: see `_add_sum`."""
     zero = tl.zeros(wanted.shape, tl.float32)
     dots = ()
     for _ in tl.static_range(CLASSES):
@@ -73,10 +72,10 @@ def products(
     s = Products(zero, dots)
     if UNROLL:
         for first in tl.static_range(0, FEATURES, FEATURE_BLOCK):
-            s = _add_block(s, base, at, stride, prototypes, wanted, first, FEATURES, FEATURE_BLOCK, CLASSES, WIDE)
+            s = _add_block(s, base, at, stride, prototypes, wanted, first, FEATURES, FEATURE_BLOCK, CLASSES, JOINED, WIDE)
     else:
         for first in range(0, FEATURES, FEATURE_BLOCK):
-            s = _add_block(s, base, at, stride, prototypes, wanted, first, FEATURES, FEATURE_BLOCK, CLASSES, WIDE)
+            s = _add_block(s, base, at, stride, prototypes, wanted, first, FEATURES, FEATURE_BLOCK, CLASSES, JOINED, WIDE)
     return s
 
 

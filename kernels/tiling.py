@@ -130,7 +130,6 @@ def weighting_tiles(
     channels_last: bool = False,
     aligned: bool = True,
     plain: bool = True,
-    dice: bool = False,
     detailed: bool = False,
     masked: bool = False,
     architecture: int = 90,
@@ -142,7 +141,6 @@ def weighting_tiles(
         aligned: every row of voxels begins at a multiple of 16 elements.
         plain: one stride leads through all voxels of all tensors, in 32 bits, and a record is written: what trainings use. Else
             addresses and results take registers.
-        dice: the record of labelled samples carries the gradient of Dice too, which takes registers.
         detailed: the sums of the weights are kept as well.
         masked: some voxels do not count.
     """
@@ -154,9 +152,11 @@ def weighting_tiles(
         feature_block = 16 // itemsize if channels_last else 4
         return WeightingTiles(128 // group, group, pad, min(widest, feature_block), classes <= 4, 4)
     block = 2048 // itemsize if aligned else 256  # 16 bytes a thread: the features of a block lie in no other thread's registers
-    block = block // 2 if itemsize == 2 and not plain and aligned else block
-    tight = architecture in AMPERE or (architecture >= BLACKWELL and masked and itemsize == 2)
-    feature_block = 4 if (detailed or tight) and classes > 2 else 8
+    half = itemsize == 2
+    tight = classes > 2 and (detailed or architecture in AMPERE or (half and masked))
+    if half and aligned and (tight or not plain):
+        block //= 2
+    feature_block = 4 if tight and not (half and aligned) else 8
     return WeightingTiles(block // group, group, pad, min(widest, feature_block), False, 4)
 
 

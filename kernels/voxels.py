@@ -391,19 +391,17 @@ def _entropy(of, RULES: tl.constexpr, CLASSES: tl.constexpr):
     G lies between 0 and 1; w / sqrt(w^2 + 1.06 w + 0.051) is off by less than 0.006. At the largest probability G is 1, the constant.
     """
     if RULES.eps * CLASSES <= 5e-5:  # then the error is below 3e-7
+        WITH_EPS: tl.constexpr = RULES.eps > 1e-15  # else its square is no float32
+        scale = RULES.eps * (1.0 + of.rest)  # w = e_c / scale
+        last = 0.051 * (scale * scale)
         total = tl.zeros(of.rest.shape, tl.float32)
+        shared = tl.zeros(of.rest.shape, tl.float32)
         for c in tl.static_range(CLASSES - 1):
-            total += of.others[c] * tl.maximum(of.below[c], -1e4)  # 0 times -inf would be NaN
-        entropy = of.gap - of.inverse * total
-        if RULES.eps > 1e-15:  # else its square is no float32
-            scale = RULES.eps * (1.0 + of.rest)  # w = e_c / scale
-            last = 0.051 * (scale * scale)
-            shared = tl.zeros(of.rest.shape, tl.float32)
-            for c in tl.static_range(CLASSES - 1):
-                e = of.others[c]
+            e = of.others[c]
+            total += e * tl.maximum(of.below[c], -1e4)  # 0 times -inf would be NaN
+            if WITH_EPS:
                 shared += e * tl.rsqrt(e * (e + 1.06 * scale) + last)
-            entropy -= RULES.eps * shared
-        return entropy
+        return of.gap - of.inverse * total - RULES.eps * shared
     else:
         entropy = -of.inverse * log(of.inverse + RULES.eps)
         for c in tl.static_range(CLASSES - 1):

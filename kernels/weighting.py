@@ -135,13 +135,17 @@ def _products(v, use_a, use_b, valid, i, o, MASKED: tl.constexpr):
     if o.F_LAYOUT == ANY or o.F_LAYOUT == ALIGNED:  # else the features of a voxel are whole sectors
         use_a = sectors(use_a, valid, MASKED)
         use_b = sectors(use_b, valid, MASKED)
+    # Where registers allow it, tried with every option; blocks of four features are for what has none to spare (see tiling).
+    HALF: tl.constexpr = i.fa.dtype.element_ty != tl.float32 and i.fb.dtype.element_ty != tl.float32
+    SPARE: tl.constexpr = o.FEATURE_BLOCK == 8 and o.F_LAYOUT == ALIGNED and not o.RULES.masked
+    JOINED: tl.constexpr = o.CLASSES == 2 or (o.CLASSES <= 4 and HALF and SPARE)
     of_a = products(
         i.fa, fa_v, i.fa_strides.channel, i.prototypes_a, use_a,
-        o.FEATURES_A, o.FEATURE_BLOCK, o.CLASSES, o.UNROLL, o.WIDE,
+        o.FEATURES_A, o.FEATURE_BLOCK, o.CLASSES, o.UNROLL, JOINED, o.WIDE,
     )  # fmt: skip
     of_b = products(
         i.fb, fb_v, i.fb_strides.channel, i.prototypes_b, use_b,
-        o.FEATURES_B, o.FEATURE_BLOCK, o.CLASSES, o.UNROLL, o.WIDE,
+        o.FEATURES_B, o.FEATURE_BLOCK, o.CLASSES, o.UNROLL, JOINED, o.WIDE,
     )  # fmt: skip
     return of_a, of_b
 
