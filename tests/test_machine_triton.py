@@ -165,6 +165,31 @@ def test_the_committed_table_is_complete():
     assert len({(row.case, row.kernel) for row in rows}) == len(rows) and min(row.sass for row in rows) > 0
 
 
+# Warp instructions per voxel (classes -> kernel -> most), the targets of kernels/README.md; shared-memory passes for C = 2 and 4.
+MOST_INSTRUCTIONS = {
+    2: {"statistics_kernel": 7.5, "weighting_kernel": 9.0},
+    4: {"statistics_kernel": 14.0, "weighting_kernel": 16.0},
+    14: {"statistics_kernel": 60.0, "weighting_kernel": 60.0, "gradient_kernel": 30.0},
+}
+MOST_PASSES = {"statistics_kernel": 2.0, "weighting_kernel": 0.5}
+
+
+def test_the_committed_table_meets_the_targets():
+    from rplib.bench.machine import report
+
+    checked = 0
+    for row in report.read_csv():
+        classes, _, dtype, _ = row.case
+        if row.kernel in MOST_INSTRUCTIONS[classes]:
+            most = MOST_INSTRUCTIONS[classes][row.kernel] + (dtype == "bfloat16" and (classes, row.kernel) == (2, "weighting_kernel"))
+            assert row.sass <= most, (row.case, row.kernel, row.sass, most)
+            checked += 1
+        if classes <= 4 and row.kernel in MOST_PASSES:
+            assert row.shared_passes <= MOST_PASSES[row.kernel], (row.case, row.kernel, row.shared_passes)
+            checked += 1
+    assert checked == 4 * (2 + 2 + 3) + 8 * 2
+
+
 def test_the_table_shows_every_kernel_and_what_binds_it():
     from rplib.bench.machine import report
 
