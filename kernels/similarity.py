@@ -2,7 +2,8 @@
 
     s_j(c) = <f_j, mu_j(c)> / max(||f_j||, 1e-8)        r_j = 1 - (1/C) sum_c (s_j(c) - p_j(c))^2
 
-The prototypes are of unit length or zero. Features are read where their network teaches, by 32-byte sectors.
+The prototypes are of unit length or zero. Features are read where their network teaches: by 32-byte sectors (`products`), or the
+teacher's alone, voxel by voxel (`taken_products`).
 """
 
 from typing import NamedTuple
