@@ -268,7 +268,8 @@ def opinion(z, CLASSES: tl.constexpr, FULL: tl.constexpr):
         gap = tl.abs(difference)
         top = tl.maximum(z[0], z[1], propagate_nan=tl.PropagateNan.ALL)
         rest = tl.exp(-gap)
-        return Opinion(z, top, (difference.to(tl.int32, bitcast=True) > 0).to(tl.int32), rest, inverse_of(1.0 + rest), gap, (), ())
+        label = (difference.to(tl.int32, bitcast=True) > 0).to(tl.int32)
+        return Opinion(z, top, label, rest, inverse_of(1.0 + rest), gap, (), ())
     else:
         top = z[0]
         label = tl.zeros(top.shape, tl.int32)
@@ -386,9 +387,13 @@ def _more_uncertain(a, b, CLASSES: tl.constexpr, RULES: tl.constexpr):
 def _entropy(of, RULES: tl.constexpr, CLASSES: tl.constexpr):
     """-sum_c p_c log(p_c + eps), up to a constant that two networks share.
 
-    For small eps without a logarithm per class: p_c log(p_c + eps) = p_c log(p_c) + eps G(p_c / eps) with G(w) = w log(1 + 1 / w),
-    and -sum_c p_c log(p_c) = log(1 + rest) - inverse sum_c e_c (z_c - top), which does not cancel where a network is certain.
-    G lies between 0 and 1; w / sqrt(w^2 + 1.06 w + 0.051) is off by less than 0.006. At the largest probability G is 1, the constant.
+    For small eps without a logarithm for every class: with G(w) = w log(1 + 1 / w),
+
+        p_c log(p_c + eps) = p_c log(p_c) + eps G(p_c / eps)
+        -sum_c p_c log(p_c) = log(1 + rest) - inverse sum_c e_c (z_c - top)
+
+    The second line does not cancel where a network is certain. G lies between 0 and 1; w / sqrt(w^2 + 1.06 w + 0.051) is off by less
+    than 0.006. At the largest probability G is 1, which is the constant.
     """
     if RULES.eps * CLASSES <= 5e-5:  # then the error is below 3e-7
         WITH_EPS: tl.constexpr = RULES.eps > 1e-15  # else its square is no float32

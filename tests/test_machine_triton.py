@@ -181,7 +181,8 @@ def test_the_committed_table_meets_the_targets():
     for row in report.read_csv():
         classes, _, dtype, _ = row.case
         if row.kernel in MOST_INSTRUCTIONS[classes]:
-            most = MOST_INSTRUCTIONS[classes][row.kernel] + (dtype == "bfloat16" and (classes, row.kernel) == (2, "weighting_kernel"))
+            half = dtype == "bfloat16" and (classes, row.kernel) == (2, "weighting_kernel")
+            most = MOST_INSTRUCTIONS[classes][row.kernel] + half  # one more to widen bfloat16
             assert row.sass <= most, (row.case, row.kernel, row.sass, most)
             checked += 1
         if classes <= 4 and row.kernel in MOST_PASSES:
