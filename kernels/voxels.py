@@ -392,8 +392,8 @@ def _entropy(of, RULES: tl.constexpr, CLASSES: tl.constexpr):
         p_c log(p_c + eps) = p_c log(p_c) + eps G(p_c / eps)
         -sum_c p_c log(p_c) = log(1 + rest) - inverse sum_c e_c (z_c - top)
 
-    The second line does not cancel where a network is certain. G lies between 0 and 1; w / sqrt(w^2 + 1.06 w + 0.051) is off by less
-    than 0.006. At the largest probability G is 1, which is the constant.
+    The second line does not cancel where a network is certain. G lies between 0 and 1; w / sqrt(w^2 + 1.06 w + 0.051) is off by
+    less than 0.006. At the largest probability G is 1, which is the constant.
     """
     if RULES.eps * CLASSES <= 5e-5:  # then the error is below 3e-7
         WITH_EPS: tl.constexpr = RULES.eps > 1e-15  # else its square is no float32
