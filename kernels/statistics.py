@@ -39,7 +39,8 @@ class Sums(NamedTuple):
     NaN. members: voxels pseudo-labelled as class 1, 2 .. (those of class 0 are the rest), by a in the lower half of the bits, by
     b in the upper. differing: voxels whose pseudo-labels differ, if requested. features_a, features_b: sums of features,
     (FEATURE_BLOCK, ROWS), with DOT one tile (CLASSES_DOT, FEATURE_BLOCK), IN_REGISTERS for every TILE of features and 16 classes
-    (groups, 16, TILE). overlap_a, overlap_b, soft_a, soft_b, truth: of Dice. entropy: of cross-entropy, both networks'.
+    (groups, 16, TILE). overlap_a, overlap_b, soft_a, soft_b, truth: of Dice; truth has classes 2 k and 2 k + 1 in the halves of
+    a tile k. entropy: of cross-entropy, both networks'.
     """
 
     seen: tl.tensor
@@ -99,9 +100,10 @@ def _add_tiles(sums, tiles, t, known, OF_CLASS: tl.constexpr, CLASSES: tl.conste
 
 @triton.jit
 def _add_truth(sums, t, CLASSES: tl.constexpr):
+    """Two classes in one register, as two networks in `_add_members`."""
     added = ()
-    for c in tl.static_range(CLASSES):
-        added = added + (sums[c] + _rows((t == c).to(tl.int32)),)
+    for k in tl.static_range((CLASSES + 1) // 2):
+        added = added + (sums[k] + _rows(tl.where(t == 2 * k, 1, 0) + tl.where(t == 2 * k + 1, 65536, 0)),)
     return added
 
 
@@ -241,6 +243,14 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
     if o.RULES.supervised:
         t_v = voxel_offsets(v, i.size1, i.size2, i.target_strides, 0, o.FLAT, o.WIDE)
         t, known = load_target(i.target, t_v, i.labelled, valid, counted, o.RULES, MASKED)
+        if o.RULES.entropy:  # before Dice, which needs the registers
+            entropy_a = entropy[0]
+            entropy_b = entropy[1]
+            if o.RULES.learns_a:
+                entropy_a += _rows(tl.where(known, cross_entropy(a, t, True, CLASSES), 0.0))
+            if o.RULES.learns_b:
+                entropy_b += _rows(tl.where(known, cross_entropy(b, t, True, CLASSES), 0.0))
+            entropy = (entropy_a, entropy_b)
         if o.RULES.dice:
             p_a = probabilities(a, CLASSES, True, True)
             p_b = probabilities(b, CLASSES, True, True)
@@ -252,14 +262,6 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
                 soft_a = _add_tiles(soft_a, p_a, t, known, False, CLASSES)
             if o.RULES.learns_b:
                 soft_b = _add_tiles(soft_b, p_b, t, known, False, CLASSES)
-        if o.RULES.entropy:
-            entropy_a = entropy[0]
-            entropy_b = entropy[1]
-            if o.RULES.learns_a:
-                entropy_a += _rows(tl.where(known, cross_entropy(a, t, True, CLASSES), 0.0))
-            if o.RULES.learns_b:
-                entropy_b += _rows(tl.where(known, cross_entropy(b, t, True, CLASSES), 0.0))
-            entropy = (entropy_a, entropy_b)
         truth = _add_truth(truth, t, CLASSES)
     if o.WITH_FEATURES or o.RULES.detailed:
         members = _add_members(members, a.label, b.label, keep, CLASSES, SOME)
@@ -335,7 +337,7 @@ def _walk(i, program, programs, blocks_per_program, o):
     sums = Sums(
         seen, zero, zero, tl.zeros((o.ROWS,), tl.float32), members, differing,
         features, features, per_class, per_class, per_class, per_class,
-        _zeros((o.ROWS,), tl.int32, o.CLASSES if o.RULES.supervised else 0),
+        _zeros((o.ROWS,), tl.int32, (o.CLASSES + 1) // 2 if o.RULES.supervised else 0),
         _zeros((o.ROWS,), tl.float32, 2 if o.RULES.entropy else 0),
     )  # fmt: skip
     # One stage: nothing is copied ahead into shared memory.
@@ -392,6 +394,15 @@ def _store_members(out, members, voxels, SHIFT: tl.constexpr, CLASSES: tl.conste
         totals = tl.where(cls == c, total, totals)
         rest -= total
     tl.store(out + cls, tl.where(cls == 0, rest, totals), mask=cls < CLASSES)
+
+
+@triton.jit
+def _store_truth(out, sums, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr):
+    cls = tl.arange(0, CLASSES_PAD)
+    totals = tl.zeros((CLASSES_PAD,), tl.int32)
+    for c in tl.static_range(CLASSES):
+        totals = tl.where(cls == c, tl.sum((sums[c // 2] >> 16 * (c % 2)) & 65535, axis=0), totals)
+    tl.store(out + cls, totals, mask=cls < CLASSES)
 
 
 @triton.jit
@@ -479,7 +490,7 @@ def statistics_kernel(
             _store_members(members + plane + mine, sums.members, seen, 16, CLASSES, CLASSES_PAD)
         if RULES.supervised:
             if sample < labelled:
-                _store_per_class(members + 2 * plane + mine, sums.truth, CLASSES, CLASSES_PAD)
+                _store_truth(members + 2 * plane + mine, sums.truth, CLASSES, CLASSES_PAD)
                 dice += here * (4 * CLASSES + (2 if RULES.entropy else 0))
                 if RULES.dice:
                     _store_per_class(dice, sums.overlap_a, CLASSES, CLASSES_PAD)
