@@ -39,8 +39,8 @@ class Sums(NamedTuple):
     NaN. members: voxels pseudo-labelled as class 1, 2 .. (those of class 0 are the rest), by a in the lower half of the bits, by
     b in the upper. differing: voxels whose pseudo-labels differ, if requested. features_a, features_b: sums of features,
     (FEATURE_BLOCK, ROWS), with DOT one tile (CLASSES_DOT, FEATURE_BLOCK), IN_REGISTERS for every TILE of features and 16 classes
-    (groups, 16, TILE). overlap_a, overlap_b, soft_a, soft_b, truth: of Dice; truth has classes 2 k and 2 k + 1 in the halves of
-    a tile k. entropy: of cross-entropy, both networks'.
+    (groups, 16, TILE). overlap_a, overlap_b, soft_a, soft_b, truth: of Dice; PAIRED truth has classes 2 k and 2 k + 1 in the
+    halves of tile k. entropy: of cross-entropy, both networks'.
     """
 
     seen: tl.tensor
@@ -99,11 +99,15 @@ def _add_tiles(sums, tiles, t, known, OF_CLASS: tl.constexpr, CLASSES: tl.conste
 
 
 @triton.jit
-def _add_truth(sums, t, CLASSES: tl.constexpr):
-    """Two classes in one register, as two networks in `_add_members`."""
+def _add_truth(sums, t, CLASSES: tl.constexpr, PAIRED: tl.constexpr):
+    """PAIRED: two classes in one register, as two networks in `_add_members`."""
     added = ()
-    for k in tl.static_range((CLASSES + 1) // 2):
-        added = added + (sums[k] + _rows(tl.where(t == 2 * k, 1, 0) + tl.where(t == 2 * k + 1, 65536, 0)),)
+    if PAIRED:
+        for k in tl.static_range((CLASSES + 1) // 2):
+            added = added + (sums[k] + _rows(tl.where(t == 2 * k, 1, 0) + tl.where(t == 2 * k + 1, 65536, 0)),)
+    else:
+        for c in tl.static_range(CLASSES):
+            added = added + (sums[c] + _rows((t == c).to(tl.int32)),)
     return added
 
 
@@ -181,6 +185,7 @@ class Options(NamedTuple):
     ROWS: tl.constexpr
     VECTOR: tl.constexpr
     SIDE_BY_SIDE: tl.constexpr
+    PAIRED: tl.constexpr
     WITH_FEATURES: tl.constexpr
     DOT: tl.constexpr
     IN_REGISTERS: tl.constexpr
@@ -262,7 +267,7 @@ def _block(start, s, i, o, MASKED: tl.constexpr):
                 soft_a = _add_tiles(soft_a, p_a, t, known, False, CLASSES)
             if o.RULES.learns_b:
                 soft_b = _add_tiles(soft_b, p_b, t, known, False, CLASSES)
-        truth = _add_truth(truth, t, CLASSES)
+        truth = _add_truth(truth, t, CLASSES, o.PAIRED)
     if o.WITH_FEATURES or o.RULES.detailed:
         members = _add_members(members, a.label, b.label, keep, CLASSES, SOME)
     if o.RULES.detailed:
@@ -316,6 +321,7 @@ def _walk(i, program, programs, blocks_per_program, o):
     """`Sums` of a program: whole blocks first, and for the last program of a sample the ragged tail."""
     BLOCK: tl.constexpr = o.ROWS * (1 if o.IN_REGISTERS else o.VECTOR)
     PER_CLASS: tl.constexpr = o.CLASSES if o.RULES.dice else 0
+    LABELS: tl.constexpr = (o.CLASSES + 1) // 2 if o.PAIRED else o.CLASSES
     if o.IN_REGISTERS:
         GROUPS: tl.constexpr = o.VOXEL_GROUPS * o.FEATURE_GROUPS
         TILES: tl.constexpr = o.FEATURE_BLOCK // o.FEATURE_GROUPS // o.TILE * (o.CLASSES_DOT // 16)
@@ -337,7 +343,7 @@ def _walk(i, program, programs, blocks_per_program, o):
     sums = Sums(
         seen, zero, zero, tl.zeros((o.ROWS,), tl.float32), members, differing,
         features, features, per_class, per_class, per_class, per_class,
-        _zeros((o.ROWS,), tl.int32, (o.CLASSES + 1) // 2 if o.RULES.supervised else 0),
+        _zeros((o.ROWS,), tl.int32, LABELS if o.RULES.supervised else 0),
         _zeros((o.ROWS,), tl.float32, 2 if o.RULES.entropy else 0),
     )  # fmt: skip
     # One stage: nothing is copied ahead into shared memory.
@@ -397,7 +403,7 @@ def _store_members(out, members, voxels, SHIFT: tl.constexpr, CLASSES: tl.conste
 
 
 @triton.jit
-def _store_truth(out, sums, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr):
+def _store_pairs(out, sums, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr):
     cls = tl.arange(0, CLASSES_PAD)
     totals = tl.zeros((CLASSES_PAD,), tl.int32)
     for c in tl.static_range(CLASSES):
@@ -461,6 +467,7 @@ def statistics_kernel(
         sample, labelled,
     )  # fmt: skip
     SIDE_BY_SIDE: tl.constexpr = F_LAYOUT == LAST or F_LAYOUT == PACKED
+    PAIRED: tl.constexpr = SIDE_BY_SIDE and IN_REGISTERS  # there registers are short; with other tiles the compiler spills more
     K: tl.constexpr = BLOCK // VOXEL_GROUPS
     RUNS: tl.constexpr = K // 4 if SIDE_BY_SIDE else K // 4 // VECTOR
     TILE: tl.constexpr = VECTOR * 8 if SIDE_BY_SIDE else 16
@@ -470,8 +477,8 @@ def statistics_kernel(
         inputs, program, programs, blocks_per_program, sums_a + row * FEATURES_A, sums_b + row * FEATURES_B,
         Options(
             CLASSES, CLASSES_PAD, CLASSES_DOT, FEATURES_A, FEATURES_B, FEATURE_BLOCK, VOXEL_GROUPS, FEATURE_GROUPS,
-            RUNS, K, TILE, ROWS, VECTOR, SIDE_BY_SIDE, WITH_FEATURES, DOT, IN_REGISTERS, RULES, Z_LAYOUT, F_LAYOUT, M_LAYOUT,
-            FLAT, WIDE,
+            RUNS, K, TILE, ROWS, VECTOR, SIDE_BY_SIDE, PAIRED, WITH_FEATURES, DOT, IN_REGISTERS, RULES,
+            Z_LAYOUT, F_LAYOUT, M_LAYOUT, FLAT, WIDE,
         ),
     )  # fmt: skip
     tl.store(nonfinite + here * tl.num_programs(1) + feature_block, bad)
@@ -490,7 +497,10 @@ def statistics_kernel(
             _store_members(members + plane + mine, sums.members, seen, 16, CLASSES, CLASSES_PAD)
         if RULES.supervised:
             if sample < labelled:
-                _store_truth(members + 2 * plane + mine, sums.truth, CLASSES, CLASSES_PAD)
+                if PAIRED:
+                    _store_pairs(members + 2 * plane + mine, sums.truth, CLASSES, CLASSES_PAD)
+                else:
+                    _store_per_class(members + 2 * plane + mine, sums.truth, CLASSES, CLASSES_PAD)
                 dice += here * (4 * CLASSES + (2 if RULES.entropy else 0))
                 if RULES.dice:
                     _store_per_class(dice, sums.overlap_a, CLASSES, CLASSES_PAD)

@@ -115,6 +115,8 @@ def statistics_tiles(
         vector = 2 if itemsize == 4 else min(vector, feature_block // feature_groups // 8)
     elif not aligned:
         vector = 1
+    elif dice and itemsize == 4 and architecture >= BLACKWELL:
+        vector = 2
     warps = 4
     voxel_groups = warps // feature_groups
     return StatisticsTiles(
