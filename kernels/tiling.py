@@ -112,7 +112,7 @@ def statistics_tiles(
     run = 16 if dice else 32  # voxels of a product
     vector = min(16 // itemsize, run // 4)
     if channels_last:
-        vector = 2 if itemsize == 4 else min(vector, feature_block // feature_groups // 8)
+        vector = 2 if itemsize == 4 or architecture >= BLACKWELL else min(vector, feature_block // feature_groups // 8)
     elif not aligned:
         vector = 1
     elif dice and itemsize == 4 and architecture >= BLACKWELL:
