@@ -467,7 +467,8 @@ def statistics_kernel(
         sample, labelled,
     )  # fmt: skip
     SIDE_BY_SIDE: tl.constexpr = F_LAYOUT == LAST or F_LAYOUT == PACKED
-    PAIRED: tl.constexpr = SIDE_BY_SIDE and IN_REGISTERS  # there registers are short; with other tiles the compiler spills more
+    HALF: tl.constexpr = fa.dtype.element_ty != tl.float32
+    PAIRED: tl.constexpr = IN_REGISTERS and (SIDE_BY_SIDE or HALF)  # where registers are short; elsewhere more of them spill
     K: tl.constexpr = BLOCK // VOXEL_GROUPS
     RUNS: tl.constexpr = K // 4 if SIDE_BY_SIDE else K // 4 // VECTOR
     TILE: tl.constexpr = VECTOR * 8 if SIDE_BY_SIDE else 16
