@@ -151,7 +151,7 @@ def weighting_tiles(
     widest = power_of_two(max(features, 1))
     if channels_last or classes > 4:
         # One voxel a thread, and 16 bytes of its features or of its teacher's prototypes a load: a thread holds whole products.
-        feature_block = 16 // itemsize if channels_last else 4
+        feature_block = 16 // itemsize if channels_last else 4 if classes <= 16 else 8
         return WeightingTiles(128 // group, group, pad, min(widest, feature_block), classes <= 4, 4)
     block = 2048 // itemsize if aligned else 256  # 16 bytes a thread: the features of a block lie in no other thread's registers
     half = itemsize == 2

@@ -154,7 +154,8 @@ def _products(v, use_a, use_b, valid, i, o, MASKED: tl.constexpr):
 def _teachers_products(v, m_ab, m_ba, valid, i, o, MASKED: tl.constexpr):
     """`Products` of the teacher alone."""
     SIDE_BY_SIDE: tl.constexpr = o.F_LAYOUT == LAST or o.F_LAYOUT == PACKED
-    if (SIDE_BY_SIDE or o.CLASSES > 4) and o.FEATURES_A == o.FEATURES_B and i.fa.dtype == i.fb.dtype:
+    ONE_VOXEL: tl.constexpr = SIDE_BY_SIDE or (o.CLASSES > 4 and o.CLASSES <= 16)  # a thread: see tiling.weighting_tiles
+    if ONE_VOXEL and o.FEATURES_A == o.FEATURES_B and i.fa.dtype == i.fb.dtype:
         fa_v = voxel_offsets(v, i.size1, i.size2, i.fa_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
         fb_v = voxel_offsets(v, i.size1, i.size2, i.fb_strides, o.F_LAYOUT, o.FLAT, o.WIDE)
         if SIDE_BY_SIDE:
