@@ -1,5 +1,8 @@
 """The planted faults still fit the code that they change; whether the tests find them is for planted_faults.py."""
 
+import os
+import subprocess
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -39,6 +42,14 @@ TESTS = sorted({fault.test for fault in PLANTED} | {test for stages in mutation.
 def test_the_tests_that_faults_and_mutants_are_given_exist(test):
     file, name = test.split("[")[0].split("::", 1)
     assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {name}; was it renamed?"
+
+
+def test_the_cases_that_faults_are_given_exist():
+    """With their parameters: pytest collects every one of them."""
+    tests = sorted({fault.test for fault in PLANTED})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
 
 
 def test_every_equivalent_mutant_can_still_be_drawn():
