@@ -104,7 +104,7 @@ def taken_products(
                 s, pointers, stride, prototypes, wanted, first, FEATURES, FEATURE_BLOCK, CLASSES, WIDE
             )  # fmt: skip
     else:
-        # The loads of both blocks come first; of more classes the compiler would take minutes, and spill.
+        # The loads of both blocks come first. With more classes the compiler takes minutes and spills registers.
         TIMES: tl.constexpr = 2 if FEATURES % (2 * FEATURE_BLOCK) == 0 and CLASSES <= 16 else 1
         for first in range(0, FEATURES, FEATURE_BLOCK * TIMES):
             for i in tl.static_range(TIMES):

@@ -395,7 +395,7 @@ def _entropy(of, RULES: tl.constexpr, CLASSES: tl.constexpr):
     The second line does not cancel where a network is certain. G lies between 0 and 1; w / sqrt(w^2 + 1.06 w + 0.051) is off by
     less than 0.006. At the largest probability G is 1, which is the constant.
     """
-    if RULES.eps * CLASSES <= 5e-5 and CLASSES <= 16:  # then the error is below 3e-7; of more classes registers would spill
+    if RULES.eps * CLASSES <= 5e-5 and CLASSES <= 16:  # an error below 3e-7; more classes would spill
         WITH_EPS: tl.constexpr = RULES.eps > 1e-15  # else its square is no float32
         scale = RULES.eps * (1.0 + of.rest)  # w = e_c / scale
         last = 0.051 * (scale * scale)
