@@ -67,7 +67,7 @@ def test_wheel_puts_nothing_but_rplib_at_the_top(built):
 def test_wheel_from_the_sdist_is_the_same(built, tmp_path):
     wheel, sdist = built
     with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # from Python 3.11.4 on
     (unpacked,) = (path for path in tmp_path.iterdir() if path.is_dir())
     for name in ("README.md", "LICENSE", "pyproject.toml"):
         assert (unpacked / name).read_bytes() == (ROOT / name).read_bytes()

@@ -17,8 +17,9 @@ from rplib import cli
 from rplib.errors import UserError
 from rplib.reference import checkpoint
 from rplib.reference.config import KEYS, load_config, load_recipe
-from rplib.reference.reporting.run_log import read_metrics
+from rplib.reference.reporting.run_log import read_metrics, record_session
 from rplib.reference.training import trainer
+from rplib.reference.training.run_folder import warn_of_other_bits
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -463,3 +464,15 @@ def test_a_loss_that_is_not_finite_stops_with_iteration_and_cases(data, tmp_path
     assert saved["iteration"] == 5
     assert all(torch.isfinite(value).all() for value in saved["network"].values())
     assert [row.iteration for row in losses(run)] == list(range(1, 8))
+
+
+@pytest.mark.parametrize("resumed_with", ["2.13.0+cu130", "2.13.0+cpu"])
+def test_a_resumed_run_warns_of_another_build_alone(resumed_with, tmp_path, monkeypatch, capsys):
+    """A wheel from PyPI is called 2.13.0 and reports 2.13.0+cu130: not another version."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    record_session(tmp_path, cpu, tmp_path, 0, deterministic=False)
+    monkeypatch.setattr(torch, "__version__", resumed_with)
+    warn_of_other_bits(tmp_path, cpu, 1, False)
+    said = capsys.readouterr().err
+    assert said == "" if resumed_with == "2.13.0+cu130" else "torch 2.13.0+cu130 -> 2.13.0+cpu" in said

@@ -141,7 +141,8 @@ def record_session(run: Path, device: torch.device, data: Path, done: int, deter
             "platform": platform.platform(),
             "python": platform.python_version(),
             "rplib": rplib.__version__,
-            **{name: _version(name) for name in ("torch", "triton", "numpy", "monai", "h5py")},
+            "torch": str(torch.__version__),  # with the build, such as +cu130, which the name of a wheel may leave out
+            **{name: _version(name) for name in ("triton", "numpy", "monai", "h5py")},
         }
     )
     write_text_atomically(path, json.dumps({"sessions": sessions}, indent=2) + "\n")
